@@ -52,9 +52,9 @@ from rlreason.algorithms.sft import sft, solution_examples
 from rlreason.experiments import train
 from rlreason.experiments.recipes import Recipe
 from rlreason.experiments.run_folder import RunFolder, read_checkpoint
-from rlreason.experiments.settings import load_settings
 from rlreason.policy.load import Policy
 from rlreason.policy.sampler import sample
+from rlreason.settings import load_settings
 from rlreason.tasks.problem import Problem
 
 SHORT = FinetuneSettings(epochs=3, batch_size=4, lr=1e-3, lr_floor=1e-5)

@@ -22,7 +22,7 @@ from rlreason.experiments.notebooks import (
     unused_keys,
 )
 from rlreason.experiments.profiles import BUILT_IN, Profile, load_profile, load_recipe
-from rlreason.experiments.settings import SettingsError
+from rlreason.settings import SettingsError
 
 REPOSITORY = Path(__file__).parents[1]
 PARAMETERS = 'profile = "tiny"\nk = 4  # samples\nrate: float = 0.5\nnames = ["a"]'

@@ -13,7 +13,13 @@ from torch import nn
 
 from rlreason.policy import sampler
 from rlreason.policy.kv_cache import ATTENTION_NAME
-from rlreason.policy.sampler import draw_tokens, sample, sample_groups
+from rlreason.policy.rollout import Prompt
+from rlreason.policy.sampler import (
+    draw_tokens,
+    sample,
+    sample_groups,
+    sample_prompts,
+)
 from rlreason.policy.streams import next_uniforms, stream_key
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt
@@ -419,6 +425,48 @@ def test_an_adapter_is_sampled_with():
     moved = sample(policy, PROBLEMS, temperature=0, max_new_tokens=12)
     assert by_name(moved) != by_name(plain)
     assert worst_error(policy, moved, lambda x: x.log_softmax(-1)) < 1e-4
+
+
+def prompts_of(policy, **more):
+    return [
+        Prompt(p.id, tuple(policy.encode_prompt(format_prompt(p))), **more)
+        for p in PROBLEMS
+    ]
+
+
+def test_prompts_as_tokens_are_answered_as_problems_are():
+    policy = tiny_policy()
+    options = {"k": 3, "max_new_tokens": 20, "seed": 4}
+    plain = sample(policy, PROBLEMS, **options)
+    assert sample_prompts(policy, prompts_of(policy), **options) == plain
+    # Another stream is another draw
+    other = sample_prompts(policy, prompts_of(policy, stream="/2"), **options)
+    assert [r.tokens for r in other] != [r.tokens for r in plain]
+
+
+def test_what_stands_in_the_prompt_is_no_action():
+    policy = tiny_policy()
+    whole = sample(policy, PROBLEMS, temperature=0, max_new_tokens=20)
+    halves = [Prompt(r.problem_id, r.prompt_tokens + r.tokens[:8]) for r in whole]
+    rest = sample_prompts(policy, halves, temperature=0, max_new_tokens=12)
+    assert [r.tokens for r in rest] == [r.tokens[8:] for r in whole]
+    for first, second in zip(whole, rest, strict=True):
+        assert second.prompt_tokens == first.prompt_tokens + first.tokens[:8]
+        assert second.logprobs == pytest.approx(first.logprobs[8:], abs=1e-4)
+
+
+def test_stop_ids_end_a_rollout_at_their_first_place():
+    policy = tiny_policy()
+    options = {"k": 8, "max_new_tokens": 40, "seed": 1}
+    plain = sample_prompts(policy, prompts_of(policy), **options)
+    stop = plain[0].tokens[5]
+    cut = sample_prompts(policy, prompts_of(policy), stop_ids=[stop], **options)
+    ends = {policy.eos_id, stop}
+    assert any(r.tokens[-1] == stop for r in cut)
+    for whole, part in zip(plain, cut, strict=True):
+        first = next((i for i, t in enumerate(whole.tokens) if t in ends), 39)
+        assert part.tokens == whole.tokens[: first + 1]
+        assert part.finished == (part.tokens[-1] in ends)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 from pydantic import Field, ValidationError
 
-from rlreason.experiments.settings import (
+from rlreason.settings import (
     Settings,
     SettingsError,
     canonical_json,

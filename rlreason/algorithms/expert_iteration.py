@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from rlreason.algorithms.batching import Example
@@ -35,15 +35,14 @@ from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
 from rlreason.rewards.sparse import sparse_rewards
+from rlreason.settings import Settings
 from rlreason.tasks.answers import operation_key
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt, format_response
 
 
-class ExpertIterationSettings(BaseModel):
+class ExpertIterationSettings(Settings):
     """How to run expert iteration. The defaults are the paper's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     k: int = Field(96, ge=1, description="Samples a question and round.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature.")

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from rlreason.algorithms.batching import (
@@ -36,12 +36,11 @@ from rlreason.algorithms.optim import (
 from rlreason.algorithms.recorder import NullRecorder, Recorder
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import token_logprobs
+from rlreason.settings import Settings
 
 
-class FinetuneSettings(BaseModel):
+class FinetuneSettings(Settings):
     """How to fine-tune. The defaults are the paper's (epochs, batch, rates)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(4, ge=1, description="Passes over the examples.")
     batch_size: int = Field(128, ge=1, description="Examples an update.")
@@ -56,7 +55,7 @@ class FinetuneSettings(BaseModel):
         1.0, gt=0, description="Clip the gradient to this norm."
     )
     micro_tokens: int = Field(
-        4096, ge=1, description="Tokens that go through the model at once."
+        2048, ge=1, description="Tokens that go through the model at once."
     )
     seed: int = Field(0, ge=0, description="Seed of the order of the examples.")
 

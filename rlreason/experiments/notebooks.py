@@ -35,7 +35,7 @@ from rlreason.experiments.environment import (
     runs_root,
 )
 from rlreason.experiments.profiles import Profile, load_profile
-from rlreason.experiments.settings import unknown_key_message
+from rlreason.settings import unknown_key_message
 
 REQUIRED = object()  # default of a parameter that is computed: any value may be given
 # What runs, shows and checks notebooks is no part of what they compute

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field
 
-from rlreason.experiments.settings import Settings, SettingsError, load_settings
+from rlreason.settings import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:
     from rlreason.experiments.recipes import Recipe

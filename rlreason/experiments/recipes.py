@@ -14,8 +14,8 @@ from pydantic import Field
 
 from rlreason.algorithms.expert_iteration import ExpertIterationSettings
 from rlreason.algorithms.finetune import FinetuneSettings
-from rlreason.experiments.settings import Settings
 from rlreason.policy.load import Policy, load_policy
+from rlreason.settings import Settings
 from rlreason.tasks import load_problems
 from rlreason.tasks.problem import Problem
 

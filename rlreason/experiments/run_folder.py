@@ -46,7 +46,7 @@ from torch import Tensor
 
 from rlreason.algorithms.recorder import Checkpoint
 from rlreason.experiments.environment import environment, runs_root, source_digest
-from rlreason.experiments.settings import canonical_json, settings_hash
+from rlreason.settings import canonical_json, settings_hash
 
 
 class RunFolderError(ValueError):

@@ -34,8 +34,8 @@ from rlreason.experiments.run_folder import (
     read_checkpoint,
     read_settings,
 )
-from rlreason.experiments.settings import Settings, load_settings
 from rlreason.policy.load import Policy, load_policy
+from rlreason.settings import Settings, load_settings
 
 
 class SftRun(Settings):

@@ -1,8 +1,23 @@
-"""A sampled solution: the tokens that were drawn, and how likely they were."""
+"""What the policy is asked, and what it answers: tokens, and how likely they were."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A state to go on from: a question, with or without the start of a response.
+
+    Attributes:
+        problem_id: The ``Problem.id`` that is asked.
+        tokens: All that the policy reads, BOS included where the model has one.
+        stream: Tells the random streams of two prompts of one problem apart.
+    """
+
+    problem_id: str
+    tokens: tuple[int, ...]
+    stream: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +32,8 @@ class Rollout:
         sample: Index of the sample within its problem, 0 to K-1.
         prompt_tokens: Token ids of the prompt, BOS included where the model has one.
         tokens: Sampled ids. They end with EOS where ``finished`` is true, and hold no
-            EOS where it is false.
+            EOS where it is false. (Where ``sample_prompts`` was given ``stop_ids``,
+            these end a rollout as EOS does.)
         logprobs: Log-probability of each token (nats) under the distribution it was
             drawn from: full vocabulary, temperature applied. As long as ``tokens``.
         text: The decoded ``tokens`` without EOS.

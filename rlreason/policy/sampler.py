@@ -18,6 +18,9 @@ batch size, budget and order of the problems do not change what is drawn, up to
 rounding: matrix products of other shapes may differ in the last bits, which changes a
 token only if its random number falls within about 1e-6 of a boundary.
 
+``sample_prompts`` does the same for prompts given as tokens, and can stop at other
+tokens than EOS: for continuing half solutions and for sampling step by step.
+
 Left out: beam search, stop strings, truncated sampling.
 """
 
@@ -40,7 +43,7 @@ from rlreason.policy.kv_cache import (
 )
 from rlreason.policy.load import Policy
 from rlreason.policy.progress import progress_bar
-from rlreason.policy.rollout import Rollout
+from rlreason.policy.rollout import Prompt, Rollout
 from rlreason.policy.streams import next_uniforms, stream_key
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt
@@ -118,8 +121,76 @@ def sample_groups(
         The index in ``problems`` and its ``k`` rollouts, in the order of finishing.
     """
     _check_settings(k, temperature, max_new_tokens)
-    prompts = [policy.encode_prompt(format_prompt(p, shots)) for p in problems]
-    _check_prompts(policy.model, prompts, max_new_tokens)
+    prompts = [
+        Prompt(p.id, tuple(policy.encode_prompt(format_prompt(p, shots))))
+        for p in problems
+    ]
+    yield from _sample_groups(
+        policy,
+        prompts,
+        k=k,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        stop_ids=(),
+        byte_budget=byte_budget,
+        progress=progress,
+    )
+
+
+def sample_prompts(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    k: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    stop_ids: Sequence[int] = (),
+    byte_budget: int | None = None,
+    progress: bool | None = None,
+) -> list[Rollout]:
+    """Draw ``k`` continuations of each prompt given as tokens, e.g. of a half solution.
+
+    Args:
+        prompts: Where to go on from. What stands in a prompt is state and not action:
+            it is in no rollout's ``tokens``.
+        stop_ids: Tokens that end a rollout as EOS does, such as those with a newline to
+            sample step by step; the last token says which one it was.
+
+    The other arguments, what is returned and what is raised are as in ``sample``.
+    """
+    _check_settings(k, temperature, max_new_tokens)
+    groups: list[list[Rollout]] = [[] for _ in prompts]
+    for index, rollouts in _sample_groups(
+        policy,
+        prompts,
+        k=k,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        stop_ids=tuple(stop_ids),
+        byte_budget=byte_budget,
+        progress=progress,
+    ):
+        groups[index] = rollouts
+    return [rollout for group in groups for rollout in group]
+
+
+def _sample_groups(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    k: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    stop_ids: tuple[int, ...],
+    byte_budget: int | None,
+    progress: bool | None,
+) -> Iterator[tuple[int, list[Rollout]]]:
+    tokens = [list(prompt.tokens) for prompt in prompts]
+    _check_prompts(policy.model, tokens, max_new_tokens)
     if not prompts:
         return
     engine = _Engine(
@@ -127,19 +198,23 @@ def sample_groups(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         byte_budget=byte_budget,
+        stop_ids=stop_ids,
     )
-    for index in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        keys = [stream_key(seed, problems[index].id, j) for j in range(k)]
-        engine.ask(index, prompts[index], keys)
+    for index in sorted(range(len(prompts)), key=lambda i: -len(tokens[i])):
+        stream = prompts[index].problem_id + prompts[index].stream
+        keys = [stream_key(seed, stream, j) for j in range(k)]
+        engine.ask(index, tokens[index], keys)
     partial: dict[int, list[Rollout]] = {}
     total = len(prompts) * k
     with progress_bar(total, "sampling", unit="sample", show=progress) as bar:
         for answers in engine.run():
             bar.update(len(answers))
-            texts = policy.decode_batch([answer.text_tokens for answer in answers])
+            texts = policy.decode_batch(
+                [answer.text_tokens(policy.eos_id) for answer in answers]
+            )
             for answer, text in zip(answers, texts, strict=True):
                 group = partial.setdefault(answer.problem, [])
-                group.append(answer.rollout(problems[answer.problem].id, text))
+                group.append(answer.rollout(prompts[answer.problem].problem_id, text))
                 if len(group) == k:
                     group.sort(key=lambda rollout: rollout.sample)
                     yield answer.problem, partial.pop(answer.problem)
@@ -166,9 +241,8 @@ class _Answer:
     logprobs: tuple[float, ...]
     finished: bool
 
-    @property
-    def text_tokens(self) -> tuple[int, ...]:
-        return self.tokens[:-1] if self.finished else self.tokens
+    def text_tokens(self, eos_id: int) -> tuple[int, ...]:
+        return self.tokens[:-1] if self.tokens[-1] == eos_id else self.tokens
 
     def rollout(self, problem_id: str, text: str) -> Rollout:
         return Rollout(
@@ -217,11 +291,12 @@ class _Cohort:
     def rows(self) -> int:
         return self.store.rows
 
-    def record(self, tokens: Tensor, logprobs: Tensor, eos_id: int) -> None:
+    def record(self, tokens: Tensor, logprobs: Tensor, ends: tuple[int, ...]) -> None:
         """Write down what each row drew, both (R,)."""
         self.tokens[self.home, self.drawn] = tokens
         self.logprobs[self.home, self.drawn] = logprobs
-        self.done |= tokens == eos_id
+        for end in ends:
+            self.done |= tokens == end
         self.last = tokens
         self.drawn += 1
 
@@ -235,7 +310,7 @@ class _Cohort:
         self.done = moves.apply_(self.done)
         self.done.zero_()
 
-    def answers(self, eos_id: int) -> list[_Answer]:
+    def answers(self, ends: tuple[int, ...]) -> list[_Answer]:
         """What all rows said, once none is in flight, in the order of admission.
 
         Raises:
@@ -257,8 +332,9 @@ class _Cohort:
         answers = []
         for (request, number), ids, logps in zip(owners, tokens, logprobs, strict=True):
             # A row may have gone on for some steps after EOS before it was taken out.
-            finished = eos_id in ids
-            length = ids.index(eos_id) + 1 if finished else len(ids)
+            places = [ids.index(end) for end in ends if end in ids]
+            finished = bool(places)
+            length = min(places) + 1 if finished else len(ids)
             answers.append(
                 _Answer(
                     problem=request.problem,
@@ -282,9 +358,10 @@ class _Engine:
         temperature: float,
         max_new_tokens: int,
         byte_budget: int | None,
+        stop_ids: tuple[int, ...],
     ) -> None:
         self.model = policy.model
-        self.eos_id, self.pad_id = policy.eos_id, policy.pad_id
+        self.ends, self.pad_id = (policy.eos_id, *stop_ids), policy.pad_id
         self.device = policy.device
         self.temperature = temperature
         self.limit = max_new_tokens
@@ -315,7 +392,7 @@ class _Engine:
                     self.decode()
                     finished = self.retire()
             for cohort in finished:
-                yield cohort.answers(self.eos_id)
+                yield cohort.answers(self.ends)
 
     def admit(self) -> None:
         """Start a cohort if there is work and room for it."""
@@ -390,7 +467,7 @@ class _Engine:
         for cohort, ids, logps in zip(
             cohorts, tokens.split(sizes), logprobs.split(sizes), strict=True
         ):
-            cohort.record(ids, logps, self.eos_id)
+            cohort.record(ids, logps, self.ends)
 
     def retire(self) -> list[_Cohort]:
         """Take out finished rows; returns cohorts that have none left."""

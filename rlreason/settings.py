@@ -1,9 +1,9 @@
 """Settings: what decides a run, written down, checked, and named by its hash.
 
-One class an experiment. Either a subclass of ``Settings`` or, for the layers below
-this one, a frozen dataclass: both are read strictly (an unknown key or a value of the
-wrong type is an error that names it) and both have one canonical JSON text, whose
-SHA-256 names the run folder. Two settings with the same hash are the same experiment.
+One class an algorithm or experiment. A subclass of ``Settings`` or a frozen dataclass:
+both are read strictly (an unknown key or a value of the wrong type is an error that
+names it) and both have one canonical JSON text, whose SHA-256 names the run folder. Two
+settings with the same hash are the same experiment.
 """
 
 from __future__ import annotations
