@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -88,6 +89,9 @@ class Memory:
             self.die_at = None
             raise InterruptedRunError
         self.rows.append(metrics)
+
+    def clock(self, stage: str) -> nullcontext[None]:
+        return nullcontext()
 
     def due(self) -> bool:
         return len(self.rows) - (self.saved[2] if self.saved else 0) >= self.save_every

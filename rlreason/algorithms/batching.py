@@ -10,10 +10,13 @@ Examples of like length are put together: padding is computed and thrown away.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +50,22 @@ def shuffled_batches(
 
 
 def micro_batches(
-    batch: Sequence[Example], *, max_tokens: int
-) -> Iterator[list[Example]]:
+    batch: Sequence[Item], *, max_tokens: int, size: Callable[[Item], int] = len
+) -> Iterator[list[Item]]:
     """Cut a batch, sorted by length, so that rows times longest row fits the budget.
 
     Args:
-        batch: Examples of one update.
+        batch: Examples of one update, or whatever ``size`` tells the length of.
         max_tokens: Budget in tokens, padding included. A single longer example still
             makes a micro-batch of its own.
+        size: Tokens of an item, prompt and response.
     """
-    mb: list[Example] = []
-    for example in sorted(batch, key=len, reverse=True):
-        if mb and len(mb[0]) * (len(mb) + 1) > max_tokens:
+    mb: list[Item] = []
+    for item in sorted(batch, key=size, reverse=True):
+        if mb and size(mb[0]) * (len(mb) + 1) > max_tokens:
             yield mb
             mb = []
-        mb.append(example)
+        mb.append(item)
     if mb:
         yield mb
 

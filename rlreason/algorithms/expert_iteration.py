@@ -16,6 +16,7 @@ paper: the reward model as a filter (ORM-EI).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -282,6 +283,9 @@ class _RoundRecorder:
 
     def log(self, **metrics: Any) -> None:
         self.outer.log(phase="distil", round=self.round + 1, **metrics)
+
+    def clock(self, stage: str) -> AbstractContextManager[None]:
+        return self.outer.clock(stage)
 
     def due(self) -> bool:
         return self.outer.due()

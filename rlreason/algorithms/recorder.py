@@ -11,13 +11,15 @@ undisturbed one to the bit:
    that decides what follows comes from it: weights, optimiser, position in the data,
    random generators.
 2. It calls ``log`` with numbers that follow from settings and seed alone. Seconds,
-   rates and memory are the recorder's to add: they differ from run to run.
+   rates and memory are the recorder's to add: they differ from run to run. So an
+   algorithm wraps its stages in ``clock`` and does not look at a clock itself.
 3. It calls ``save`` between two steps, at least when ``due()`` says so, and once at the
    end. Metrics logged after the last save are taken back on resume, and logged again.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,6 +48,9 @@ class Recorder(Protocol):
     def log(self, **metrics: Any) -> None:
         """Append one row of metrics: numbers, strings, or tensors of one number."""
 
+    def clock(self, stage: str) -> AbstractContextManager[None]:
+        """Count the seconds of the block under the name of a stage."""
+
     def due(self) -> bool:
         """True when so much time has passed that losing it would hurt: time to save."""
 
@@ -61,6 +66,10 @@ class NullRecorder:
 
     def log(self, **metrics: Any) -> None:
         """Drop the row."""
+
+    def clock(self, stage: str) -> AbstractContextManager[None]:
+        """Count nothing."""
+        return nullcontext()
 
     def due(self) -> bool:
         """Return False, since there is nowhere to save to."""

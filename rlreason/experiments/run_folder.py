@@ -36,6 +36,8 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,6 +86,7 @@ class RunFolder:
         self._lock = FileLock(self.path / "lock", timeout=0)
         self._metrics: BinaryIO | None = None
         self._timing: BinaryIO | None = None
+        self._stages: dict[str, float] = {}
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r}, {self.status.get('status', 'new')})"
@@ -107,7 +110,10 @@ class RunFolder:
 
     @property
     def timing(self) -> list[dict[str, Any]]:
-        """One row for each row of ``metrics``: seconds of work when it was logged."""
+        """One row for each row of ``metrics``: seconds of work when it was logged.
+
+        Also the seconds of each stage since the row before, see ``clock``.
+        """
         return _read_rows(self.path / "timing.jsonl")
 
     def restore(self) -> Checkpoint | None:
@@ -160,9 +166,22 @@ class RunFolder:
         self._require_open()
         row = {name: _plain(name, value) for name, value in metrics.items()}
         self._metrics.write(_json_line(row))
-        self._timing.write(_json_line({"seconds": round(self._seconds(), 3)}))
+        stages = {stage: round(s, 4) for stage, s in self._stages.items()}
+        timing = {"seconds": round(self._seconds(), 3), **stages}
+        self._stages.clear()
+        self._timing.write(_json_line(timing))
         self._metrics.flush()
         self._timing.flush()
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """Add the block's seconds to ``stage`` in the timing of the next row."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = self._stages.get(stage, 0.0) + time.monotonic() - start
+            self._stages[stage] = spent
 
     def due(self) -> bool:
         """True when ``save_every`` seconds have passed since the last checkpoint."""
