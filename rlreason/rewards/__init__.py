@@ -1,5 +1,10 @@
 """What is paid for a rollout."""
 
-from rlreason.rewards.sparse import sparse_reward, sparse_rewards
+from rlreason.rewards.base import RewardFunction
+from rlreason.rewards.sparse import (
+    sparse_reward,
+    sparse_rewards,
+    sparse_token_rewards,
+)
 
-__all__ = ["sparse_reward", "sparse_rewards"]
+__all__ = ["RewardFunction", "sparse_reward", "sparse_rewards", "sparse_token_rewards"]

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rlreason.policy.rollout import Rollout
+from rlreason.rewards.base import pay_last_token, problems_of
 from rlreason.tasks.answers import is_correct
 from rlreason.tasks.problem import Problem
 
@@ -44,11 +45,13 @@ def sparse_rewards(
     ``problems`` may come in any order and hold more than were asked: each rollout is
     matched by ``problem_id``. A rollout of a problem that is not there is an error.
     """
-    by_id = {problem.id: problem for problem in problems}
-    unknown = {rollout.problem_id for rollout in rollouts} - by_id.keys()
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} problem(s) of the rollouts are not among the "
-            f"{len(by_id)} given, the first being {min(unknown)!r}"
-        )
-    return [sparse_reward(rollout, by_id[rollout.problem_id]) for rollout in rollouts]
+    pairs = zip(rollouts, problems_of(rollouts, problems), strict=True)
+    return [sparse_reward(rollout, problem) for rollout, problem in pairs]
+
+
+def sparse_token_rewards(
+    rollouts: Sequence[Rollout], problems: Sequence[Problem]
+) -> list[tuple[float, ...]]:
+    """The sparse reward as a ``RewardFunction``: on the last token, 0.0 before it."""
+    rewards = sparse_rewards(rollouts, problems)
+    return [pay_last_token(r, paid) for r, paid in zip(rollouts, rewards, strict=True)]

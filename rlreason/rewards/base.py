@@ -1,0 +1,54 @@
+"""What every reward has in common: its signature, and how a rollout finds its problem.
+
+A reward function pays *tokens*: it returns one number for each token of each response,
+0.0 where nothing is paid, and nothing for prompts or padding. So sparse, dense and
+learned rewards differ in where they pay and not in how they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from rlreason.policy.rollout import Rollout
+from rlreason.tasks.problem import Problem
+
+
+class RewardFunction(Protocol):
+    """Pays rollouts, token by token."""
+
+    def __call__(
+        self, rollouts: Sequence[Rollout], problems: Sequence[Problem]
+    ) -> list[tuple[float, ...]]:
+        """One tuple a rollout, in the rollouts' order, as long as its ``tokens``.
+
+        ``problems`` may come in any order and hold more than were asked: each rollout
+        is matched by ``problem_id``. A rollout of a problem that is not there is an
+        error.
+        """
+
+
+def problems_of(
+    rollouts: Sequence[Rollout], problems: Iterable[Problem]
+) -> list[Problem]:
+    """The problem that each rollout answers, in the rollouts' order.
+
+    Raises:
+        ValueError: A rollout's problem is not among ``problems``.
+    """
+    by_id = {problem.id: problem for problem in problems}
+    unknown = {rollout.problem_id for rollout in rollouts} - by_id.keys()
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} problem(s) of the rollouts are not among the "
+            f"{len(by_id)} given, the first being {min(unknown)!r}; give the problems "
+            f"that were sampled"
+        )
+    return [by_id[rollout.problem_id] for rollout in rollouts]
+
+
+def pay_last_token(rollout: Rollout, reward: float) -> tuple[float, ...]:
+    """The whole reward on the last token: EOS, or where the length limit cut."""
+    if not rollout.tokens:
+        raise ValueError("a response without tokens has no place for its reward")
+    return (0.0,) * (len(rollout.tokens) - 1) + (float(reward),)
