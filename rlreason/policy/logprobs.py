@@ -7,19 +7,31 @@ response is known from lengths and never read off token ids, so a pad token that
 also EOS, or that occurs in a response, does no harm.
 
 The output layer is applied at the places that predict a response token and nowhere
-else; for a prompt half as long as the sequence that halves its work.
+else; for a prompt half as long as the sequence that halves its work. Where the
+vocabulary is large it is applied to a chunk of those places at a time, and the backward
+pass computes each chunk once more instead of keeping its logits.
+
+Left out: kernels that fuse the output layer with the softmax.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+# exp of it is 0 in float64 too, and it times 0 is 0, which minus infinity would not be.
+_LOWEST_LOGPROB = -1e4
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,7 @@ class PaddedBatch:
         response_mask: True at response tokens, (B, T), from lengths.
         rows: Which sequence each of the N response tokens belongs to, (N,).
         columns: The place in ``input_ids`` whose output predicts it, (N,).
+        ends: The place of each sequence's last token, (B,).
 
     The N tokens are ordered as in ``responses[response_mask]``.
     """
@@ -41,6 +54,7 @@ class PaddedBatch:
     response_mask: Tensor
     rows: Tensor
     columns: Tensor
+    ends: Tensor
 
     @property
     def targets(self) -> Tensor:
@@ -91,6 +105,7 @@ def pad_batch(
         response_mask=mask.to(device),
         rows=rows.to(device),
         columns=(starts.squeeze(1)[rows] - 1 + steps).to(device),
+        ends=(starts + lengths - 1).squeeze(1).to(device),
     )
 
 
@@ -99,13 +114,17 @@ def response_logits(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:
 
     Row n belongs to the n-th of ``batch.targets``; ``batch.rows`` names its sequence.
     """
-    positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
     with _output_layer_at(model, batch.rows, batch.columns):
         return model(
             input_ids=batch.input_ids,
-            position_ids=positions[None],
+            position_ids=positions_of(batch.input_ids),
             use_cache=False,
         ).logits[0]
+
+
+def positions_of(input_ids: Tensor) -> Tensor:
+    """Positions of sequences that start in column 0: (1, L)."""
+    return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
 
 
 def token_logprobs(
@@ -132,12 +151,51 @@ def token_logprobs(
         ``logprobs`` (B, T), float32, 0 outside the responses, differentiable; and
         ``response_mask`` (B, T), bool. T is the length of the longest response.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: it divides the logits.")
+    check_temperature(temperature)
     batch = pad_batch(prompts, responses, pad_id=pad_id, device=model.device)
     logits = response_logits(model, batch)
     logprobs = logprobs_of(logits, batch.targets, temperature=temperature)
     return batch.unpack(logprobs), batch.response_mask
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature at which nothing has a probability."""
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: it divides the logits.")
+
+
+def response_logprobs(
+    model: PreTrainedModel,
+    batch: PaddedBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = True,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities and entropies at the response tokens, by one forward pass.
+
+    Args:
+        model: A causal language model.
+        batch: From ``pad_batch``.
+        temperature: Above 0; of the distribution that both describe.
+        entropy: Without it only log-probabilities are computed.
+        chunk: Rows of logits held at once, (chunk, V) instead of (N, V). Costs the
+            output layer once more in the backward pass. None: all at once.
+
+    Returns:
+        ``logprobs`` (N,) and ``entropy`` (N,) in nats, or None, in the order of
+        ``batch.targets``; float32, differentiable.
+    """
+    of_logits = logprobs_and_entropy if entropy else _logprobs_alone
+    of_logits = partial(of_logits, temperature=temperature)
+    targets = batch.targets
+    if chunk is None:
+        return of_logits(response_logits(model, batch), targets)
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: hold the logits of at least one token.")
+    pieces = _chunk_by_chunk(model, batch, chunk, of_logits)
+    logprobs, entropies = zip(*pieces, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies) if entropy else None
 
 
 def logprobs_of(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -149,13 +207,117 @@ def logprobs_of(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) ->
         targets: (N,), int64.
 
     Returns:
-        (N,), float32, differentiable.
+        (N,), float32 (float64 for logits in float64), differentiable.
     """
-    logits = logits.float()
-    if temperature != 1:
-        logits = logits / temperature
     # Cross-entropy is minus the log-probability, without keeping a log-softmax (N, V).
-    return -cross_entropy(logits, targets, reduction="none")
+    return -cross_entropy(_tempered(logits, temperature), targets, reduction="none")
+
+
+def logprobs_and_entropy(
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """``logprobs_of``, and the entropy of the same distribution over all tokens.
+
+    A token of probability zero adds nothing to the entropy.
+
+    Returns:
+        Log-probabilities (N,) and entropies (N,) in nats, float32 (float64 for logits
+        in float64), both differentiable.
+    """
+    all_logprobs = _tempered(logits, temperature).log_softmax(-1)  # (N, V)
+    logprobs = all_logprobs.gather(1, targets[:, None]).squeeze(1)
+    surprise = all_logprobs.clamp(min=_LOWEST_LOGPROB)
+    return logprobs, -(all_logprobs.exp() * surprise).sum(-1)
+
+
+def _logprobs_alone(
+    logits: Tensor, targets: Tensor, *, temperature: float
+) -> tuple[Tensor, None]:
+    return logprobs_of(logits, targets, temperature=temperature), None
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over temperature, in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits / temperature
+
+
+def trunk_of(model: PreTrainedModel) -> nn.Module:
+    """The model without its output layer, also where it carries a peft adapter."""
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    return causal.get_decoder()
+
+
+def _chunk_by_chunk(
+    model: PreTrainedModel,
+    batch: PaddedBatch,
+    chunk: int,
+    of_logits: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Apply ``of_logits`` to the logits of one chunk of response tokens at a time.
+
+    What lies behind the trunk is the model's own forward with the trunk's part given,
+    so that logits which a model scales or caps are scaled and capped here too.
+    """
+    trunk = trunk_of(model)
+    with first_call(trunk) as seen:
+        # The trunk runs; the output layer gets no rows yet.
+        with _output_layer_at(model, batch.rows[:0], batch.columns[:0]):
+            model(
+                input_ids=batch.input_ids,
+                position_ids=positions_of(batch.input_ids),
+                use_cache=False,
+            )
+    output: BaseModelOutput = seen["output"]
+    places = output.last_hidden_state[batch.rows, batch.columns]  # (N, H)
+
+    def of_places(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        part = copy.copy(output)
+        part.last_hidden_state = hidden[None]
+        with _trunk_gives(trunk, part):
+            logits = model(input_ids=batch.input_ids[:1, :1], use_cache=False).logits
+        return of_logits(logits[0], targets)
+
+    targets = batch.targets
+    # An empty batch still gives one piece, of no rows.
+    for hidden, ids in zip(places.split(chunk), targets.split(chunk), strict=True):
+        yield checkpoint(
+            of_places, hidden, ids, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+@contextmanager
+def first_call(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """See what a module is given and what it makes of it, the first time it is called.
+
+    Yields:
+        A dictionary, filled by that call: ``args``, ``kwargs``, ``output``. Nothing is
+        copied or detached.
+    """
+    seen: dict[str, Any] = {}
+
+    def look(_, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        handle.remove()
+        seen.update(args=args, kwargs=kwargs, output=output)
+
+    handle = module.register_forward_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _trunk_gives(trunk: nn.Module, output: BaseModelOutput) -> Iterator[None]:
+    """Let the trunk return ``output`` instead of computing."""
+    own = vars(trunk).get("forward")  # what an extension may have put there
+    trunk.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del trunk.forward
+        if own is not None:
+            trunk.forward = own
 
 
 @contextmanager

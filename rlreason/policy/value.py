@@ -1,0 +1,316 @@
+"""Value functions for PPO: what is expected to be earned from a state on.
+
+V(s_t) is read where the policy decides on token t, before it is drawn: at the place
+whose output predicts it. There are three kinds:
+
+=======  ===========================================================================
+head     a linear layer on the trunk's last hidden state
+branch   L more layers, copies of the trunk's top L to begin with, fed with what
+         enters those, then norm and a linear layer (Havrilla et al. 2024 have L = 4
+         and stop the gradient into the trunk)
+network  a linear layer on a copy of the whole trunk, which shares nothing
+=======  ===========================================================================
+
+The linear layer starts at zero, so V = 0 before the first update, whatever the scale of
+the rewards. ``score`` gives log-probabilities, entropies and values of responses by one
+forward pass of the trunk. The value after the last response token is given too: a
+learner needs it where the length limit cut a response, and puts 0 where EOS ended it.
+
+Left out: value functions of another base model than the policy's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlreason.policy.load import Policy, PolicyError
+from rlreason.policy.logprobs import (
+    PaddedBatch,
+    check_temperature,
+    first_call,
+    pad_batch,
+    positions_of,
+    response_logprobs,
+    trunk_of,
+)
+from rlreason.settings import Settings
+
+
+class ValueSettings(Settings):
+    """Which value function. The defaults are the paper's."""
+
+    kind: Literal["head", "branch", "network"] = Field(
+        "branch", description="Linear layer, copied top layers, or a whole copy."
+    )
+    layers: int = Field(
+        4, ge=1, description="Layers of the branch; at most as many as the trunk has."
+    )
+    detach: bool = Field(
+        True,
+        description="Stop the gradient of head or branch before the trunk. A network "
+        "is apart from the trunk anyway.",
+    )
+
+
+class ValueFunction(nn.Module):
+    """V of every place of a batch. Holds its own weights and none of the trunk's.
+
+    Args:
+        kind: As in ``ValueSettings``.
+        body: The layers below the linear one; None for a head.
+        width: Of the hidden states.
+        detach: Stop the gradient into the trunk.
+        dtype: Of the linear layer, float32 at least.
+        device: Of the linear layer.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        body: PreTrainedModel | None,
+        *,
+        width: int,
+        detach: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.kind, self.detach = kind, detach
+        self.body = body
+        # Made of zeros rather than by nn.Linear, which would draw random numbers.
+        self.weight = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros((), dtype=dtype, device=device))
+
+    def source(self, model: PreTrainedModel) -> nn.Module | None:
+        """The module of the policy's model whose call ``forward`` must be shown."""
+        if self.kind == "branch":
+            return _layers_of(trunk_of(model))[-self.body.config.num_hidden_layers]
+        return trunk_of(model) if self.kind == "head" else None
+
+    def forward(self, input_ids: Tensor, seen: dict) -> Tensor:
+        """V of each place: the state that consists of all tokens up to it.
+
+        Args:
+            input_ids: (B, L), padded on the right.
+            seen: What ``first_call`` saw at ``source``; unused by a network.
+
+        Returns:
+            (B, L), float32 at least.
+        """
+        positions = positions_of(input_ids)
+        if self.kind == "head":
+            hidden = self._cut(seen["output"].last_hidden_state)
+        elif self.kind == "branch":
+            entering = self._cut(_hidden_given(seen))
+            hidden = _run(self.body, positions, inputs_embeds=entering)
+        else:
+            hidden = _run(self.body, positions, input_ids=input_ids)
+        return hidden.to(self.weight.dtype) @ self.weight + self.bias
+
+    def _cut(self, hidden: Tensor) -> Tensor:
+        return hidden.detach() if self.detach else hidden
+
+
+def new_value_function(policy: Policy, settings: ValueSettings) -> ValueFunction:
+    """Make a value function for a policy; V = 0 everywhere to begin with.
+
+    A branch and a network start from the weights that the policy acts with, adapters
+    included, and train all of their own.
+
+    Raises:
+        PolicyError: The trunk has fewer layers than the branch shall have, or does
+            something beside its layers that a branch would not do likewise.
+    """
+    trunk, body = trunk_of(policy.model), None
+    if settings.kind == "branch":
+        body = _top_layers(trunk, settings.layers, name=policy.name)
+    elif settings.kind == "network":
+        body = _own_copy(trunk)
+    function = ValueFunction(
+        settings.kind,
+        body,
+        width=trunk.config.hidden_size,
+        detach=settings.detach,
+        dtype=torch.promote_types(policy.model.dtype, torch.float32),
+        device=policy.device,
+    )
+    if settings.kind == "branch":
+        _check_branch(policy, function)
+    return function
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What ``score`` found. T is the length of the longest response.
+
+    Attributes:
+        logprobs: Of the response tokens, (B, T), float32, 0 outside the mask.
+        entropy: Of the distributions that they came from, in nats, likewise; or None.
+        values: V of the state before each response token, likewise; or None.
+        last_values: V of the state after the last response token, (B,); or None. What
+            a truncated response could still earn; meaningless after EOS.
+        response_mask: True at response tokens, (B, T).
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    values: Tensor | None
+    last_values: Tensor | None
+    response_mask: Tensor
+
+
+def score(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    value_function: ValueFunction | None = None,
+    entropy: bool = True,
+    chunk: int | None = None,
+) -> Scores:
+    """Log-probabilities, entropies and values of responses, by one pass of the trunk.
+
+    Differentiable; call it under ``torch.no_grad`` for the numbers alone. The model is
+    used in the mode it is in.
+
+    Args:
+        policy: Whose probabilities.
+        prompts: B lists of token ids, none empty.
+        responses: B lists of token ids, EOS included where the response has one.
+        temperature: Above 0; divides the logits.
+        value_function: From ``new_value_function``. None: no values.
+        entropy: Whether to compute it.
+        chunk: Rows of logits that are held at once; None for all.
+    """
+    check_temperature(temperature)
+    batch = pad_batch(prompts, responses, pad_id=policy.pad_id, device=policy.device)
+    options = {"temperature": temperature, "entropy": entropy, "chunk": chunk}
+    source = value_function and value_function.source(policy.model)
+    seen: dict = {}
+    if source is None:
+        logprobs, entropies = response_logprobs(policy.model, batch, **options)
+    else:
+        with first_call(source) as seen:
+            logprobs, entropies = response_logprobs(policy.model, batch, **options)
+    values = last_values = None
+    if value_function is not None:
+        everywhere = value_function(batch.input_ids, seen)  # (B, L)
+        values, last_values = _values_at(batch, everywhere)
+    return Scores(
+        logprobs=batch.unpack(logprobs),
+        entropy=None if entropies is None else batch.unpack(entropies),
+        values=values,
+        last_values=last_values,
+        response_mask=batch.response_mask,
+    )
+
+
+def _values_at(batch: PaddedBatch, everywhere: Tensor) -> tuple[Tensor, Tensor]:
+    """From V of all places (B, L): before each response token (B, T), at the end (B,).
+
+    V of a place is that of the state with its token, so the state before token t is
+    found one place to the left of it, as its log-probability is.
+    """
+    values = batch.unpack(everywhere[batch.rows, batch.columns])
+    return values, everywhere.gather(1, batch.ends[:, None]).squeeze(1)
+
+
+def _run(body: PreTrainedModel, positions: Tensor, **inputs: Tensor) -> Tensor:
+    """Last hidden states (B, L, H) of a body."""
+    output = body(position_ids=positions, use_cache=False, **inputs)
+    return output.last_hidden_state
+
+
+def _hidden_given(seen: dict) -> Tensor:
+    """The hidden states (B, L, H) that a layer was called with."""
+    return seen["args"][0] if seen["args"] else seen["kwargs"]["hidden_states"]
+
+
+def _layers_of(trunk: nn.Module) -> nn.ModuleList:
+    """The layers of a trunk, by whatever name it has them."""
+    _, layers = _named_layers(trunk)
+    return layers
+
+
+def _named_layers(trunk: nn.Module) -> tuple[str, nn.ModuleList]:
+    for name, child in trunk.named_children():
+        if isinstance(child, nn.ModuleList):
+            if len(child) == trunk.config.num_hidden_layers:
+                return name, child
+    raise PolicyError(
+        f"{type(trunk).__name__} has no list of {trunk.config.num_hidden_layers} "
+        "layers, so there is no telling where a value branch starts. Use the kind "
+        "'head' or 'network'."
+    )
+
+
+def _own_copy(
+    trunk: PreTrainedModel, memo: dict[int, object] | None = None
+) -> PreTrainedModel:
+    """A copy of a trunk with adapters merged and all weights trainable."""
+    body = copy.deepcopy(trunk, memo)
+    if any(hasattr(module, "merge") for module in body.modules()):
+        from rlreason.policy.lora import fold_adapters  # peft is slow to import
+
+        fold_adapters(body)
+    return body.requires_grad_()
+
+
+def _top_layers(trunk: PreTrainedModel, count: int, *, name: str) -> PreTrainedModel:
+    """A trunk with copies of the top ``count`` layers, to be fed with hidden states."""
+    attribute, layers = _named_layers(trunk)
+    if count > len(layers):
+        raise PolicyError(
+            f"A value branch of {count} layers, but the policy {name!r} has "
+            f"{len(layers)}. Set layers={len(layers)} or less."
+        )
+    # What the copy does without is replaced before it is copied, not afterwards: half
+    # of the weights of a large model may be at stake.
+    unneeded = [*layers[: len(layers) - count]]
+    unneeded += [m for m in trunk.children() if isinstance(m, nn.Embedding)]
+    unneeded.append(trunk.get_input_embeddings())
+    body = _own_copy(trunk, {id(module): _Nothing() for module in unneeded})
+    setattr(body, attribute, getattr(body, attribute)[-count:])
+    body.config.num_hidden_layers = count
+    if getattr(body.config, "layer_types", None):
+        body.config.layer_types = body.config.layer_types[-count:]
+    return body
+
+
+class _Nothing(nn.Module):
+    """Stands where a branch has no module. As a position embedding it adds zero: the
+    hidden states that enter the branch hold their positions already."""
+
+    def forward(self, *_, **__) -> Tensor:
+        return torch.zeros(())
+
+
+@torch.no_grad()
+def _check_branch(policy: Policy, function: ValueFunction) -> None:
+    """See that the branch makes of its input what the trunk makes of it.
+
+    Some architectures scale or normalise the embeddings inside the trunk; a branch of
+    such a one would begin with other hidden states than the trunk's.
+    """
+    ids = torch.arange(8, device=policy.device)[None] % policy.model.config.vocab_size
+    trunk = trunk_of(policy.model)
+    with first_call(function.source(policy.model)) as seen:
+        expected = _run(trunk, positions_of(ids), input_ids=ids)
+    found = _run(function.body, positions_of(ids), inputs_embeds=_hidden_given(seen))
+    # Merged adapters differ from unmerged ones by rounding.
+    tolerance = 8 * torch.finfo(expected.dtype).eps ** 0.5
+    if (found - expected).norm() > tolerance * expected.norm():
+        raise PolicyError(
+            f"A value branch does not fit the policy {policy.name!r}: its "
+            f"{type(trunk).__name__} does more to embeddings than to add positions. "
+            "Use the kind 'head' or 'network'."
+        )
