@@ -55,7 +55,7 @@ class FinetuneSettings(Settings):
         1.0, gt=0, description="Clip the gradient to this norm."
     )
     micro_tokens: int = Field(
-        2048, ge=1, description="Tokens that go through the model at once."
+        1024, ge=1, description="Tokens that go through the model at once."
     )
     seed: int = Field(0, ge=0, description="Seed of the order of the examples.")
 
