@@ -260,14 +260,13 @@ def _chunk_by_chunk(
     so that logits which a model scales or caps are scaled and capped here too.
     """
     trunk = trunk_of(model)
-    with first_call(trunk) as seen:
-        # The trunk runs; the output layer gets no rows yet.
-        with _output_layer_at(model, batch.rows[:0], batch.columns[:0]):
-            model(
-                input_ids=batch.input_ids,
-                position_ids=positions_of(batch.input_ids),
-                use_cache=False,
-            )
+    no_places = batch.rows[:0], batch.columns[:0]
+    with first_call(trunk) as seen, _output_layer_at(model, *no_places):
+        model(
+            input_ids=batch.input_ids,
+            position_ids=positions_of(batch.input_ids),
+            use_cache=False,
+        )
     output: BaseModelOutput = seen["output"]
     places = output.last_hidden_state[batch.rows, batch.columns]  # (N, H)
 

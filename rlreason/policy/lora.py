@@ -1,0 +1,156 @@
+"""LoRA through peft: a policy that trains small adapters, and its own reference.
+
+With the adapters off the model is what it was before they were added, so that no second
+copy is needed for the KL penalty. That holds only if whatever the policy had learnt by
+then is in the weights: an adapter that it brings along from SFT is merged first, since
+otherwise "adapters off" would be the base model from before SFT.
+
+Left out: other kinds of adapters, several adapters at a time, and dropout in adapters,
+which would make the probabilities of training differ from those of sampling.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlreason.policy.load import Policy, PolicyError
+
+
+def with_lora(
+    policy: Policy,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] | str | None = None,
+    modules_to_save: Sequence[str] = (),
+    seed: int = 0,
+) -> Policy:
+    """Put new adapters on a policy; it acts as before until they are trained.
+
+    Takes the policy's model over rather than copying it: go on with what is returned.
+    All weights but the adapters' are frozen. Adapters of a model in half precision are
+    float32, so that small updates are not rounded away.
+
+    Args:
+        policy: May carry an adapter, which is merged into its weights.
+        rank: Of the update of each weight matrix.
+        alpha: The update is multiplied by alpha / rank.
+        targets: Names of the modules to adapt; ``"all-linear"`` for all linear layers
+            but the output layer; None for peft's choice for the architecture.
+        modules_to_save: Names of modules that are trained whole, beside a frozen one.
+        seed: Of the adapters' first factors; the second ones are zero.
+
+    Raises:
+        PolicyError: There are no such modules, or peft has no choice to offer.
+    """
+    model = merge_adapters(policy).model
+    is_conv1d = any(isinstance(module, Conv1D) for module in model.modules())
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets
+        if targets is None or targets == "all-linear"
+        else [*targets],
+        modules_to_save=[*modules_to_save] or None,
+        lora_dropout=0.0,
+        fan_in_fan_out=is_conv1d,  # GPT-2 stores its matrices the other way round
+    )
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # peft asks transformers for an attribute by its old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise PolicyError(
+            f"Cannot put LoRA with targets={targets!r} on {policy.name!r}: {error} "
+            'Give targets="all-linear" or names of its linear layers.'
+        ) from error
+    return replace(policy, model=adapted.eval())
+
+
+def merge_adapters(policy: Policy) -> Policy:
+    """The same policy as a plain model: adapters merged into the weights.
+
+    Its model is taken over, not copied. Weights are trainable afterwards.
+    """
+    if not isinstance(policy.model, PeftModel):
+        return policy
+    model = policy.model.merge_and_unload().requires_grad_()
+    return replace(policy, model=model)
+
+
+def fold_adapters(module: nn.Module) -> None:
+    """Merge the adapters inside any module, in place, e.g. in a copy of some layers."""
+    for name, child in module.named_children():
+        if isinstance(child, BaseTunerLayer):
+            child.merge()
+            setattr(module, name, child.get_base_layer())
+        elif isinstance(child, AuxiliaryTrainingWrapper):
+            plain = child.unload_and_optionally_merge_module(
+                merge=True, safe_merge=False, adapter_names=None
+            )
+            setattr(module, name, plain)
+        else:
+            fold_adapters(child)
+
+
+@contextmanager
+def adapters_off(model: PreTrainedModel) -> Iterator[None]:
+    """Make the model its own reference for a while; nothing in it gets a gradient.
+
+    Adapters are on again afterwards, also after an exception.
+
+    Raises:
+        ValueError: The model has no adapters, so it would be compared with itself.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"{type(model).__name__} has no adapters to switch off. Keep a frozen copy "
+            "as the reference (Policy.clone), or train adapters (with_lora)."
+        )
+    with torch.no_grad(), model.disable_adapter():
+        yield
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes, by name: all that a checkpoint need hold."""
+    return {
+        name: weight.detach()
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+
+
+@torch.no_grad()
+def load_trainable_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Undo ``trainable_tensors``.
+
+    Raises:
+        ValueError: Not exactly the model's trainable weights; it is left as it was.
+    """
+    own = trainable_tensors(model)
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    given = {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes != given:
+        wrong = sorted(name for name, _ in shapes.items() ^ given.items())
+        raise ValueError(
+            f"{len(tensors)} tensors for {len(own)} trainable weights of "
+            f"{type(model).__name__}; missing, unknown or of another shape: "
+            f"{', '.join(dict.fromkeys(wrong))}. Load what was saved with the same "
+            "settings."
+        )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
