@@ -1,0 +1,660 @@
+"""Return-conditioned RL: learn from good and bad steps alike, each told by its label.
+
+Havrilla et al. (2024), section 3; the idea of the decision transformer: maximise
+log pi(a_t | s_t, g_t), where g_t says what comes of it, and then ask for the good.
+
+1. *Sample* solutions of every question from the best policy of expert iteration, and
+   drop repeats. A truncated solution is dropped too: it has no end to learn.
+2. *Balance*: so many right solutions for a wrong one.
+3. *Label* every step S_i, a line, by what becomes of the prefix P_i = (S_1 .. S_i) that
+   ends with it: the policy goes on from P_i K times, and ``[GOOD]`` means that a share
+   of at least ``threshold`` comes to the right answer, ``[BAD]`` that it does not. The
+   last step has no way to go on; its success is the reward of the solution. An outcome
+   reward model can say p(correct | P_i) instead, which takes no rollouts.
+4. *Lay out*: the label stands before its step, as a token that no text can spell.
+5. *Learn*, starting from the pretrained base: cross-entropy on the tokens of the steps,
+   EOS included, given the labels. The labels themselves are not learned.
+6. *Ask* (``sample_conditioned``): force ``[GOOD]``, sample a step, force ``[GOOD]``,
+   and so on. With ``[BAD]`` in its place the same policy must be right less often; that
+   gap is the evidence that the labels mean something to it.
+
+Left out against the paper: the check that verifying rollouts use the results of the
+prefix, and labels balanced by the length of the prefix (its appendix on step labels).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlreason.algorithms.batching import Example, micro_batches, shuffled_batches
+from rlreason.algorithms.finetune import (
+    FinetuneSettings,
+    load_model_tensors,
+    new_adamw,
+)
+from rlreason.algorithms.optim import (
+    clip_gradients,
+    cosine_lr,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_lr,
+)
+from rlreason.algorithms.recorder import Checkpoint, NullRecorder, Recorder
+from rlreason.mdp import Span, Tokens, step_spans
+from rlreason.policy.load import Policy
+from rlreason.policy.logprobs import token_logprobs
+from rlreason.policy.progress import progress_bar
+from rlreason.policy.rollout import Prompt, Rollout
+from rlreason.policy.sampler import sample, sample_prompts
+from rlreason.policy.vocabulary import add_tokens, newline_ids, token_id
+from rlreason.rewards.sparse import sparse_rewards
+from rlreason.settings import Settings
+from rlreason.tasks.answers import is_correct, operation_key
+from rlreason.tasks.problem import Problem
+from rlreason.tasks.prompts import format_prompt
+
+GOOD, BAD = "[GOOD]", "[BAD]"
+
+# p(correct) after each token of each rollout, as an outcome reward model gives it
+StepScorer = Callable[[Sequence[Rollout]], Sequence[Sequence[float]]]
+
+_QUESTIONS_AT_ONCE = 256  # between two chances to save
+# Random streams of their own, beside those of the rounds of expert iteration
+_SAMPLING, _LABELLING = 900, 901
+
+
+class RcrlSettings(Settings):
+    """How to run return-conditioned RL. What the paper leaves open is said so."""
+
+    samples: int = Field(
+        4, ge=1, description="Solutions sampled a question (open in the paper)."
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Sampling temperature, of solutions and of labels."
+    )
+    k: int = Field(
+        8,
+        ge=0,
+        description="Rollouts that label a prefix (the paper's sister work has 8); "
+        "0: every step takes the label of its solution. Not used with a reward model.",
+    )
+    threshold: float = Field(
+        0.5, gt=0, le=1, description="Success from which on a step is good."
+    )
+    positive_ratio: float | None = Field(
+        1.0,
+        gt=0,
+        description="Right solutions for a wrong one (the paper: 100, 10, 1), what is "
+        "over on either side being dropped; None: as they were sampled.",
+    )
+    max_new_tokens: int = Field(256, ge=1, description="Length limit of a response.")
+    seed: int = Field(0, ge=0, description="Seed of sampling, balance and order.")
+    finetune: FinetuneSettings = Field(
+        default_factory=FinetuneSettings, description="The update."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledSolution:
+    """A solution and what is known of its steps.
+
+    Attributes:
+        problem: Index into the list of questions.
+        rollout: The solution as the expert sampled it, without labels.
+        right: Whether its final answer is.
+        good: The label of each step; empty as long as there is none.
+    """
+
+    problem: int
+    rollout: Rollout
+    right: bool
+    good: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledExample(Example):
+    """An example some of whose response tokens are given and not learned.
+
+    Attributes:
+        labels: Where in ``tokens`` the labels stand.
+    """
+
+    labels: tuple[int, ...]
+
+
+def rcrl(
+    expert: Policy,
+    base: Policy,
+    problems: Sequence[Problem],
+    settings: RcrlSettings,
+    *,
+    orm: StepScorer | None = None,
+    recorder: Recorder | None = None,
+) -> Policy:
+    """Teach a clone of ``base`` the labels of the expert's steps; returns it.
+
+    Args:
+        expert: Samples solutions and labels them: the last policy of expert iteration.
+        base: The pretrained model that learns, with the expert's tokenizer. Its clone
+            has two tokens more. Neither is changed.
+        problems: Questions with their final answers.
+        settings: See the class.
+        orm: Called with solutions; returns p(correct) after each of their tokens. Where
+            given, it labels all steps but the last of each solution.
+        recorder: Where metrics and checkpoints go.
+
+    Logged while sampling (``phase="sample"``): ``questions`` and ``rollouts`` so far,
+    ``accuracy`` and ``truncated`` (shares of the rollouts since the last row),
+    ``right_solutions`` and ``wrong_solutions`` (without repeats, so far; in the last
+    row, what the balance left). While labelling (``phase="label"``): ``questions``,
+    ``rollouts`` (all, those of sampling included), ``steps`` and ``good_steps`` (the
+    share of them) so far. At each update (``phase="learn"``): as ``finetune``.
+
+    Raises:
+        ValueError: All solutions are right or all are wrong, so that there is nothing
+            to tell apart; or the tokenizers differ.
+    """
+    recorder = recorder or NullRecorder()
+    if expert.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+        raise ValueError(
+            f"the expert {expert.name!r} and the base {base.name!r} have different "
+            "vocabularies, so the tokens of one mean nothing to the other; use an "
+            "expert that was trained from this base"
+        )
+    saved = recorder.restore()
+    data = _Data() if saved is None else _unpack(saved, expert, problems)
+    while data.sampled < len(problems):
+        _sample_some(expert, problems, data, settings, recorder)
+    while data.labelled < len(problems):
+        _label_some(expert, problems, data, settings, recorder, orm)
+    student = add_tokens(base, [GOOD, BAD])
+    examples = [labelled_example(student, s, problems) for s in data.solutions]
+    _learn(student, examples, data, settings, recorder, saved)
+    return student
+
+
+# --- 1 and 2: sample and balance ---------------------------------------------------
+
+
+@dataclass
+class _Data:
+    """How far the run has come before it learns: counts of questions, and the data."""
+
+    sampled: int = 0
+    labelled: int = 0
+    rollouts: int = 0
+    solutions: list[LabelledSolution] = field(default_factory=list)
+
+    def count(self, right: bool) -> int:
+        return sum(solution.right is right for solution in self.solutions)
+
+
+def _sample_some(expert, problems, data, settings, recorder) -> None:
+    """Sample the next questions; after the last one, balance."""
+    asked = problems[data.sampled : data.sampled + _QUESTIONS_AT_ONCE]
+    rollouts = sample(
+        expert,
+        asked,
+        k=settings.samples,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        seed=1000 * settings.seed + _SAMPLING,
+    )
+    rewards = sparse_rewards(rollouts, asked)
+    data.solutions += distinct_solutions(rollouts, rewards, problems)
+    data.sampled += len(asked)
+    data.rollouts += len(rollouts)
+    if data.sampled == len(problems):
+        data.solutions = balance(
+            data.solutions, settings.positive_ratio, seed=settings.seed
+        )
+    recorder.log(
+        phase="sample",
+        questions=data.sampled,
+        rollouts=data.rollouts,
+        accuracy=sum(rewards) / len(rewards),
+        truncated=sum(not r.finished for r in rollouts) / len(rollouts),
+        right_solutions=data.count(True),
+        wrong_solutions=data.count(False),
+    )
+    if recorder.due():
+        _save(recorder, data)
+
+
+def distinct_solutions(
+    rollouts: Sequence[Rollout], rewards: Sequence[float], problems: Sequence[Problem]
+) -> list[LabelledSolution]:
+    """Finished rollouts, one for each question, outcome and sequence of operations."""
+    index = {problem.id: i for i, problem in enumerate(problems)}
+    seen, kept = set(), []
+    for rollout, reward in zip(rollouts, rewards, strict=True):
+        i, right = index[rollout.problem_id], reward >= 1.0
+        key = (i, right, operation_key(rollout.text))
+        if rollout.finished and key not in seen:
+            seen.add(key)
+            kept.append(LabelledSolution(i, rollout, right))
+    return kept
+
+
+def balance(
+    solutions: Sequence[LabelledSolution], positive_ratio: float | None, *, seed: int
+) -> list[LabelledSolution]:
+    """As many as can be had at so many right solutions for a wrong one, in order.
+
+    Which ones are dropped is drawn at random, whatever their question.
+
+    Raises:
+        ValueError: All are right, or all are wrong.
+    """
+    right = [i for i, solution in enumerate(solutions) if solution.right]
+    wrong = [i for i, solution in enumerate(solutions) if not solution.right]
+    if not right or not wrong:
+        raise ValueError(
+            f"{len(right)} right and {len(wrong)} wrong solutions: labels can be "
+            "learned from both kinds only. Raise samples, temperature, max_new_tokens "
+            "or the number of questions, or take another expert."
+        )
+    if positive_ratio is None:
+        return list(solutions)
+    rng = random.Random(seed)
+    n_right = min(len(right), max(1, round(positive_ratio * len(wrong))))
+    n_wrong = min(len(wrong), max(1, round(len(right) / positive_ratio)))
+    kept = rng.sample(right, n_right) + rng.sample(wrong, n_wrong)
+    return [solutions[i] for i in sorted(kept)]
+
+
+# --- 3: label ----------------------------------------------------------------------
+
+
+def _label_some(expert, problems, data, settings, recorder, orm) -> None:
+    """Label the solutions of the next questions."""
+    end = min(len(problems), data.labelled + _QUESTIONS_AT_ONCE)
+    places = [
+        i for i, s in enumerate(data.solutions) if data.labelled <= s.problem < end
+    ]
+    chosen = [data.solutions[i] for i in places]
+    labelled, used = label_steps(expert, chosen, problems, settings, orm=orm)
+    for i, solution in zip(places, labelled, strict=True):
+        data.solutions[i] = solution
+    data.labelled = end
+    data.rollouts += used
+    labels = [good for solution in data.solutions for good in solution.good]
+    recorder.log(
+        phase="label",
+        questions=data.labelled,
+        rollouts=data.rollouts,
+        steps=len(labels),
+        good_steps=sum(labels) / max(1, len(labels)),
+    )
+    if recorder.due():
+        _save(recorder, data)
+
+
+def label_steps(
+    expert: Policy,
+    solutions: Sequence[LabelledSolution],
+    problems: Sequence[Problem],
+    settings: RcrlSettings,
+    *,
+    orm: StepScorer | None = None,
+) -> tuple[list[LabelledSolution], int]:
+    """Give every step of every solution its label.
+
+    Returns:
+        The solutions with ``good`` filled in, and the number of rollouts it took.
+    """
+    used = 0
+    # Where the steps end after which the expert could go on: all but the last
+    ends = [
+        [end for _, end in cut_steps(expert, s.rollout.tokens)[:-1]] for s in solutions
+    ]
+    if orm is not None:
+        success = _scores_at(ends, solutions, orm)
+    elif settings.k == 0:
+        success = [
+            [float(s.right)] * len(e) for s, e in zip(solutions, ends, strict=True)
+        ]
+    else:
+        prefixes = [
+            [(s.problem, s.rollout.tokens[:end]) for end in e]
+            for s, e in zip(solutions, ends, strict=True)
+        ]
+        # Solutions of one question often begin alike: each prefix is tried once
+        distinct = list(dict.fromkeys(p for each in prefixes for p in each))
+        rates = prefix_success(expert, distinct, problems, settings)
+        used = settings.k * len(distinct)
+        success = [[rates[prefix] for prefix in each] for each in prefixes]
+    labelled = []
+    for solution, values in zip(solutions, success, strict=True):
+        good = (*(value >= settings.threshold for value in values), solution.right)
+        labelled.append(replace(solution, good=good))
+    return labelled, used
+
+
+Prefix = tuple[int, Tokens]  # index of the problem, and the response so far
+
+
+def prefix_success(
+    expert: Policy,
+    prefixes: Sequence[Prefix],
+    problems: Sequence[Problem],
+    settings: RcrlSettings,
+) -> dict[Prefix, float]:
+    """The share of K continuations of each prefix that come to the right answer.
+
+    Prefix and continuation together keep to ``max_new_tokens``, as a solution does, and
+    are judged as one text. The random stream of a continuation follows from the prefix,
+    so that a label does not depend on what else is labelled.
+    """
+    if not prefixes:
+        return {}
+    prompts = []
+    for i, tokens in prefixes:
+        start = tuple(expert.encode_prompt(format_prompt(problems[i])))
+        stream = " after " + " ".join(map(str, tokens))
+        prompts.append(Prompt(problems[i].id, start + tokens, stream))
+    rollouts = sample_prompts(
+        expert,
+        prompts,
+        k=settings.k,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens - min(len(t) for _, t in prefixes),
+        seed=1000 * settings.seed + _LABELLING,
+    )
+    rates = {}
+    for n, (i, tokens) in enumerate(prefixes):
+        room = settings.max_new_tokens - len(tokens)
+        group = rollouts[n * settings.k : (n + 1) * settings.k]
+        texts = expert.decode_batch([tokens + r.tokens[:room] for r in group])
+        right = sum(is_correct(text, problems[i].answer) for text in texts)
+        rates[i, tokens] = right / settings.k
+    return rates
+
+
+def _scores_at(ends, solutions, orm) -> list[list[float]]:
+    """What the reward model says where the steps end."""
+    scores = orm([solution.rollout for solution in solutions])
+    lengths = [len(solution.rollout.tokens) for solution in solutions]
+    if [len(each) for each in scores] != lengths:
+        raise ValueError(
+            "the orm must give one score a token of each solution: it gave "
+            f"{[len(each) for each in scores][:3]} scores for the first solutions, of "
+            f"{lengths[:3]} tokens"
+        )
+    return [[each[end - 1] for end in e] for each, e in zip(scores, ends, strict=True)]
+
+
+# --- 4: lay out --------------------------------------------------------------------
+
+
+def cut_steps(policy: Policy, tokens: Sequence[int]) -> list[Span]:
+    """The steps of a response, as ``sample_conditioned`` meets them: ``[start, end)``.
+
+    As ``mdp.step_spans``, but what is blank after the last newline (EOS alone, mostly)
+    is a step of its own: whoever samples step by step cannot know that nothing follows.
+    """
+    pieces = policy.decode_batch([[token] for token in tokens])
+    spans = step_spans(pieces)
+    start, end = spans.pop()
+    text = ""
+    for t in range(start, end):
+        text += pieces[t]
+        if "\n" in pieces[t] and text.strip() and t + 1 < end:
+            return [*spans, (start, t + 1), (t + 1, end)]
+    return [*spans, (start, end)]
+
+
+def labelled_example(
+    student: Policy, solution: LabelledSolution, problems: Sequence[Problem]
+) -> LabelledExample:
+    """The solution with each step's label before it, EOS at the end."""
+    prompt = student.encode_prompt(format_prompt(problems[solution.problem]))
+    ids = {True: token_id(student, GOOD), False: token_id(student, BAD)}
+    tokens: list[int] = []
+    labels: list[int] = []
+    spans = cut_steps(student, solution.rollout.tokens)
+    for (start, end), good in zip(spans, solution.good, strict=True):
+        labels.append(len(tokens))
+        tokens += [ids[good], *solution.rollout.tokens[start:end]]
+    return LabelledExample(tuple(prompt), tuple(tokens), tuple(labels))
+
+
+# --- 5: learn ----------------------------------------------------------------------
+
+
+def conditional_nll(policy: Policy, batch: Sequence[LabelledExample]) -> Tensor:
+    """Summed negative log-likelihood (nats) of all steps given their labels: a scalar.
+
+    A label is read like a prompt: it stands before its step and has no loss itself.
+    """
+    logprobs, response_mask = token_logprobs(
+        policy.model,
+        [example.prompt_tokens for example in batch],
+        [example.tokens for example in batch],
+    )  # (B, T), (B, T)
+    learned = response_mask.clone()
+    for row, example in enumerate(batch):
+        learned[row, list(example.labels)] = False
+    return -(logprobs * learned).sum()
+
+
+def step_token_count(batch: Sequence[LabelledExample]) -> int:
+    """The number of tokens the loss of this batch is divided by: no labels."""
+    return sum(len(example.tokens) - len(example.labels) for example in batch)
+
+
+def _learn(student, examples, data, settings, recorder, saved) -> None:
+    """Fine-tune in place: the loop of ``finetune`` with the loss above."""
+    chosen, model = settings.finetune, student.model
+    optimizer = new_adamw(model, chosen)
+    start = 0
+    if saved is not None and saved.state["updates"]:
+        start = saved.state["updates"]
+        load_model_tensors(model, saved.tensors)
+        load_optimizer_tensors(optimizer, "adamw", saved.tensors)
+    per_epoch = math.ceil(len(examples) / chosen.batch_size)
+    total = per_epoch * chosen.epochs
+    model.eval()  # dropout stays off: what is scored is what is sampled
+    for update in range(start, total):
+        epoch, i = divmod(update, per_epoch)
+        if i == 0 or update == start:
+            seed = chosen.seed + 1000 * settings.seed
+            order = shuffled_batches(
+                examples, batch_size=chosen.batch_size, seed=seed, epoch=epoch
+            )
+            batches = list(order)
+        lr = cosine_lr(
+            update,
+            total=total,
+            warmup=math.ceil(chosen.warmup * total),
+            peak=chosen.lr,
+            floor=chosen.lr_floor,
+        )
+        set_lr(optimizer, lr)
+        count, loss = step_token_count(batches[i]), 0.0
+        for mb in micro_batches(batches[i], max_tokens=chosen.micro_tokens):
+            mb_loss = conditional_nll(student, mb) / count
+            mb_loss.backward()
+            loss += mb_loss.item()
+        norm = clip_gradients(model, chosen.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        recorder.log(
+            phase="learn",
+            update=update,
+            epoch=epoch,
+            loss=loss,
+            grad_norm=norm,
+            lr=lr,
+            response_tokens=count,
+        )
+        if recorder.due() or update + 1 == total:
+            _save(recorder, data, model, optimizer, update + 1)
+
+
+# --- 6: ask ------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Row:
+    """A response under way."""
+
+    problem: int
+    sample: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    step: int = 0  # where the step begins that is being written, label included
+    room: int = 0  # tokens that may still be sampled
+    finished: bool = False
+
+
+def sample_conditioned(
+    policy: Policy,
+    problems: Sequence[Problem],
+    *,
+    label: str = GOOD,
+    k: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> list[Rollout]:
+    """Draw ``k`` answers to each problem, every step of them after a forced ``label``.
+
+    A forced label is no action. It stands in a rollout's ``tokens``, so that
+    ``prompt_tokens + tokens`` is what the policy read, token in, token out; its
+    log-probability is 0.0, that of what is certain to come; it is not in ``text`` and
+    is not counted by ``max_new_tokens``. So the sum of ``logprobs`` is the
+    log-probability of the answer given the labels.
+
+    Args:
+        policy: As ``rcrl`` returns it.
+        problems: The questions. Two with the same id get the same samples.
+        label: ``"[GOOD]"``, or as the control ``"[BAD]"``.
+        max_new_tokens: Sampled tokens an answer, over all its steps, EOS included.
+        progress: Show a bar; by default where somebody watches.
+
+    The other arguments are as in ``sample``; what is returned is in the same order.
+    """
+    forced, ends = token_id(policy, label), newline_ids(policy)
+    prompts = [tuple(policy.encode_prompt(format_prompt(p))) for p in problems]
+    rows = [
+        _Row(i, j, room=max_new_tokens) for i in range(len(problems)) for j in range(k)
+    ]
+    live, turn = rows, 0
+    with progress_bar(len(rows), label, unit="sample", show=progress) as bar:
+        while live or turn == 0:
+            for row in live:
+                if row.step == len(row.tokens):
+                    row.tokens.append(forced)
+                    row.logprobs.append(0.0)
+            # All begin alike, so the K samples of a question share the first prompt
+            asked = [row for row in live if turn or row.sample == 0]
+            parts = sample_prompts(
+                policy,
+                [
+                    Prompt(
+                        problems[row.problem].id,
+                        prompts[row.problem] + tuple(row.tokens),
+                        f" sample {row.sample} turn {turn}" if turn else "",
+                    )
+                    for row in asked
+                ],
+                k=k if turn == 0 else 1,
+                temperature=temperature,
+                max_new_tokens=max((row.room for row in live), default=max_new_tokens),
+                seed=seed,
+                stop_ids=ends,
+                progress=False,
+            )
+            for row, part in zip(live, parts, strict=True):
+                _take(policy, row, part)
+            still = [row for row in live if row.room and not row.finished]
+            bar.update(len(live) - len(still))
+            live, turn = still, turn + 1
+    texts = policy.decode_batch([row.tokens for row in rows])
+    return [
+        Rollout(
+            problem_id=problems[row.problem].id,
+            sample=row.sample,
+            prompt_tokens=prompts[row.problem],
+            tokens=tuple(row.tokens),
+            logprobs=tuple(row.logprobs),
+            text=text,
+            finished=row.finished,
+        )
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+
+def _take(policy: Policy, row: _Row, part: Rollout) -> None:
+    """Add what was sampled; a row with less room than others is cut here."""
+    tokens = part.tokens[: row.room]
+    row.tokens += tokens
+    row.logprobs += part.logprobs[: row.room]
+    row.room -= len(tokens)
+    row.finished = tokens[-1] == policy.eos_id
+    # A blank line belongs to the step after it, as in ``step_spans``
+    if policy.decode(row.tokens[row.step :]).strip():
+        row.step = len(row.tokens)
+
+
+# --- Checkpoints -------------------------------------------------------------------
+
+
+def _save(recorder, data: _Data, model=None, optimizer=None, updates: int = 0) -> None:
+    """Keep the data, and the state of learning where it has begun."""
+    tensors: dict[str, Tensor] = {}
+    if model is not None:
+        tensors |= {f"model.{k}": v for k, v in model.state_dict().items()}
+        tensors |= optimizer_tensors(optimizer, "adamw")
+    rollouts = [solution.rollout for solution in data.solutions]
+    tensors |= {
+        "data.problem": torch.tensor([s.problem for s in data.solutions]),
+        "data.sample": torch.tensor([r.sample for r in rollouts]),
+        "data.length": torch.tensor([len(r.tokens) for r in rollouts]),
+        "data.tokens": torch.tensor([t for r in rollouts for t in r.tokens]),
+        "data.logprobs": torch.tensor([x for r in rollouts for x in r.logprobs]),
+    }
+    state = {
+        "sampled": data.sampled,
+        "labelled": data.labelled,
+        "rollouts": data.rollouts,
+        "right": [solution.right for solution in data.solutions],
+        "good": [list(solution.good) for solution in data.solutions],
+        "updates": updates,
+    }
+    recorder.save(tensors, state)
+
+
+def _unpack(saved: Checkpoint, expert: Policy, problems) -> _Data:
+    """Undo ``_save``; prompts and texts are made anew from the tokens."""
+    lengths = saved.tensors["data.length"].tolist()
+    tokens = [t.tolist() for t in saved.tensors["data.tokens"].split(lengths)]
+    logprobs = [x.tolist() for x in saved.tensors["data.logprobs"].split(lengths)]
+    columns = zip(
+        saved.tensors["data.problem"].tolist(),
+        saved.tensors["data.sample"].tolist(),
+        tokens,
+        logprobs,
+        expert.decode_batch(tokens),
+        saved.state["right"],
+        saved.state["good"],
+        strict=True,
+    )
+    solutions = []
+    for i, number, ids, logps, text, right, good in columns:
+        prompt = tuple(expert.encode_prompt(format_prompt(problems[i])))
+        rollout = Rollout(
+            problems[i].id, number, prompt, tuple(ids), tuple(logps), text, True
+        )
+        solutions.append(LabelledSolution(i, rollout, right, tuple(good)))
+    counts = (saved.state[name] for name in ("sampled", "labelled", "rollouts"))
+    return _Data(*counts, solutions)
