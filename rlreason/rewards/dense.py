@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from rlreason.mdp import step_spans
@@ -133,7 +134,11 @@ def _decode(policy: Policy, batch: Sequence[Sequence[int]]) -> list[str]:
     return policy.decode_batch(batch) if batch else []
 
 
+@lru_cache(maxsize=4096)  # a reference is read for every step of every sample
 def _results(text: str) -> Counter[str]:
-    """Intermediate results by their canonical names; what is no number is left out."""
+    """Intermediate results by their canonical names; what is no number is left out.
+
+    The counter is shared between callers: not to be changed.
+    """
     names = (canonical_number(result) for result in parse_solution(text).results)
     return Counter(name for name in names if name is not None)
