@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -35,6 +35,7 @@ from rlreason.algorithms.curriculum import (
     QuestionSampler,
     UniformSettings,
     best_k_of_n,
+    learning_scores,
 )
 from rlreason.algorithms.optim import (
     cosine_lr,
@@ -87,7 +88,10 @@ class GaeSettings(Settings):
         0, ge=0, description="First phases in which V learns and the policy does not."
     )
     bootstrap: bool = Field(
-        True, description="Whether V stands in for what a cut response would earn."
+        False,
+        description="What a cut response gets at its end: V of where it was cut, in "
+        "place of the task's reward for its text. Safe with gamma < 1: undiscounted, V "
+        "of a response that never ends can hold itself up.",
     )
 
 
@@ -321,24 +325,23 @@ def ppo(
         with recorder.clock("sampling"):
             rollouts = sample_prompts(
                 learner.policy,
-                [replace(p, stream=f"{p.stream}/{phase}") for p in prompts],
+                prompts,
                 k=settings.n,
                 temperature=settings.temperature,
                 max_new_tokens=settings.max_new_tokens,
                 seed=settings.seed,
             )
         paid = reward(rollouts, problems)
-        chosen = _chosen(paid, settings)
         with recorder.clock("scoring"):
-            experience = learner.score([rollouts[i] for i in chosen])
-        experience = learner.pay(experience, [paid[i] for i in chosen])
-        experience = learner.credit(experience)
-        metrics = _phase_metrics(experience, rollouts, paid, learner.kl_coef, settings)
+            experience = learner.score(rollouts)
+        experience = learner.credit(learner.pay(experience, paid))
+        metrics = _phase_metrics(experience, paid, learner.kl_coef, settings)
         _check(metrics, phase, settings, saved, recorder)
+        surprise = learning_scores(experience.advantages, experience.response_mask)
+        questions.update([r.problem_id for r in rollouts], surprise.tolist())
         with recorder.clock("learning"):
-            metrics |= learner.learn(experience, phase)
+            metrics |= learner.learn(_kept(experience, paid, settings), phase)
         _check(metrics, phase, settings, saved, recorder)
-        questions.update(*_visits(experience, prompts, settings, chosen))
         learner.adapt_kl(metrics["kl"])
         metrics["rollouts"] = (phase + 1) * settings.rollouts
         if on_phase is not None:
@@ -377,9 +380,12 @@ class _Learner:
             fused=True,
         )
         self.kl_coef = settings.kl.coef
+        model = self.policy.model
         if settings.gradient_checkpointing:
-            self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.policy.model.eval()  # dropout stays off: what is scored is what is sampled
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        # Only in training mode are activations computed again. The mode changes nothing
+        # else: dropout is off for good, what is scored is what is sampled
+        model.train(settings.gradient_checkpointing)
 
     # Score
 
@@ -451,6 +457,10 @@ class _Learner:
         for row, numbers in enumerate(paid):
             rewards[row, : len(numbers)] = torch.tensor(numbers)
             if not experience.rollouts[row].finished:
+                # Paid as if it had ended *and* given V of going on, it would earn
+                # twice, and the policy would learn never to stop
+                if self.settings.gae is not None and self.settings.gae.bootstrap:
+                    rewards[row, len(numbers) - 1] = 0.0
                 rewards[row, len(numbers) - 1] -= self.settings.truncation_penalty
         penalty = kl_estimate(
             experience.logprobs, experience.ref_logprobs, self.settings.kl.estimator
@@ -488,8 +498,6 @@ class _Learner:
             groups = _group_ids(experience.rollouts).to(rewards.device)
             baselined = response_advantages(totals, groups, self.settings.credit.kind)
             advantages, returns = baselined[:, None] * mask, experience.returns
-        if self.settings.whiten:
-            advantages = whiten(advantages, mask)
         return replace(experience, advantages=advantages, returns=returns)
 
     # Learn
@@ -497,6 +505,9 @@ class _Learner:
     def learn(self, experience: Experience, phase: int) -> dict[str, float]:
         """Epochs of mini-batches; returns the means of the updates' metrics."""
         settings, updates = self.settings, []
+        if settings.whiten:
+            white = whiten(experience.advantages, experience.response_mask)
+            experience = replace(experience, advantages=white)
         set_lr(self.optimizer, lr := self._lr(phase))
         if settings.gae is not None and phase < settings.gae.value_warmup:
             self.optimizer.param_groups[0]["lr"] = 0.0
@@ -569,7 +580,8 @@ class _Learner:
     def finished(self) -> Policy:
         """The policy alone, adapters merged into its weights."""
         if self.settings.gradient_checkpointing:
-            self.policy.model.gradient_checkpointing_disable()
+            self.policy.model.activation_checkpointing_disable()
+        self.policy.model.eval()
         return merge_adapters(self.policy)
 
 
@@ -796,13 +808,23 @@ def value_loss(
 # --- Bookkeeping ---------------------------------------------------------------------
 
 
-def _chosen(paid: Sequence[tuple[float, ...]], settings: PpoSettings) -> list[int]:
-    """Rows that are learned from: all, or the best ``keep`` of each question."""
+def _kept(experience: Experience, paid, settings: PpoSettings) -> Experience:
+    """The responses that are learned from: all, or the best ``keep`` of each n.
+
+    Credit was given before, over all of them: a baseline of the best alone would say
+    that they were nothing special.
+    """
     if settings.keep is None:
-        return list(range(len(paid)))
+        return experience
     totals = [sum(numbers) for numbers in paid]
     groups = [row // settings.n for row in range(len(paid))]
-    return best_k_of_n(totals, groups, settings.keep)
+    rows = best_k_of_n(totals, groups, settings.keep)
+    tensors = {
+        field.name: getattr(experience, field.name)[rows]
+        for field in fields(experience)
+        if field.name != "rollouts"
+    }
+    return Experience(tuple(experience.rollouts[row] for row in rows), **tensors)
 
 
 def _group_ids(rollouts: Sequence[Rollout]) -> Tensor:
@@ -822,23 +844,13 @@ def _mini_batches(
         yield order[begin : begin + settings.batch_size]
 
 
-def _visits(experience, prompts, settings, chosen) -> tuple[list[str], list[float]]:
-    """Mean absolute advantage a question, in which replay finds what is unlearned."""
-    mask = experience.response_mask
-    per_row = (experience.advantages.abs() * mask).sum(1) / mask.sum(1).clamp(min=1)
-    scores: dict[str, list[float]] = {}
-    for row, value in zip(chosen, per_row.tolist(), strict=True):
-        scores.setdefault(prompts[row // settings.n].problem_id, []).append(value)
-    return list(scores), [sum(v) / len(v) for v in scores.values()]
-
-
-def _phase_metrics(experience, rollouts, paid, kl_coef, settings) -> dict[str, float]:
+def _phase_metrics(experience, paid, kl_coef, settings) -> dict[str, float]:
     """What is known of a phase before it is learned from."""
-    mask = experience.response_mask
+    rollouts, mask = experience.rollouts, experience.response_mask
     tokens = int(mask.sum())
     d = experience.logprobs - experience.ref_logprobs
     sampled = torch.zeros_like(experience.logprobs)
-    for row, rollout in enumerate(experience.rollouts):
+    for row, rollout in enumerate(rollouts):
         sampled[row, : len(rollout.tokens)] = torch.tensor(rollout.logprobs)
     error = torch.where(mask, (experience.logprobs - sampled).expm1().abs(), 0.0)
     total = sum(sum(numbers) for numbers in paid) / len(paid)

@@ -1,0 +1,932 @@
+"""PPO: its equations against loops and known answers, its phases against a hand count.
+
+Tests named ``test_pNN_`` hold a pitfall of the field: the wrong version stands beside
+the right one and is seen to fail.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from pydantic import ValidationError
+from tiny_models import tiny_policy
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
+from toys import (
+    TOY_PROBLEMS,
+    InterruptedRunError,
+    Memory,
+    same_bits,
+    toy_policy,
+    weights,
+)
+
+from rlreason import sample
+from rlreason.algorithms import ppo as algorithm
+from rlreason.algorithms.ppo import (
+    BaselineSettings,
+    DivergedError,
+    GaeSettings,
+    KlSettings,
+    LoraSettings,
+    PpoSettings,
+    bootstrapped,
+    explained_variance,
+    gae,
+    kl_estimate,
+    policy_loss,
+    ppo,
+    response_advantages,
+    value_loss,
+    whiten,
+)
+from rlreason.policy.rollout import Rollout
+from rlreason.policy.value import ValueSettings
+from rlreason.rewards.sparse import sparse_token_rewards
+
+HEAD = ValueSettings(kind="head", layers=1, detach=False)
+QUICK = PpoSettings(
+    phases=3,
+    rollouts=12,
+    n=2,
+    temperature=1.0,
+    max_new_tokens=24,
+    epochs=2,
+    batch_size=6,
+    lr=1e-3,
+    lr_floor=1e-4,
+    lora=None,
+    micro_tokens=300,
+    credit=GaeSettings(lam=1.0, value=HEAD),
+)
+
+
+def quick(**changes) -> PpoSettings:
+    return PpoSettings.model_validate({**dict(QUICK), **changes})
+
+
+def run(recorder=None, *, start=None, settings=QUICK, **options):
+    return ppo(
+        start or toy_policy(), TOY_PROBLEMS, settings, recorder=recorder, **options
+    )
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+LENGTHS = torch.tensor([5, 1, 4])
+MASK = torch.arange(5) < LENGTHS[:, None]  # (3, 5)
+
+
+# Generalised advantage estimation
+
+
+def gae_by_definition(rewards, values, gamma, lam):
+    """Equation 16 as a double sum over one row of T tokens; V = 0 behind the last."""
+    after = [*values[1:], 0.0]
+    length = len(rewards)
+    deltas = [rewards[t] + gamma * after[t] - values[t] for t in range(length)]
+    return [
+        sum((gamma * lam) ** (u - t) * deltas[u] for u in range(t, length))
+        for t in range(length)
+    ]
+
+
+@given(
+    rewards=hnp.arrays(float, (3, 5), elements=st.floats(-5, 5)),
+    values=hnp.arrays(float, (3, 5), elements=st.floats(-5, 5)),
+    gamma=st.sampled_from([0.9, 0.999, 1.0]),
+    lam=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+)
+def test_gae_is_its_definition(rewards, values, gamma, lam):
+    rewards, values = torch.from_numpy(rewards), torch.from_numpy(values)
+    advantages, returns = gae(rewards, values, MASK, gamma, lam)
+    for row, length in enumerate(LENGTHS.tolist()):
+        expected = gae_by_definition(
+            rewards[row, :length].tolist(), values[row, :length].tolist(), gamma, lam
+        )
+        assert advantages[row, :length].tolist() == pytest.approx(expected, abs=1e-9)
+    assert torch.equal(returns, (advantages + values) * MASK)
+    assert not advantages[~MASK].any()
+
+
+def test_p23_returns_are_the_reward_to_go_when_nothing_is_discounted():
+    rewards, values = random(3, 5, seed=1) * MASK, random(3, 5, seed=2)
+    advantages, returns = gae(rewards, values, MASK, 1.0, 1.0)
+    to_go = rewards.flip(1).cumsum(1).flip(1) * MASK
+    assert torch.allclose(returns, to_go, atol=1e-6)
+    # Wrong: returns made from advantages that are whitened already
+    wrong = (whiten(advantages, MASK) + values) * MASK
+    assert not torch.allclose(wrong, to_go, atol=1e-2)
+
+
+def test_p24_nothing_leaks_from_padding_on_either_side_or_between():
+    rewards, values = random(1, 4, seed=1), random(1, 4, seed=2)
+    whole, _ = gae(rewards, values, torch.ones(1, 4), 0.9, 0.8)
+    for places in ([0, 1, 2, 3], [3, 4, 5, 6], [1, 2, 5, 6]):
+        wide = torch.full((2, 1, 7), math.nan)
+        mask = torch.zeros(1, 7, dtype=torch.bool)
+        mask[:, places] = True
+        wide[0, :, places], wide[1, :, places] = rewards, values
+        found, returns = gae(wide[0], wide[1], mask, 0.9, 0.8)
+        assert torch.equal(found[:, places], whole)
+        assert found.isfinite().all()
+        assert returns.isfinite().all()
+    # Wrong: values of padding taken for V of the state after the end
+    values = torch.cat([values, torch.ones(1, 1)], 1)
+    rewards = torch.cat([rewards, torch.zeros(1, 1)], 1)
+    wrong, _ = gae(rewards, values, torch.ones(1, 5), 0.9, 0.8)
+    assert not torch.allclose(wrong[:, :4], whole)
+
+
+def test_p17_a_cut_response_is_bootstrapped_once_and_an_ended_one_never():
+    rewards = random(3, 5) * MASK
+    cut = torch.tensor([True, False, True])
+    last = torch.tensor([2.0, 3.0, 4.0])
+    found = bootstrapped(rewards, MASK, last_values=last, truncated=cut, gamma=0.5)
+    extra = found - rewards
+    assert extra.count_nonzero() == 2
+    assert extra[0, 4] == pytest.approx(1.0)
+    assert extra[2, 3] == pytest.approx(2.0)
+    # With V everywhere the true value of a reward of 1 a token for ever, a row that
+    # was cut shows no advantage; taken for terminal, it seems to have failed
+    gamma, length = 0.9, 6
+    forever = torch.full((1, length), 1 / (1 - gamma))
+    ones, full = torch.ones(1, length), torch.ones(1, length, dtype=torch.bool)
+    with_v = bootstrapped(
+        ones,
+        full,
+        last_values=forever[:, 0],
+        truncated=torch.tensor([True]),
+        gamma=gamma,
+    )
+    assert gae(with_v, forever, full, gamma, 0.95)[0].abs().max() < 1e-5
+    assert gae(ones, forever, full, gamma, 0.95)[0][0, -1] < -1
+
+
+# Whitening and baselines
+
+
+def test_p22_whitening_is_over_the_mask_alone():
+    values = random(3, 5) * 3 + 7
+    white = whiten(values, MASK)
+    assert white[MASK].mean() == pytest.approx(0, abs=1e-6)
+    assert white[MASK].var(unbiased=False) == pytest.approx(1, abs=1e-5)
+    assert not white[~MASK].any()
+    padded = torch.nn.functional.pad(values, (0, 100), value=1e6)
+    wide = torch.nn.functional.pad(MASK, (0, 100))
+    assert torch.allclose(whiten(padded, wide)[:, :5], white, atol=1e-5)
+    # Wrong: zeros of the padding in mean and variance; the mean added back
+    everywhere = values * MASK
+    wrong = (everywhere - everywhere.mean()) / everywhere.std()
+    assert abs(wrong[MASK].mean()) > 0.1
+    assert abs((white + values[MASK].mean())[MASK].mean()) > 1
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_p22_equal_values_whiten_to_zero(count):
+    mask = torch.arange(5) < count
+    assert whiten(torch.full((1, 5), 3.3), mask[None]).tolist() == [[0.0] * 5]
+
+
+def test_response_advantages_are_their_definitions():
+    totals = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    rloo = response_advantages(totals, groups, "rloo")
+    grpo = response_advantages(totals, groups, "grpo")
+    for i, total in enumerate(totals):
+        same = [j for j in range(6) if groups[j] == groups[i]]
+        others = torch.stack([totals[j] for j in same if j != i])
+        assert rloo[i] == pytest.approx(float(total - others.mean()))
+        group = totals[same]
+        expected = (total - group.mean()) / (group.std() + 1e-6)
+        assert grpo[i] == pytest.approx(float(expected), abs=1e-5)
+    plain = response_advantages(totals, groups, "reinforce")
+    assert torch.allclose(plain, totals - 0.5)
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_p29_groups_go_by_question_and_not_by_place(kind):
+    totals, groups = random(8), torch.tensor([3, 3, 3, 5, 5, 5, 9, 9])
+    order = torch.tensor([4, 0, 6, 2, 7, 1, 5, 3])
+    expected = response_advantages(totals, groups, kind)
+    shuffled = response_advantages(totals[order], groups[order], kind)
+    assert torch.allclose(shuffled, expected[order], atol=1e-6)
+    # Wrong: rows cut into groups by their place
+    by_place = response_advantages(totals[order], torch.arange(8) // 3, kind)
+    assert not torch.allclose(by_place, expected[order], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_p29_a_group_of_equals_or_of_one_teaches_nothing(kind):
+    totals = torch.tensor([1.0, 1.0, 1.0, 5.0])
+    groups = torch.tensor([0, 0, 0, 1])
+    assert not response_advantages(totals, groups, kind).any()
+
+
+def test_p29_two_questions_of_one_text_are_two_groups():
+    def rollout(problem_id):
+        return Rollout(problem_id, 0, (1, 2), (3,), (0.0,), "", True)
+
+    ids = algorithm._group_ids([rollout("a"), rollout("b"), rollout("a")])
+    assert ids.tolist() == [0, 1, 0]
+
+
+# KL
+
+
+def test_kl_estimates_are_the_kl_in_expectation():
+    logits, other = random(5, seed=1), random(5, seed=2)
+    policy, reference = Categorical(logits=logits), Categorical(logits=other)
+    exact = float(kl_divergence(policy, reference))
+    for kind in ("k1", "k3"):
+        estimate = kl_estimate(policy.logits, reference.logits, kind)
+        assert float((policy.probs * estimate).sum()) == pytest.approx(exact, abs=1e-6)
+    assert (kl_estimate(policy.logits, reference.logits, "k3") >= 0).all()
+    for kind in ("k1", "k2", "k3"):
+        assert not kl_estimate(policy.logits, policy.logits, kind).any()
+
+
+def test_p20_only_k2_has_the_gradient_of_the_kl():
+    logits = random(5, seed=1).requires_grad_()
+    reference = random(5, seed=2).log_softmax(0)
+    exact = kl_divergence(Categorical(logits=logits), Categorical(logits=reference))
+    (right,) = torch.autograd.grad(exact, logits)
+
+    def as_loss(kind):
+        """Gradient of an estimate's mean over samples that are held fixed."""
+        logprobs = logits.log_softmax(0)
+        fixed = logprobs.detach().exp()
+        loss = (fixed * kl_estimate(logprobs, reference, kind)).sum()
+        return torch.autograd.grad(loss, logits)[0]
+
+    assert torch.allclose(as_loss("k2"), right, atol=1e-6)
+    assert as_loss("k1").abs().max() < 1e-6  # wrong: none at all
+    assert not torch.allclose(as_loss("k3"), right, atol=1e-2)  # wrong: KL(ref || pi)
+
+
+def test_p20_what_is_taken_off_the_reward_is_what_is_reported():
+    recorder = Memory()
+    settings = quick(kl=KlSettings(coef=0.3), lr=3e-3, max_kl=50.0)
+    run(recorder, settings=settings)
+    assert recorder.rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert any(abs(row["kl"]) > 1e-3 for row in recorder.rows[1:])
+    for row in recorder.rows:
+        penalty = row["reward"] - row["penalised_reward"]
+        assert penalty == pytest.approx(0.3 * row["kl"], abs=1e-5)
+
+
+def test_an_adaptive_coefficient_follows_ziegler():
+    settings = quick(kl=KlSettings(coef=0.1, target=2.0, horizon=100))
+    learner = algorithm._Learner(toy_policy(), settings)
+    for kl, factor in ((2.0, 1.0), (2.2, 1 + 0.1 * 0.12), (99.0, 1 + 0.2 * 0.12)):
+        before = learner.kl_coef
+        learner.adapt_kl(kl)
+        assert learner.kl_coef == pytest.approx(before * factor)
+    learner.adapt_kl(0.0)
+    assert learner.kl_coef < before * (1 + 0.2 * 0.12)
+
+
+# Losses
+
+
+def losses_in_a_loop(new, old, advantages, mask, clip):
+    total = 0.0
+    for b, t in mask.nonzero().tolist():
+        ratio = math.exp(float(new[b, t] - old[b, t]))
+        a = float(advantages[b, t])
+        total -= min(ratio * a, max(min(ratio, 1 + clip), 1 - clip) * a)
+    return total
+
+
+def test_the_clipped_surrogate_is_its_definition():
+    new, old, advantages = (random(3, 5, seed=s) for s in (1, 2, 3))
+    loss, metrics = policy_loss(new, old, advantages, MASK, 0.2)
+    expected = losses_in_a_loop(new, old, advantages, MASK, 0.2)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    outside = ((new - old).exp() - 1).abs() > 0.2
+    assert metrics["clip_fraction"] == (outside & MASK).sum()
+
+
+def test_a_ratio_beyond_the_clip_in_the_good_direction_gets_no_gradient():
+    old = torch.zeros(1, 4)
+    new = torch.tensor([[0.5, 0.5, -0.5, -0.5]], requires_grad=True)
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    loss, _ = policy_loss(new, old, advantages, torch.ones(1, 4), 0.2)
+    (gradient,) = torch.autograd.grad(loss, new)
+    assert (gradient != 0).tolist() == [[False, True, True, False]]
+
+
+def test_p21_losses_and_metrics_do_not_see_padding():
+    tensors = [random(3, 5, seed=s) for s in range(4)]
+    wide = [torch.nn.functional.pad(t, (0, 100), value=9.0) for t in tensors]
+    mask = torch.nn.functional.pad(MASK, (0, 100))
+    loss, metrics = policy_loss(*tensors[:3], MASK, 0.2)
+    wide_loss, wide_metrics = policy_loss(*wide[:3], mask, 0.2)
+    assert wide_loss == pytest.approx(float(loss), rel=1e-5)
+    for name, value in metrics.items():
+        assert float(wide_metrics[name]) == pytest.approx(float(value), rel=1e-5)
+    small = value_loss(*tensors[:3], MASK, 0.2)
+    assert float(value_loss(*wide[:3], mask, 0.2)) == pytest.approx(float(small))
+    # Wrong: a mean over all places of the tensor
+    ratio = (wide[0] - wide[1]).exp()
+    assert ratio.mean() != pytest.approx(float(ratio[mask].mean()), rel=0.05)
+
+
+def test_p26_a_ratio_that_overflows_gives_finite_losses_and_gradients():
+    new = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    for advantage in (1.0, -1.0):
+        advantages = torch.full((1, 2), advantage)
+        loss, metrics = policy_loss(
+            new, torch.zeros(1, 2), advantages, torch.ones(1, 2), 0.2
+        )
+        (gradient,) = torch.autograd.grad(loss, new)
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+        assert all(value.isfinite() for value in metrics.values())
+    assert new.exp()[0, 0].isinf()  # wrong: without the clamp
+
+
+def test_p28_the_value_loss_is_the_larger_of_both_and_half_the_square():
+    new, old, returns = (random(3, 5, seed=s) for s in (1, 2, 3))
+    expected, wrong = 0.0, 0.0
+    for b, t in MASK.nonzero().tolist():
+        v, o, r = (float(x[b, t]) for x in (new, old, returns))
+        near = o + max(-0.2, min(0.2, v - o))
+        expected += 0.5 * max((v - r) ** 2, (near - r) ** 2)
+        wrong += 0.5 * min((v - r) ** 2, (near - r) ** 2)
+    assert float(value_loss(new, old, returns, MASK, 0.2)) == pytest.approx(expected)
+    assert abs(wrong - expected) > 0.1
+    plain = 0.5 * ((new - returns).square() * MASK).sum()
+    assert value_loss(new, old, returns, MASK, None) == pytest.approx(float(plain))
+    # Nothing is clipped while the values are those of the sampling time
+    unmoved = value_loss(old, old, returns, MASK, 0.2)
+    assert unmoved == pytest.approx(float(value_loss(old, old, returns, MASK, None)))
+
+
+def test_p18_without_a_token_the_losses_are_zero_with_zero_gradients():
+    new = random(2, 3).requires_grad_()
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    loss, _ = policy_loss(new, random(2, 3, seed=1), random(2, 3, seed=2), nothing, 0.2)
+    loss = loss + value_loss(new, random(2, 3), random(2, 3, seed=4), nothing, 0.2)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, new)[0].any()
+
+
+def test_explained_variance():
+    returns = random(50)
+    assert explained_variance(returns + 3.0, returns) == pytest.approx(1)
+    assert explained_variance(torch.zeros(50), returns) == pytest.approx(0)
+    assert explained_variance(-returns, returns) == pytest.approx(-3, abs=1e-4)
+    assert explained_variance(returns, torch.ones(50)) == 0
+
+
+# A phase
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """A learner that has scored, paid and credited twelve rollouts, some cut."""
+    settings = quick(max_new_tokens=20, kl=KlSettings(coef=0.1))
+    learner = algorithm._Learner(toy_policy(), settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # as after some phases: V and policy have moved
+        for module in (learner.policy.model, learner.value_function):
+            for weight in module.parameters():
+                weight.add_(0.002 * torch.randn(weight.shape, generator=generator))
+    rollouts = sample(learner.policy, TOY_PROBLEMS, k=2, max_new_tokens=20, seed=1)
+    paid = sparse_token_rewards(rollouts, TOY_PROBLEMS)
+    experience = learner.pay(learner.score(rollouts), paid)
+    return learner, learner.credit(experience), paid
+
+
+def test_the_fixture_has_cut_and_ended_and_right_and_wrong_ones(scored):
+    _, experience, paid = scored
+    assert {r.finished for r in experience.rollouts} == {True, False}
+    assert {sum(numbers) for numbers in paid} == {0.0, 1.0}
+
+
+def test_p19_the_reward_stands_on_the_last_token_and_nowhere_else(scored):
+    learner, experience, paid = scored
+    task = experience.rewards + learner.kl_coef * kl_estimate(
+        experience.logprobs, experience.ref_logprobs, "k1"
+    )
+    for row, (rollout, numbers) in enumerate(
+        zip(experience.rollouts, paid, strict=True)
+    ):
+        places = task[row].abs() > 1e-6
+        last = len(rollout.tokens) - 1
+        assert places.nonzero().flatten().tolist() == [last] * (sum(numbers) == 1.0)
+    # Wrong: in the last column, which is padding for all but the longest
+    lengths = experience.response_mask.sum(1)
+    assert (lengths < task.shape[1]).any()
+
+
+def test_p03_before_the_first_update_the_ratio_is_one_at_every_temperature():
+    for temperature in (0.5, 0.7, 1.0, 1.3):
+        recorder = Memory()
+        run(recorder, settings=quick(temperature=temperature, phases=1))
+        assert recorder.rows[0]["ratio_error"] < 1e-4
+    # Wrong: scored at another temperature than sampled
+    policy = toy_policy()
+    learner = algorithm._Learner(policy, quick(temperature=1.0))
+    rollouts = sample(policy, TOY_PROBLEMS, k=2, temperature=0.7, max_new_tokens=19)
+    found = learner.score(rollouts)
+    worst = max(
+        abs(float(found.logprobs[i, t]) - logprob)
+        for i, rollout in enumerate(rollouts)
+        for t, logprob in enumerate(rollout.logprobs)
+    )
+    assert worst > 1e-2
+
+
+def test_p10_what_was_sampled_is_what_is_trained(monkeypatch):
+    seen = []
+    score = algorithm.score
+
+    def spy(policy, prompts, responses, **options):
+        seen.extend(zip(prompts, responses, strict=True))
+        return score(policy, prompts, responses, **options)
+
+    asked = []
+    sample_prompts = algorithm.sample_prompts
+
+    def note(*args, **options):
+        rollouts = sample_prompts(*args, **options)
+        asked.extend((r.prompt_tokens, r.tokens) for r in rollouts)
+        return rollouts
+
+    monkeypatch.setattr(algorithm, "score", spy)
+    monkeypatch.setattr(algorithm, "sample_prompts", note)
+    run(settings=quick(phases=2))
+    assert set(seen) == set(asked)
+
+
+def test_p12_padding_that_is_eos_does_no_harm(scored):
+    learner, experience, _ = scored
+    eos = replace(learner.policy, pad_id=learner.policy.eos_id)
+    assert learner.policy.pad_id != eos.pad_id
+    other = algorithm._Learner(eos, learner.settings)
+    other.policy, other.value_function = eos, learner.value_function
+    found = other.score(experience.rollouts)
+    for name in ("response_mask", "logprobs", "values", "last_values"):
+        assert torch.allclose(
+            getattr(found, name), getattr(experience, name), atol=1e-5
+        )
+
+
+def gradients(learner) -> Tensor:
+    groups = learner.optimizer.param_groups
+    parts = [p.grad.flatten() for group in groups for p in group["params"]]
+    learner.optimizer.zero_grad()
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 100, 100_000])
+def test_p25_the_gradient_does_not_depend_on_how_a_mini_batch_is_cut(
+    micro_tokens, scored
+):
+    learner, experience, _ = scored
+    rows = [7, 0, 3, 10, 5]
+    learner._accumulate(experience, rows)
+    expected = gradients(learner)
+    cut = learner.settings.model_copy(update={"micro_tokens": micro_tokens})
+    monkey, learner.settings = learner.settings, cut
+    learner._accumulate(experience, rows)
+    learner.settings = monkey
+    assert torch.allclose(gradients(learner), expected, atol=1e-5)
+    # Wrong: the mean of the means of the micro-batches
+    for row in rows:
+        learner._accumulate(experience, [row])
+    wrong = gradients(learner) / len(rows)
+    assert not torch.allclose(wrong, expected, atol=1e-3)
+
+
+def test_the_gradient_of_a_mini_batch_is_that_of_the_obvious_loop(scored):
+    learner, experience, _ = scored
+    rows, settings = [1, 4, 8], learner.settings
+    learner._accumulate(experience, rows)
+    expected = gradients(learner)
+    model, head = learner.policy.model, learner.value_function
+    count = sum(len(experience.rollouts[row].tokens) for row in rows)
+    total = 0.0
+    for row in rows:
+        rollout = experience.rollouts[row]
+        ids = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
+        output = model(ids, output_hidden_states=True)
+        first = len(rollout.prompt_tokens) - 1
+        for t, token in enumerate(rollout.tokens):
+            step = Categorical(logits=output.logits[0, first + t])
+            ratio = (
+                step.log_prob(torch.tensor(token)) - experience.logprobs[row, t]
+            ).exp()
+            advantage = experience.advantages[row, t]
+            clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
+            total = total - torch.minimum(ratio * advantage, clipped * advantage)
+            value = output.hidden_states[-1][0, first + t] @ head.weight + head.bias
+            old, wanted = experience.values[row, t], experience.returns[row, t]
+            near = old + (value - old).clamp(-0.2, 0.2)
+            errors = torch.stack([(value - wanted) ** 2, (near - wanted) ** 2])
+            total = total + 0.5 * errors.max()
+    (total / count).backward()
+    assert torch.allclose(gradients(learner), expected, atol=2e-5)
+
+
+def test_nothing_is_computed_twice(monkeypatch):
+    """Forward passes of a phase: one of policy, one of reference, one an update."""
+    counts = {"policy": 0, "reference": 0}
+    settings = quick(phases=1, micro_tokens=100_000)
+    score = algorithm.score
+
+    def spy(policy, prompts, responses, **options):
+        kind = "policy" if policy is learners[0].policy else "reference"
+        counts[kind] += 1
+        return score(policy, prompts, responses, **options)
+
+    learners = []
+    start = algorithm._Learner.__init__
+
+    def note(self, *args):
+        start(self, *args)
+        learners.append(self)
+
+    monkeypatch.setattr(algorithm._Learner, "__init__", note)
+    monkeypatch.setattr(algorithm, "score", spy)
+    run(settings=settings)
+    updates = settings.epochs * settings.rollouts // settings.batch_size
+    assert counts == {"policy": 1 + updates, "reference": 1}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        quick(),
+        quick(kl=KlSettings(reference="swap")),
+        quick(lora=LoraSettings(rank=4, alpha=8.0)),
+    ],
+    ids=["copy", "swap", "lora"],
+)
+def test_p34_the_reference_is_the_start_and_stays_it(settings):
+    recorder = Memory()
+    settings = settings.model_copy(update={"lr": 5e-3, "lr_floor": 5e-3})
+    start = toy_policy()
+    before = weights(start)
+    run(recorder, settings=settings)
+    assert abs(recorder.rows[0]["kl"]) < 1e-5
+    assert recorder.rows[0]["kl_token"] < 1e-6
+    assert recorder.rows[-1]["kl_token"] > 1e-5
+    assert same_bits(weights(start), before)
+
+
+def test_copy_and_swap_are_the_same_run():
+    copied = weights(run(settings=quick(kl=KlSettings(reference="copy"))))
+    swapped = weights(run(settings=quick(kl=KlSettings(reference="swap"))))
+    assert same_bits(copied, swapped)
+
+
+def test_weights_that_are_swapped_come_back_after_an_error():
+    policy = tiny_policy()
+    before = weights(policy)
+    other = {name: t + 1 for name, t in before.items()}
+
+    def fail_within():
+        with algorithm._swapped(policy.model, other):
+            assert not same_bits(weights(policy), before)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_within()
+    assert same_bits(weights(policy), before)
+
+
+def test_p27_values_are_zero_at_the_start_and_warm_up_leaves_the_policy(monkeypatch):
+    recorder = Memory()
+    credit = GaeSettings(lam=1.0, value=HEAD, value_warmup=2, value_coef=1.0)
+    detached = credit.model_copy(
+        update={"value": HEAD.model_copy(update={"detach": True})}
+    )
+    settings = quick(phases=2, credit=detached, weight_decay=0.0)
+    assert same_bits(weights(run(recorder, settings=settings)), weights(toy_policy()))
+    assert recorder.rows[0]["value"] == 0
+    assert recorder.rows[1]["value"] != 0
+    later = settings.model_copy(update={"phases": 3})
+    assert not same_bits(weights(run(settings=later)), weights(toy_policy()))
+
+
+def test_an_early_stop_makes_fewer_updates():
+    plain, stopped = Memory(), Memory()
+    run(plain, settings=quick(epochs=6, lr=2e-2, phases=1))
+    run(stopped, settings=quick(epochs=6, lr=2e-2, phases=1, stop_kl=1e-3))
+    assert plain.rows[0]["updates"] == 12
+    assert 0 < stopped.rows[0]["updates"] < 12
+
+
+def test_rollouts_are_counted_and_every_question_gets_n(monkeypatch):
+    recorder, asked = Memory(), []
+    sample_prompts = algorithm.sample_prompts
+
+    def note(policy, prompts, **options):
+        asked.append([p.problem_id for p in prompts])
+        return sample_prompts(policy, prompts, **options)
+
+    monkeypatch.setattr(algorithm, "sample_prompts", note)
+    run(recorder, settings=quick(rollouts=8, n=2))
+    assert [row["rollouts"] for row in recorder.rows] == [8, 16, 24]
+    # Six questions, four a phase: all are asked twice in three phases
+    assert sorted(problem_id for ids in asked for problem_id in ids) == sorted(
+        [p.id for p in TOY_PROBLEMS] * 2
+    )
+
+
+def test_a_question_that_comes_again_gets_other_samples():
+    seen = []
+
+    def note(rollouts, problems):
+        seen.append({(r.problem_id, r.sample): r.logprobs for r in rollouts})
+        return sparse_token_rewards(rollouts, problems)
+
+    run(settings=quick(phases=2, lr=0.0, lr_floor=0.0), reward=note)
+    assert seen[0].keys() == seen[1].keys()
+    assert any(seen[0][key] != seen[1][key] for key in seen[0])
+
+
+def test_the_penalty_for_cut_responses_is_paid_once(scored):
+    learner, experience, paid = scored
+    fined = algorithm._Learner(
+        toy_policy(), learner.settings.model_copy(update={"truncation_penalty": 0.5})
+    )
+    rewards = fined.pay(experience, paid).rewards
+    difference = (experience.rewards - rewards).sum(1)
+    for row, rollout in enumerate(experience.rollouts):
+        expected = 0.0 if rollout.finished else 0.5
+        assert float(difference[row]) == pytest.approx(expected, abs=1e-6)
+
+
+# Canaries
+
+
+def test_p51_a_rate_of_zero_leaves_everything_as_it_was():
+    recorder = Memory()
+    settings = quick(lr=0.0, lr_floor=0.0, weight_decay=0.0)
+    assert same_bits(weights(run(recorder, settings=settings)), weights(toy_policy()))
+    for row in recorder.rows:
+        assert row["stop_kl"] < 1e-9
+        assert row["clip_fraction"] == 0
+        assert abs(row["kl"]) < 1e-5
+
+
+LEARN = quick(
+    phases=25,
+    rollouts=96,
+    n=16,
+    batch_size=48,
+    lr=5e-3,
+    lr_floor=1e-3,
+    micro_tokens=2000,
+    credit=GaeSettings(lam=1.0, value=HEAD, value_coef=0.1, value_clip=None),
+    kl=KlSettings(coef=0.01),
+    max_kl=50.0,
+)
+BOOTSTRAPPED = LEARN.credit.model_copy(update={"bootstrap": True, "gamma": 0.98})
+
+
+def accuracy(policy) -> float:
+    rollouts = sample(policy, TOY_PROBLEMS, k=16, max_new_tokens=24, seed=99)
+    rewards = sparse_token_rewards(rollouts, TOY_PROBLEMS)
+    return sum(sum(numbers) for numbers in rewards) / len(rollouts)
+
+
+@pytest.mark.parametrize(
+    "credit",
+    [LEARN.credit, BOOTSTRAPPED]
+    + [BaselineSettings(kind=kind) for kind in ("reinforce", "rloo", "grpo")],
+    ids=["gae", "bootstrapped", "reinforce", "rloo", "grpo"],
+)
+def test_p52_it_learns_which_of_two_answers_is_right(credit):
+    policy = run(settings=LEARN.model_copy(update={"credit": credit}))
+    assert accuracy(toy_policy()) < 0.6
+    assert accuracy(policy) > 0.9
+
+
+def test_p52_a_flipped_advantage_unlearns(monkeypatch):
+    right = algorithm.policy_loss
+
+    def flipped(new_logprobs, logprobs, advantages, mask, clip):
+        return right(new_logprobs, logprobs, -advantages, mask, clip)
+
+    monkeypatch.setattr(algorithm, "policy_loss", flipped)
+    assert accuracy(run(settings=LEARN.model_copy(update={"phases": 10}))) < 0.4
+
+
+def test_p17_a_cut_response_that_is_paid_twice_learns_never_to_stop(monkeypatch):
+    right = algorithm._Learner.pay
+
+    def twice(self, experience, paid):
+        """Pay for the text where it was cut, though V of going on comes on top."""
+        bootstrap, self.settings = self.settings, unpaid
+        rewards = right(self, experience, paid)
+        self.settings = bootstrap
+        return rewards
+
+    unpaid = LEARN  # whose pay() judges cut responses as they stand
+    settings = LEARN.model_copy(update={"credit": BOOTSTRAPPED, "max_new_tokens": 20})
+    honest, wrong = Memory(), Memory()
+    run(honest, settings=settings)
+    monkeypatch.setattr(algorithm._Learner, "pay", twice)
+    run(wrong, settings=settings)
+    assert honest.rows[-1]["truncated"] < 0.2
+    assert wrong.rows[-1]["truncated"] > 0.6
+
+
+# Resuming
+
+EVERYTHING = quick(
+    credit=GaeSettings(
+        value=ValueSettings(kind="branch", layers=1), value_warmup=1, value_lr_scale=2.0
+    ),
+    kl=KlSettings(coef=0.1, target=0.5, horizon=50),
+    lora=LoraSettings(rank=4, alpha=8.0),
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [QUICK, EVERYTHING, quick(credit=BaselineSettings(kind="grpo"))],
+    ids=["full", "lora-branch-adaptive", "grpo"],
+)
+def test_p47_a_run_that_stops_anywhere_and_goes_on_equals_an_undisturbed_one(settings):
+    undisturbed = Memory()
+    expected = weights(run(undisturbed, settings=settings))
+    for die_at in range(len(undisturbed.rows)):
+        recorder = Memory(die_at=die_at)
+        with pytest.raises(InterruptedRunError):
+            run(recorder, settings=settings)
+        assert same_bits(weights(run(recorder, settings=settings)), expected), die_at
+        assert recorder.rows == undisturbed.rows, die_at
+
+
+@pytest.mark.parametrize("lost", ["value.", "adamw.", "kl_coef"])
+def test_p47_what_a_checkpoint_must_hold(lost):
+    """Forgetting value function, optimiser or KL coefficient gives another run."""
+    undisturbed = Memory()
+    run(undisturbed, settings=EVERYTHING)
+    recorder = Memory(die_at=2)
+    with pytest.raises(InterruptedRunError):
+        run(recorder, settings=EVERYTHING)
+    tensors, state, rows = recorder.saved
+    fresh = algorithm._Learner(toy_policy(), EVERYTHING)
+    if lost == "value.":
+        own = {f"value.{k}": v for k, v in fresh.value_function.state_dict().items()}
+        tensors = tensors | own
+    elif lost == "adamw.":
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("adamw.")}
+    else:
+        state = state.replace('"kl_coef": ', '"kl_coef": 0.1, "was": ')
+    recorder.saved = tensors, state, rows
+    run(recorder, settings=EVERYTHING)
+    assert recorder.rows != undisturbed.rows
+
+
+# Settings and faults
+
+CHANGED = {
+    "phases": 2,
+    "rollouts": 8,
+    "n": 1,
+    "keep": 1,
+    "temperature": 0.5,
+    "max_new_tokens": 19,
+    "epochs": 1,
+    "batch_size": 12,
+    "lr": 1e-3,
+    "lr_floor": 1e-5,
+    "warmup": 0.9,
+    "betas": (0.5, 0.5),
+    "weight_decay": 0.5,
+    "max_grad_norm": 1e-3,
+    "clip": 1e-3,
+    "entropy_coef": 0.5,
+    "whiten": False,
+    "stop_kl": 1e-9,
+    "truncation_penalty": 3.0,
+    "seed": 1,
+    "credit": GaeSettings(lam=0.5, value=HEAD),
+    "kl": KlSettings(coef=3.0),
+    "lora": LoraSettings(rank=2, alpha=4.0),
+}
+# These change speed and memory, not the result; max_kl only stops a run
+OTHERS = {
+    "micro_tokens",
+    "logit_rows",
+    "gradient_checkpointing",
+    "max_kl",
+    "curriculum",
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_p49_every_setting_changes_the_result(name):
+    settings = quick(max_new_tokens=18, lr=2e-3, clip=0.05, max_kl=50.0)
+    plain = weights(run(settings=settings))
+    changed = settings.model_validate({**dict(settings), name: CHANGED[name]})
+    assert not same_bits(weights(run(settings=changed)), plain)
+
+
+def test_p49_no_setting_is_left_out():
+    assert set(CHANGED) | OTHERS == set(PpoSettings.model_fields)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gamma": 0.9},
+        {"lam": 0.3},
+        {"value_coef": 9.0},
+        {"value_clip": 1e-6},
+        {"value_lr_scale": 9.0},
+        {"value_warmup": 1},
+        {"bootstrap": True},
+        {"value": ValueSettings(kind="network")},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_p49_every_setting_of_credit_changes_the_result(changes):
+    settings = quick(max_new_tokens=18, lr=2e-3, max_kl=50.0)
+    credit = settings.credit.model_copy(update=changes)
+    changed = settings.model_copy(update={"credit": credit})
+    assert not same_bits(
+        weights(run(settings=changed)), weights(run(settings=settings))
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"logit_rows": 7}, {"gradient_checkpointing": True}, {"micro_tokens": 60}],
+)
+def test_p50_saving_memory_changes_nothing_but_rounding(changes):
+    plain, saving = Memory(), Memory()
+    run(plain, settings=quick(phases=1))
+    run(saving, settings=quick(phases=1, **changes))
+    for name, value in plain.rows[0].items():
+        if name not in ("phase", "ratio_error"):
+            assert saving.rows[0][name] == pytest.approx(value, rel=1e-3, abs=1e-5), (
+                name
+            )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rollouts": 9, "n": 2}, "no multiple of n"),
+        ({"n": 2, "keep": 3}, "keep=3 is more than n=2"),
+        ({"n": 1, "credit": BaselineSettings(kind="rloo")}, "set n to 2 or more"),
+        ({"top_k": 5}, "Extra inputs"),
+        ({"temperature": 0.0}, "greater than 0"),
+    ],
+)
+def test_impossible_settings_are_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        quick(**values)
+    with pytest.raises(ValidationError, match="start above 0"):
+        KlSettings(coef=0.0, target=1.0)
+
+
+def test_the_defaults_are_the_papers():
+    settings = PpoSettings()
+    assert (settings.rollouts, settings.n, settings.epochs) == (1024, 4, 4)
+    assert (settings.batch_size, settings.lr, settings.temperature) == (256, 1e-6, 0.7)
+    assert (settings.kl.coef, settings.lora.rank, settings.clip) == (0.05, 128, 0.2)
+    assert (settings.gae.gamma, settings.gae.lam) == (1.0, 0.95)
+    assert settings.gae.value == ValueSettings(kind="branch", layers=4, detach=True)
+    updates = settings.epochs * settings.rollouts // settings.batch_size
+    assert settings.phases * updates == 4000
+
+
+def test_numbers_that_are_none_stop_the_run_and_name_the_phase(monkeypatch):
+    right, phases = algorithm.policy_loss, []
+
+    def broken(*args):
+        loss, metrics = right(*args)
+        return loss * (math.nan if len(phases) == 1 else 1.0), metrics
+
+    monkeypatch.setattr(algorithm, "policy_loss", broken)
+    recorder = Memory()
+    with pytest.raises(DivergedError, match=r"phase 2: .*not a finite.*after phase 1"):
+        run(recorder, on_phase=lambda phase, _: phases.append(phase) or {})
+    kept = recorder.saved[0]
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+def test_a_run_away_from_the_reference_is_stopped():
+    settings = quick(lr=5e-2, lr_floor=5e-2, epochs=4, max_kl=1e-3)
+    with pytest.raises(
+        DivergedError, match=r"phase [23]: .*max_kl=0.001.*Raise kl.coef"
+    ):
+        run(Memory(), settings=settings)
