@@ -1,0 +1,232 @@
+r"""The outcome reward model: p(the final answer will be right | question, prefix).
+
+Havrilla et al. (2024), section 3; Cobbe et al. (2021) call it a verifier. A transformer
+of its own, a copy of the policy, with a linear layer in place of the output layer: one
+logit at every token of the response, from that token and what stands before it. So each
+prefix has a score, and the score of the last token is the one of the solution.
+
+1. *Score*: ``score_tokens``, a probability after every token; ``score``, the last one.
+2. *Rerank*: a model is a scorer of ``evaluate(..., orm=orm)``.
+3. *Pay*: ``sparse_orm_reward`` pays the score of the solution on its last token,
+   ``dense_orm_reward`` pays the score of the prefix at the end of every step.
+
+The paper leaves open how large the rewards are. Here a dense reward is the score
+divided by the number of steps, so that the return is the mean score over steps: it lies
+in [0, 1] as the sparse ones do, and more steps do not earn more by being more. (The sum
+without the division would pay for every line that still looks right.)
+
+A score is a guess, and a policy that is paid for it learns what the model likes, right
+or not; watch the true accuracy beside it. The model reads tokens as they were sampled,
+prompt included: whoever asks with worked examples has it score what it was not trained
+on. Training is ``rlreason.algorithms.orm``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlreason.mdp import step_spans
+from rlreason.policy.load import Policy
+from rlreason.policy.logprobs import PaddedBatch, pad_batch
+from rlreason.policy.rollout import Rollout
+from rlreason.policy.value import ValueSettings, new_value_function
+from rlreason.rewards.base import RewardFunction, pay_last_token, problems_of
+from rlreason.tasks.problem import Problem
+
+
+class Response(Protocol):
+    """What is scored: a ``Rollout``, or any other pair of prompt and response."""
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]: ...
+    @property
+    def tokens(self) -> tuple[int, ...]: ...
+
+
+class OutcomeRewardModel:
+    """Tells how likely a solution, finished or not, is to end in the right answer.
+
+    Attributes:
+        network: A full copy of the policy's transformer, adapters merged, with a linear
+            layer: what PPO calls a value function that shares nothing. Its value of a
+            state is the logit of the prefix that ends there.
+        tokenizer: The policy's.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        """Start from the weights of ``policy``, which is left as it is.
+
+        Every score is 0.5 until the model is trained or ``load_tensors`` was called.
+        """
+        network = new_value_function(policy, ValueSettings(kind="network"))
+        self.network = network.eval()
+        self.tokenizer = policy.tokenizer
+
+    def logits(self, responses: Sequence[Response]) -> tuple[Tensor, PaddedBatch]:
+        """Logits after the N response tokens, (N,), differentiable, and their batch.
+
+        Raises:
+            ValueError: A response is empty, or holds a token that the model lacks.
+        """
+        self._check(responses)
+        batch = pad_batch(
+            [response.prompt_tokens for response in responses],
+            [response.tokens for response in responses],
+            device=self.network.weight.device,
+        )
+        everywhere = self.network(batch.input_ids, {})  # (B, L)
+        # ``columns`` predict the tokens; the tokens themselves stand one further on.
+        return everywhere[batch.rows, batch.columns + 1], batch
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """Each token as text; EOS is empty."""
+        return self.tokenizer.batch_decode(
+            [[token] for token in tokens],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights by name, for a safetensors file; ``load_tensors`` undoes it."""
+        return {f"model.{k}": v for k, v in self.network.state_dict().items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the weights of ``tensors``, which may hold others beside them.
+
+        Raises:
+            ValueError: One is missing or of another shape. Nothing was loaded then.
+        """
+        own = self.tensors()
+        wrong = [
+            name
+            for name, target in own.items()
+            if name not in tensors or tensors[name].shape != target.shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} of {len(own)} tensors of the reward model are missing "
+                f"or of another shape, the first being {wrong[0]!r}; make the model "
+                "from the policy that it was trained from"
+            )
+        for name, target in own.items():
+            target.copy_(tensors[name])
+
+    def __call__(self, problem: Problem, rollouts: Sequence[Rollout]) -> list[float]:
+        """Score the samples of one problem: the ``orm`` of ``evaluate``."""
+        problems_of(rollouts, [problem])
+        return score(self, rollouts)
+
+    def _check(self, responses: Sequence[Response]) -> None:
+        known = self.network.body.get_input_embeddings().num_embeddings
+        for response in responses:
+            if not response.tokens:
+                raise ValueError("a response without tokens has no score")
+            largest = max(*response.prompt_tokens, *response.tokens)
+            if largest >= known:
+                raise ValueError(
+                    f"token {largest} is not among the {known} of the reward model; "
+                    "score samples of a policy with the same tokenizer"
+                )
+
+
+@torch.no_grad()
+def score_tokens(
+    orm: OutcomeRewardModel,
+    responses: Sequence[Response],
+    *,
+    micro_tokens: int = 8192,
+) -> list[tuple[float, ...]]:
+    """Probability of being right after each token of each response.
+
+    A score depends on its own prompt and prefix alone: not on the batch, the padding or
+    what comes later (up to rounding, about 1e-6).
+
+    Args:
+        orm: The model.
+        responses: Rollouts, in any order; truncated ones are scored like others.
+        micro_tokens: Tokens that go through the model at once, padding included. A
+            single longer response goes alone.
+
+    Returns:
+        One tuple a response, as long as its ``tokens``.
+    """
+    # Of the 96 samples of an easy question most are repeats
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for i, response in enumerate(responses):
+        places.setdefault((response.prompt_tokens, response.tokens), []).append(i)
+    scores: list[tuple[float, ...]] = [()] * len(responses)
+    distinct = [responses[where[0]] for where in places.values()]
+    for mb in _cut(distinct, micro_tokens):
+        logits, _ = orm.logits(mb)
+        lengths = [len(response.tokens) for response in mb]
+        rows = logits.sigmoid().cpu().split(lengths)
+        for response, row in zip(mb, rows, strict=True):
+            for i in places[response.prompt_tokens, response.tokens]:
+                scores[i] = tuple(row.tolist())
+    return scores
+
+
+def score(
+    orm: OutcomeRewardModel,
+    responses: Sequence[Response],
+    *,
+    micro_tokens: int = 8192,
+) -> list[float]:
+    """Probability that each response is right, read at its last token."""
+    return [s[-1] for s in score_tokens(orm, responses, micro_tokens=micro_tokens)]
+
+
+def sparse_orm_reward(orm: OutcomeRewardModel) -> RewardFunction:
+    """Pay the score of the whole solution on its last token."""
+
+    def reward(
+        rollouts: Sequence[Rollout], problems: Sequence[Problem]
+    ) -> list[tuple[float, ...]]:
+        problems_of(rollouts, problems)
+        scores = score(orm, rollouts)
+        return [pay_last_token(r, s) for r, s in zip(rollouts, scores, strict=True)]
+
+    return reward
+
+
+def dense_orm_reward(orm: OutcomeRewardModel) -> RewardFunction:
+    """Pay the score of the prefix on the last token of each step, over their number.
+
+    Steps are those of ``mdp.step_spans``; the last one ends with the last token. The
+    return is the mean score over steps.
+    """
+
+    def reward(
+        rollouts: Sequence[Rollout], problems: Sequence[Problem]
+    ) -> list[tuple[float, ...]]:
+        problems_of(rollouts, problems)
+        paid = []
+        for r, scores in zip(rollouts, score_tokens(orm, rollouts), strict=True):
+            ends = [end - 1 for _, end in step_spans(orm.pieces(r.tokens))]
+            row = [0.0] * len(r.tokens)
+            for end in ends:
+                row[end] = scores[end] / len(ends)
+            paid.append(tuple(row))
+        return paid
+
+    return reward
+
+
+def _cut(responses: Sequence[Response], micro_tokens: int) -> Iterator[list[Response]]:
+    """Responses of like length together, so that each padded batch fits the budget."""
+
+    def length(response: Response) -> int:
+        return len(response.prompt_tokens) + len(response.tokens)
+
+    mb: list[Response] = []
+    for response in sorted(responses, key=length, reverse=True):
+        if mb and length(mb[0]) * (len(mb) + 1) > micro_tokens:
+            yield mb
+            mb = []
+        mb.append(response)
+    if mb:
+        yield mb
