@@ -623,7 +623,7 @@ CHANGED = {
     "temperature": 0.5,
     "max_new_tokens": 20,
     "max_per_question": 2,
-    "held_out": 0.3,
+    "held_out": 0.5,
     "epochs": 1,
     "batch_size": 5,
     "lr": 2e-3,
