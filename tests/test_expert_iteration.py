@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -25,9 +26,11 @@ from rlreason.algorithms import expert_iteration as module
 from rlreason.algorithms.expert_iteration import (
     ExpertIterationSettings,
     OnRound,
+    Scorer,
     Solution,
     expert_iteration,
     grow,
+    orm_filter,
     solution_key,
 )
 from rlreason.algorithms.finetune import FinetuneSettings
@@ -35,6 +38,7 @@ from rlreason.mdp import trajectory
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
+from rlreason.rewards.orm import OutcomeRewardModel, score
 from rlreason.rewards.sparse import sparse_rewards
 from rlreason.tasks.answers import operation_key
 from rlreason.tasks.problem import Problem
@@ -162,6 +166,7 @@ def run(
     problems: list[Problem] = TOY_PROBLEMS,
     solved: list[Problem] | tuple = (),
     shots: list[Problem] | tuple = (),
+    orm: Scorer | None = None,
     on_round: OnRound | None = None,
     **changes,
 ) -> Policy:
@@ -173,6 +178,7 @@ def run(
         QUICK.model_copy(update=changes),
         solved=solved,
         shots=shots,
+        orm=orm,
         recorder=recorder,
         on_round=on_round,
     )
@@ -333,6 +339,107 @@ def test_a_run_that_stops_anywhere_and_goes_on_equals_an_undisturbed_one(save_ev
         assert recorder.rows == undisturbed.rows, die_at
 
 
+# ORM-EI
+
+
+def briefly(rollouts) -> list[float]:
+    """A scorer that likes solutions without a word before them."""
+    return [0.2 if "So" in r.text else 0.8 for r in rollouts]
+
+
+@settings(max_examples=100, deadline=None)
+@given(rollouts=any_rollouts, threshold=st.sampled_from((0.0, 0.2, 0.5, 1.0)))
+def test_an_orm_filters_the_right_ones_and_cannot_let_a_wrong_one_pass(
+    rollouts, threshold
+):
+    rewards = sparse_rewards(rollouts, TOY_PROBLEMS)
+    asked = []
+
+    def scorer(candidates):
+        asked.extend(candidates)
+        return briefly(candidates)
+
+    passed = orm_filter(rollouts, rewards, scorer, threshold)
+    expected = [
+        paid if not r.finished or briefly([r])[0] >= threshold else 0.0
+        for r, paid in zip(rollouts, rewards, strict=True)
+    ]
+    assert passed == expected
+    # Only what could be kept is scored
+    assert asked == [
+        r for r, p in zip(rollouts, rewards, strict=True) if p and r.finished
+    ]
+    kept = grow([], rollouts, passed, TOY_PROBLEMS, QUICK)
+    right = {(TOY_PROBLEMS.index(problem), r.tokens)
+             for r in rollouts for problem in TOY_PROBLEMS
+             if problem.id == r.problem_id and "So" not in r.text}  # fmt: skip
+    if threshold == 0.5:
+        assert {(s.problem, s.tokens) for s in kept} <= right
+    if threshold == 0.0:
+        assert passed == rewards
+
+
+def test_an_orm_in_place_of_the_answer_would_keep_wrong_solutions():
+    rollouts = [rollout(0, toy_solutions(3)[0]), rollout(0, toy_solutions(2)[0], at=1)]
+    rewards = sparse_rewards(rollouts, TOY_PROBLEMS)
+    assert rewards == [0.0, 1.0]
+    liked = [float(score >= 0.5) for score in briefly(rollouts)]  # the wrong version
+    assert len(grow([], rollouts, liked, TOY_PROBLEMS, QUICK)) == 2
+    passed = orm_filter(rollouts, rewards, briefly, 0.5)
+    (kept,) = grow([], rollouts, passed, TOY_PROBLEMS, QUICK)
+    assert kept.tokens == rollouts[1].tokens
+
+
+def test_orm_ei_learns_from_what_the_orm_likes_and_says_how_much_that_is(seen):
+    recorder = Memory()
+    run(recorder, orm=briefly, orm_threshold=0.5, k=8)
+    policy = toy_policy()
+    for examples in seen["trained"]:
+        assert examples
+        assert not any("So" in policy.decode(e.tokens) for e in examples)
+    for row, rollouts in zip(rounds(recorder), seen["sampled"], strict=True):
+        rewards = sparse_rewards(rollouts, TOY_PROBLEMS)
+        right = [r for r, p in zip(rollouts, rewards, strict=True)
+                 if p and r.finished]  # fmt: skip
+        liked = [r for r in right if "So" not in r.text]
+        assert row["orm_kept"] == len(liked) / len(right)
+        assert row["accuracy"] == sum(rewards) / len(rewards)  # of all, as ever
+    assert 0 < rounds(recorder)[0]["orm_kept"] < 1
+    plain = Memory()
+    run(plain)
+    assert not any("orm_kept" in row for row in plain.rows)
+
+
+def test_a_reward_model_can_be_the_scorer():
+    model = OutcomeRewardModel(toy_policy())  # untrained: one half for all
+    recorder = Memory()
+    scorer = partial(score, model)
+    for threshold, kept in ((0.5, 1.0), (0.51, 0.0)):
+        run(recorder, orm=scorer, orm_threshold=threshold, rounds=1,
+            solved=TOY_PROBLEMS[:1])  # fmt: skip
+        assert rounds(recorder)[-1]["orm_kept"] == kept
+        recorder = Memory()
+
+
+def test_p47_orm_ei_goes_on_after_a_kill_to_the_bit():
+    given = {"orm": briefly, "orm_threshold": 0.5}
+    undisturbed = Memory()
+    expected = weights(run(undisturbed, **given))
+    for die_at in (2, len(undisturbed.rows) - 1):
+        recorder = Memory(die_at=die_at)
+        with pytest.raises(InterruptedRunError):
+            run(recorder, **given)
+        assert same_bits(weights(run(recorder, **given)), expected)
+        assert recorder.rows == undisturbed.rows
+
+
+def test_p49_a_threshold_without_an_orm_or_an_orm_without_one_is_an_error():
+    with pytest.raises(ValueError, match=r"orm_threshold=0\.5 and no orm"):
+        run(orm_threshold=0.5)
+    with pytest.raises(ValueError, match="orm_threshold=None and an orm"):
+        run(orm=briefly)
+
+
 # Settings and faults
 
 CHANGED = {
@@ -342,6 +449,7 @@ CHANGED = {
     "start_from": "current",
     "deduplicate": "none",
     "max_per_question": 1,
+    "orm_threshold": 0.5,
     "reference_solutions": False,
     "first_round_shots": 1,
     "max_new_tokens": 19,
@@ -360,7 +468,8 @@ def test_every_setting_changes_the_result():
 
     default = trained()
     for name, value in CHANGED.items():
-        assert not same_bits(trained(**{name: value}), default), name
+        orm = briefly if name == "orm_threshold" else None
+        assert not same_bits(trained(**{name: value}, orm=orm), default), name
     assert same_bits(trained(), default)
 
 

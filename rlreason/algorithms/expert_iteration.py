@@ -4,13 +4,17 @@ Havrilla et al. (2024), section 3; the same family as STaR and ReST. A round has
 steps that its chapter has:
 
 1. *Sample*: K responses to every question at T = 1 from the current policy.
-2. *Filter*: keep those whose final answer is right (return of the trajectory >= 1).
+2. *Filter*: keep those whose final answer is right (return of the trajectory >= 1);
+   ORM-EI keeps of these the ones that a reward model scores high enough.
 3. *De-duplicate*: two solutions with the same sequence of operations are one.
 4. *Grow*: D_i = R_i united with D_{i-1}.
 5. *Distil*: fine-tune on D_i, starting from the **pretrained base** each round.
 
-It counts rollouts, the unit of the paper's sample complexity. Left out against the
-paper: the reward model as a filter (ORM-EI).
+It counts rollouts, the unit of the paper's sample complexity.
+
+The paper's rule for ORM-EI is not known in full. Our reading: the final answer decides
+what is right, as before, and the model throws out what is right by luck: solutions that
+it scores below ``orm_threshold``. It is given, and does not learn along.
 """
 
 from __future__ import annotations
@@ -63,6 +67,12 @@ class ExpertIterationSettings(Settings):
     first_round_shots: int = Field(
         0, ge=0, description="Solved examples in the prompt of round 1; later ones: 0."
     )
+    orm_threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="ORM-EI: least score of a right solution to be kept; None: no ORM.",
+    )
     max_new_tokens: int = Field(256, ge=1, description="Length limit of a response.")
     seed: int = Field(0, ge=0, description="Seed of sampling and of the order of data.")
     finetune: FinetuneSettings = Field(
@@ -86,6 +96,7 @@ class Solution:
 
 
 OnRound = Callable[[int, Policy], dict[str, Any]]
+Scorer = Callable[[Sequence[Rollout]], list[float]]
 
 
 def expert_iteration(
@@ -96,6 +107,7 @@ def expert_iteration(
     *,
     solved: Sequence[Problem] = (),
     shots: Sequence[Problem] = (),
+    orm: Scorer | None = None,
     recorder: Recorder | None = None,
     on_round: OnRound | None = None,
 ) -> Policy:
@@ -109,6 +121,8 @@ def expert_iteration(
         settings: See the class.
         solved: The subset of problems whose reference solutions make D_0.
         shots: Solved examples for the prompt of round 1.
+        orm: ORM-EI: scores rollouts between 0 and 1, e.g. ``partial(score, model)``
+            with ``rewards.orm.score``; needs ``orm_threshold``.
         recorder: Where metrics and checkpoints go.
         on_round: Called with (round, policy) after each round; what it returns is
             logged with the round's metrics.
@@ -118,17 +132,25 @@ def expert_iteration(
     (share of this round's rollouts that are right), ``solved_questions`` (share with at
     least one right rollout), ``truncated`` (share cut by the length limit),
     ``response_length`` (mean, tokens), ``new_solutions``, ``solutions`` (size of D),
-    ``solutions_per_question``. At each update: see ``finetune``.
+    ``solutions_per_question``; with an ``orm``, ``orm_kept`` (share of the right and
+    finished rollouts that it lets pass). At each update: see ``finetune``.
 
     Raises:
-        ValueError: no right solution was found and D is empty; shots are missing; or a
-            solved problem is not among the problems.
+        ValueError: no right solution was found and D is empty; shots are missing; a
+            solved problem is not among the problems; or only one of ``orm`` and
+            ``orm_threshold`` is given.
     """
     recorder = recorder or NullRecorder()
     if settings.first_round_shots > len(shots):
         raise ValueError(
             f"first_round_shots={settings.first_round_shots}, but there are "
             f"{len(shots)} shots"
+        )
+    if (orm is None) != (settings.orm_threshold is None):
+        raise ValueError(
+            f"orm_threshold={settings.orm_threshold} and "
+            f"{'no orm' if orm is None else 'an orm'}: ORM-EI needs both, and plain "
+            "expert iteration neither"
         )
     policy, dataset, first_round = (
         start,
@@ -156,8 +178,13 @@ def expert_iteration(
             )
             rewards = sparse_rewards(rollouts, problems)
             before = len(dataset)
-            dataset = grow(dataset, rollouts, rewards, problems, settings)
+            passed = rewards
+            if orm is not None:
+                passed = orm_filter(rollouts, rewards, orm, settings.orm_threshold)
+            dataset = grow(dataset, rollouts, passed, problems, settings)
             metrics = _round_metrics(rollouts, rewards, dataset, before, settings)
+            if orm is not None:
+                metrics["orm_kept"] = _share_kept(rollouts, rewards, passed)
             metrics["rollouts"] = (round_ + 1) * len(rollouts)
         else:
             metrics = resumed.state["metrics"]
@@ -182,6 +209,25 @@ def expert_iteration(
         recorder.log(phase="round", round=round_ + 1, **metrics)
         _save(recorder, round_ + 1, policy, dataset, updates=0, metrics={})
     return policy
+
+
+def orm_filter(
+    rollouts: Sequence[Rollout],
+    rewards: Sequence[float],
+    orm: Scorer,
+    threshold: float,
+) -> list[float]:
+    """``rewards``, with 0 for right rollouts that score below ``threshold``.
+
+    Others are not scored: wrong and truncated ones are not kept anyway.
+    """
+    candidates = _candidates(rollouts, rewards)
+    scores = orm([rollouts[i] for i in candidates])
+    passed = list(rewards)
+    for i, score in zip(candidates, scores, strict=True):
+        if score < threshold:
+            passed[i] = 0.0
+    return passed
 
 
 def grow(
@@ -250,6 +296,20 @@ def _example(base: Policy, problems: Sequence[Problem], solution: Solution) -> E
     """Training sees the zero-shot prompt, whatever the rollout was asked with."""
     prompt = format_prompt(problems[solution.problem])
     return Example(tuple(base.encode_prompt(prompt)), solution.tokens)
+
+
+def _candidates(rollouts, rewards) -> list[int]:
+    """Indices of what could be learned from: right, and ended by itself."""
+    return [
+        i
+        for i, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True))
+        if rollout.finished and reward >= 1.0
+    ]
+
+
+def _share_kept(rollouts, rewards, passed) -> float:
+    candidates = _candidates(rollouts, rewards)
+    return len(_candidates(rollouts, passed)) / max(1, len(candidates))
 
 
 def _round_metrics(rollouts, rewards, dataset, before, settings) -> dict[str, Any]:

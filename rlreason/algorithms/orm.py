@@ -138,14 +138,15 @@ def train_orm(
     if saved is None:
         # Other streams than those of expert iteration (seed * 1000 + round), which may
         # sample the same policy and have its samples judged by this model.
-        rollouts = sample(
-            policy,
-            problems,
-            k=settings.k,
-            temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
-            seed=settings.seed * 1000 + 500,
-        )
+        with recorder.clock("sample"):
+            rollouts = sample(
+                policy,
+                problems,
+                k=settings.k,
+                temperature=settings.temperature,
+                max_new_tokens=settings.max_new_tokens,
+                seed=settings.seed * 1000 + 500,
+            )
         data = build_dataset(label_rollouts(rollouts, problems), settings)
         recorder.log(phase="sample", **_sample_metrics(rollouts, problems, data))
         inner = _DataRecorder(recorder, data, None)
@@ -173,10 +174,11 @@ def train_orm(
                 floor=settings.lr_floor,
             )
             set_lr(optimizer, lr)
-            loss = accumulate_gradients(orm, batch, settings.micro_tokens)
-            norm = clip_gradients(orm.network, settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with recorder.clock("update"):
+                loss = accumulate_gradients(orm, batch, settings.micro_tokens)
+                norm = clip_gradients(orm.network, settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             recorder.log(
                 phase="train",
                 update=update,
@@ -187,7 +189,8 @@ def train_orm(
                 response_tokens=response_token_count(batch),
             )
             if i + 1 == per_epoch:
-                metrics = _held_out_metrics(orm, data.held_out, judge)
+                with recorder.clock("held_out"):
+                    metrics = _held_out_metrics(orm, data.held_out, judge)
                 recorder.log(phase="held_out", epoch=epoch, **metrics)
             if recorder.due() or update + 1 == total:
                 save_training(inner, orm.network, optimizer, update + 1)
