@@ -236,6 +236,74 @@ def train_expert_iteration_command(
     click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
 
 
+@train.command("ppo")
+@profile_option
+@seed_option
+@set_option
+@click.option(
+    "--from-base", is_flag=True, help="Start from the prompted base instead of SFT."
+)
+def train_ppo_command(profile: str, seed: int, changes, from_base: bool) -> None:
+    """Proximal policy optimisation, or with --set ppo.credit REINFORCE, RLOO, GRPO.
+
+    Another baseline: --set ppo.credit "{'kind': 'rloo'}". Another reward:
+    --set reward.kind dense (sparse, dense, shaped, sparse-orm or dense-orm).
+    """
+    from rlreason.experiments.train import train_ppo
+
+    trained = train_ppo(_recipe(profile, changes), seed, from_sft=not from_base)
+    for row in trained.phases:
+        seen = row.get("validation_maj_1")
+        click.echo(
+            f"phase {row['number']}: {row['rollouts']} rollouts, "
+            f"reward {row['reward']:.3f}, KL {row['kl']:.2f}, "
+            f"entropy {row['entropy']:.3f}"
+            + (f", validation maj@1 {seen:.1%}" if seen is not None else "")
+        )
+    click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
+
+
+@train.command("orm")
+@profile_option
+@seed_option
+@set_option
+def train_orm_command(profile: str, seed: int, changes) -> None:
+    """Train the outcome reward model on labelled samples of a policy."""
+    from rlreason.experiments.train import train_reward_model
+
+    trained = train_reward_model(_recipe(profile, changes), seed)
+    for row in trained.held_out:
+        click.echo(
+            f"epoch {row['epoch'] + 1}: held-out loss {row['loss']:.3f}, "
+            f"accuracy {row['accuracy']:.1%}, AUC {row['auc']:.3f}"
+        )
+    click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
+
+
+@train.command("rcrl")
+@profile_option
+@seed_option
+@set_option
+@click.option(
+    "--labels-from-orm",
+    is_flag=True,
+    help="Let the reward model label the steps, instead of rollouts.",
+)
+def train_rcrl_command(profile: str, seed: int, changes, labels_from_orm: bool) -> None:
+    """Return-conditioned RL: learn steps labelled good or bad, ask for the good."""
+    from rlreason.experiments.train import train_rcrl
+
+    recipe = _recipe(profile, changes)
+    trained = train_rcrl(recipe, seed, labels_from_orm=labels_from_orm)
+    for row in trained.run.metrics:
+        if row.get("phase") == "label":
+            click.echo(
+                f"{row['questions']} questions: {row['rollouts']} rollouts, "
+                f"{row['steps']} steps, {row['good_steps']:.1%} good"
+            )
+    click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
+
+
 @app.command()
 @click.argument("policy")
 @profile_option
@@ -252,6 +320,11 @@ def train_expert_iteration_command(
     "--prompted", is_flag=True, help="Put the recipe's solved examples first."
 )
 @click.option("--greedy", is_flag=True, help="maj@1 alone, without samples.")
+@click.option(
+    "--label",
+    type=click.Choice(["[GOOD]", "[BAD]"]),
+    help="Force it before every step, for return-conditioned policies.",
+)
 def evaluate(
     policy: str,
     profile: str,
@@ -260,6 +333,7 @@ def evaluate(
     split: str,
     prompted: bool,
     greedy: bool,
+    label: str | None,
 ) -> None:
     """Judge a policy: a run folder, nano, a folder, a hub name or a GGUF file.
 
@@ -275,8 +349,34 @@ def evaluate(
         seed=seed,
         greedy_only=greedy,
         prompted=prompted,
+        label=label,
     )
     click.echo(str(report))
+
+
+@app.command()
+@click.argument("algorithms", nargs=-1)
+@profile_option
+@set_option
+def gains(algorithms: tuple[str, ...], profile: str, changes) -> None:
+    """Train all seeds of ALGORITHMS and record what each gains on the test split.
+
+    ALGORITHMS are expert-iteration, ppo, reinforce, rloo, grpo, rcrl and orm; all by
+    default. The table is written to book/results/PROFILE/gains.csv, unless settings
+    are changed.
+    """
+    from rlreason.experiments.gains import (
+        ALGORITHMS,
+        gains_path,
+        measure_gains,
+        write_gains,
+    )
+
+    recipe = _recipe(profile, changes)
+    rows = measure_gains(recipe, algorithms or ALGORITHMS, report=click.echo)
+    if not changes:
+        write_gains(rows, gains_path(profile))
+        click.echo(f"written to {gains_path(profile)}")
 
 
 @app.group()
@@ -337,6 +437,16 @@ def bench_train_command(
         f"ratio {row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f}), "
         f"{row['threads']} threads"
     )
+
+
+@bench.command("ppo")
+@profile_option
+@click.option("--phases", default=4, show_default=True, help="Phases that count.")
+def bench_ppo_command(profile: str, phases: int) -> None:
+    """Seconds and tokens of sampling, scoring and learning in a phase of PPO."""
+    from rlreason.experiments.bench_ppo import bench_ppo, format_ppo_benchmark
+
+    click.echo(format_ppo_benchmark(bench_ppo(profile=profile, phases=phases)))
 
 
 @bench.command("tasks")

@@ -524,6 +524,7 @@ def sample_conditioned(
     temperature: float = 1.0,
     max_new_tokens: int = 256,
     seed: int = 0,
+    byte_budget: int | None = None,
     progress: bool | None = None,
 ) -> list[Rollout]:
     """Draw ``k`` answers to each problem, every step of them after a forced ``label``.
@@ -572,6 +573,7 @@ def sample_conditioned(
                 max_new_tokens=max((row.room for row in live), default=max_new_tokens),
                 seed=seed,
                 stop_ids=ends,
+                byte_budget=byte_budget,
                 progress=False,
             )
             for row, part in zip(live, parts, strict=True):
@@ -579,7 +581,7 @@ def sample_conditioned(
             still = [row for row in live if row.room and not row.finished]
             bar.update(len(live) - len(still))
             live, turn = still, turn + 1
-    texts = policy.decode_batch([row.tokens for row in rows])
+    texts = policy.decode_batch([row.tokens for row in rows]) if rows else []
     return [
         Rollout(
             problem_id=problems[row.problem].id,
@@ -644,7 +646,7 @@ def _unpack(saved: Checkpoint, expert: Policy, problems) -> _Data:
         saved.tensors["data.sample"].tolist(),
         tokens,
         logprobs,
-        expert.decode_batch(tokens),
+        expert.decode_batch(tokens) if tokens else [],
         saved.state["right"],
         saved.state["good"],
         strict=True,

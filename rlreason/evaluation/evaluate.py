@@ -19,12 +19,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rlreason.algorithms.rcrl import sample_conditioned
 from rlreason.evaluation.diversity import count_operation_sequences
 from rlreason.evaluation.intervals import (
     Interval,
@@ -297,6 +298,7 @@ def evaluate(
     seed: int = 0,
     orm: Scorer | None = None,
     shots: Sequence[Problem] = (),
+    label: str | None = None,
     level: float = 0.95,
     byte_budget: int | None = None,
     progress: bool | None = None,
@@ -312,31 +314,36 @@ def evaluate(
         orm: Scores samples for rerank@K. Called as ``orm(problem, rollouts)``, once a
             problem with its K samples; returns one number each, the best the highest.
         shots: Worked examples put before every question.
+        label: Force it before every step, for policies of return-conditioned RL.
         level: Coverage of the intervals over problems.
         byte_budget: As in ``sample``.
         progress: As in ``sample``.
 
     Raises:
-        ValueError: There are no problems, or two with one id.
+        ValueError: There are no problems, or two with one id; or a label and shots,
+            which have none.
     """
     problems = list(problems)
     _check_problems(problems)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "seed": seed,
-        "shots": shots,
         "byte_budget": byte_budget,
         "progress": progress,
     }
+    if label is None:
+        groups = partial(sample_groups, policy, problems, shots=shots, **settings)
+    elif shots:
+        raise ValueError("worked examples have no labels: give shots or a label")
+    else:
+        groups = partial(
+            _sample_conditioned_groups, policy, problems, label=label, **settings
+        )
     results = {}
-    for i, (rollout,) in sample_groups(
-        policy, problems, k=1, temperature=0.0, **settings
-    ):
+    for i, (rollout,) in groups(k=1, temperature=0.0):
         results[i] = judge_greedy(problems[i], rollout)
     if k:
-        for i, rollouts in sample_groups(
-            policy, problems, k=k, temperature=temperature, **settings
-        ):
+        for i, rollouts in groups(k=k, temperature=temperature):
             results[i] = judge_samples(results[i], problems[i], rollouts, orm=orm)
     report = Report(
         policy=policy.name,
@@ -349,6 +356,18 @@ def evaluate(
     )
     _warn_of_truncation(report)
     return report
+
+
+def _sample_conditioned_groups(
+    policy: Policy, problems: Sequence[Problem], *, k: int, **settings: Any
+) -> Iterator[tuple[int, list[Rollout]]]:
+    """``sample_conditioned``, in the form of ``sample_groups``."""
+    stride = max(1, 4096 // k)
+    for first in range(0, len(problems), stride):
+        part = problems[first : first + stride]
+        rollouts = sample_conditioned(policy, part, k=k, **settings)
+        for i in range(len(part)):
+            yield first + i, rollouts[i * k : (i + 1) * k]
 
 
 def judge_greedy(problem: Problem, rollout: Rollout) -> ProblemResult:

@@ -8,12 +8,15 @@ train anything again, and two experiments that share a start share its run folde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlreason.algorithms.expert_iteration import ExpertIterationSettings
 from rlreason.algorithms.finetune import FinetuneSettings
+from rlreason.algorithms.orm import OrmSettings
+from rlreason.algorithms.ppo import PpoSettings
+from rlreason.algorithms.rcrl import RcrlSettings
 from rlreason.policy.load import Policy, load_policy
 from rlreason.settings import Settings
 from rlreason.tasks import load_problems
@@ -43,6 +46,36 @@ class TaskSettings(Settings):
         return load_problems(self.name, split, limit=limit, **self.knobs)
 
 
+class RewardSettings(Settings):
+    """What PPO is paid for.
+
+    - sparse: 1 for a right final answer;
+    - dense: the same, and a share of ``size`` for each matched step of the reference;
+    - shaped: the same, and the change of a potential worth ``size`` when complete;
+    - sparse-orm, dense-orm: the reward model's score, at the end or at each step.
+    """
+
+    kind: Literal["sparse", "dense", "shaped", "sparse-orm", "dense-orm"] = Field(
+        "sparse", description="Which of these."
+    )
+    size: float | None = Field(
+        None, gt=0, description="Most that steps can earn; 0.5 for dense and shaped."
+    )
+
+    @model_validator(mode="after")
+    def _size_has_a_use(self) -> RewardSettings:
+        if self.size is not None and self.kind not in ("dense", "shaped"):
+            raise ValueError(
+                f"size means nothing to a {self.kind} reward: leave it out"
+            )
+        return self
+
+    @property
+    def learned(self) -> bool:
+        """Whether a reward model pays."""
+        return self.kind.endswith("-orm")
+
+
 class EvaluationSettings(Settings):
     """How a policy is judged."""
 
@@ -68,6 +101,16 @@ class Recipe(Settings):
     expert_iteration: ExpertIterationSettings = Field(
         default_factory=ExpertIterationSettings
     )
+    ppo: PpoSettings = Field(default_factory=PpoSettings)
+    reward: RewardSettings = Field(default_factory=RewardSettings)
+    validate_every: int = Field(
+        10, ge=1, description="Phases of PPO from one look at validation to the next."
+    )
+    orm: OrmSettings = Field(default_factory=OrmSettings)
+    orm_samples: Literal["sft", "expert-iteration"] = Field(
+        "expert-iteration", description="Whose samples the reward model learns from."
+    )
+    rcrl: RcrlSettings = Field(default_factory=RcrlSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
 
     def base(self) -> Policy:

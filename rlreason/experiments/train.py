@@ -1,8 +1,10 @@
 """Training runs: an algorithm, its settings, and the folder it leaves.
 
-``train_sft`` and ``train_expert_iteration`` return the trained policy with its run. A
-run that is done is loaded, one that was killed goes on, so notebooks simply ask for
-what they need. ``train_seeds`` trains several seeds, a single-threaded process a core.
+``train_sft``, ``train_expert_iteration``, ``train_ppo`` and ``train_rcrl`` return the
+trained policy with its run, ``train_reward_model`` a reward model with its. A run that
+is done is loaded, one that was killed goes on, so notebooks simply ask for what they
+need, and a run that starts from another one sees to it that it exists. ``train_seeds``
+trains several seeds, a single-threaded process a core.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,32 @@ from rlreason.algorithms.expert_iteration import (
     expert_iteration,
 )
 from rlreason.algorithms.finetune import FinetuneSettings, load_model_tensors
+from rlreason.algorithms.orm import OrmSettings, train_orm
+from rlreason.algorithms.ppo import PpoSettings, ppo
+from rlreason.algorithms.rcrl import BAD, GOOD, RcrlSettings, rcrl
 from rlreason.algorithms.sft import sft
+from rlreason.evaluation.classifier import judge_scores
 from rlreason.evaluation.evaluate import Report, evaluate
 from rlreason.experiments.environment import cores
-from rlreason.experiments.recipes import Recipe, TaskSettings
+from rlreason.experiments.recipes import Recipe, RewardSettings, TaskSettings
 from rlreason.experiments.run_folder import (
     RunFolder,
     read_checkpoint,
     read_settings,
 )
 from rlreason.policy.load import Policy, load_policy
+from rlreason.policy.vocabulary import add_tokens
+from rlreason.rewards.base import RewardFunction
+from rlreason.rewards.dense import dense_reward
+from rlreason.rewards.orm import (
+    OutcomeRewardModel,
+    dense_orm_reward,
+    score,
+    score_tokens,
+    sparse_orm_reward,
+)
+from rlreason.rewards.shaping import shaped_reward
+from rlreason.rewards.sparse import sparse_token_rewards
 from rlreason.settings import Settings, load_settings
 
 
@@ -53,7 +72,40 @@ class ExpertIterationRun(Settings):
     policy: str
     task: TaskSettings
     shots: int
+    orm: OrmRun | None
     algorithm: ExpertIterationSettings
+
+
+class OrmRun(Settings):
+    """All that decides the training of a reward model."""
+
+    start: SftRun | ExpertIterationRun
+    policy: str
+    task: TaskSettings
+    algorithm: OrmSettings
+
+
+class PpoRun(Settings):
+    """All that decides a PPO run."""
+
+    start: SftRun | None
+    policy: str
+    task: TaskSettings
+    shots: int
+    reward: RewardSettings
+    orm: OrmRun | None
+    validate_every: int
+    algorithm: PpoSettings
+
+
+class RcrlRun(Settings):
+    """All that decides a run of return-conditioned RL."""
+
+    expert: ExpertIterationRun
+    policy: str
+    task: TaskSettings
+    orm: OrmRun | None
+    algorithm: RcrlSettings
 
 
 @dataclass(frozen=True)
@@ -74,9 +126,37 @@ class Trained:
         return [row for row in self.run.metrics if row.get("phase") == "round"]
 
     @property
+    def phases(self) -> list[dict[str, Any]]:
+        """The metrics of each phase of PPO."""
+        return [row for row in self.run.metrics if row.get("phase") == "phase"]
+
+    @property
     def updates(self) -> list[dict[str, Any]]:
         """The metrics of each optimiser step."""
         return [row for row in self.run.metrics if "loss" in row]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work that the run took, over all its sessions."""
+        return self.run.status["seconds"]
+
+
+@dataclass(frozen=True)
+class TrainedRewardModel:
+    """A reward model with what its run wrote down.
+
+    Attributes:
+        orm: The model.
+        run: Its folder: settings, metrics, checkpoints.
+    """
+
+    orm: OutcomeRewardModel
+    run: RunFolder
+
+    @property
+    def held_out(self) -> list[dict[str, Any]]:
+        """The metrics on questions that were held out, one row an epoch."""
+        return [row for row in self.run.metrics if row.get("phase") == "held_out"]
 
     @property
     def seconds(self) -> float:
@@ -102,12 +182,57 @@ def expert_iteration_run(
     update: dict[str, Any] = {"seed": seed, "max_new_tokens": recipe.max_new_tokens}
     if not from_sft:
         update |= {"reference_solutions": False, "first_round_shots": recipe.shots}
+    filtered = recipe.expert_iteration.orm_threshold is not None
+    judge = recipe.model_copy(update={"orm_samples": "sft"})
     return ExpertIterationRun(
         start=sft_run(recipe, seed) if from_sft else None,
         policy=recipe.policy,
         task=recipe.task,
         shots=0 if from_sft else recipe.shots,
+        orm=orm_run(judge, seed) if filtered else None,
         algorithm=recipe.expert_iteration.model_copy(update=update),
+    )
+
+
+def orm_run(recipe: Recipe, seed: int) -> OrmRun:
+    """The part of a recipe that decides its reward model."""
+    sampler = {"sft": sft_run, "expert-iteration": expert_iteration_run}
+    update = {"seed": seed, "max_new_tokens": recipe.max_new_tokens}
+    return OrmRun(
+        start=sampler[recipe.orm_samples](recipe, seed),
+        policy=recipe.policy,
+        task=recipe.task,
+        algorithm=recipe.orm.model_copy(update=update),
+    )
+
+
+def ppo_run(recipe: Recipe, seed: int, *, from_sft: bool = True) -> PpoRun:
+    """The part of a recipe that decides its PPO.
+
+    ``from_sft=False`` starts from the base, with the recipe's shots in every prompt.
+    """
+    update = {"seed": seed, "max_new_tokens": recipe.max_new_tokens}
+    return PpoRun(
+        start=sft_run(recipe, seed) if from_sft else None,
+        policy=recipe.policy,
+        task=recipe.task,
+        shots=0 if from_sft else recipe.shots,
+        reward=recipe.reward,
+        orm=orm_run(recipe, seed) if recipe.reward.learned else None,
+        validate_every=recipe.validate_every,
+        algorithm=recipe.ppo.model_copy(update=update),
+    )
+
+
+def rcrl_run(recipe: Recipe, seed: int, *, labels_from_orm: bool = False) -> RcrlRun:
+    """The part of a recipe that decides its return-conditioned RL."""
+    update = {"seed": seed, "max_new_tokens": recipe.max_new_tokens}
+    return RcrlRun(
+        expert=expert_iteration_run(recipe, seed),
+        policy=recipe.policy,
+        task=recipe.task,
+        orm=orm_run(recipe, seed) if labels_from_orm else None,
+        algorithm=recipe.rcrl.model_copy(update=update),
     )
 
 
@@ -125,12 +250,20 @@ def train_sft(recipe: Recipe, seed: int = 0) -> Trained:
 def train_expert_iteration(
     recipe: Recipe, seed: int = 0, *, from_sft: bool = True
 ) -> Trained:
-    """Run the recipe's expert iteration from SFT or from the base, or load that run."""
+    """Run the recipe's expert iteration from SFT or from the base, or load that run.
+
+    Where the recipe has an ``orm_threshold``, a reward model filters the solutions. It
+    is trained on samples of SFT, since its judgement is needed before there is more.
+    """
     settings = expert_iteration_run(recipe, seed, from_sft=from_sft)
     base = recipe.base()
     with RunFolder("expert-iteration", settings) as run:
         if not _trained(run):
             start = train_sft(recipe, seed).policy if from_sft else base
+            orm = None
+            if settings.orm is not None:
+                judge = recipe.model_copy(update={"orm_samples": "sft"})
+                orm = partial(score, train_reward_model(judge, seed).orm)
             policy = expert_iteration(
                 start,
                 base,
@@ -138,11 +271,88 @@ def train_expert_iteration(
                 settings.algorithm,
                 solved=recipe.solved_problems() if from_sft else (),
                 shots=() if from_sft else recipe.shot_problems(),
+                orm=orm,
                 recorder=run,
                 on_round=lambda _, policy: _validate(recipe, policy),
             )
             _save_policy(run, policy)
     return Trained(_load_policy(run, base), run)
+
+
+def train_reward_model(recipe: Recipe, seed: int = 0) -> TrainedRewardModel:
+    """Train the recipe's outcome reward model, or load that run."""
+    base = recipe.base()
+    with RunFolder("orm", orm_run(recipe, seed)) as run:
+        if not _trained(run):
+            train = {"sft": train_sft, "expert-iteration": train_expert_iteration}
+            sampler = train[recipe.orm_samples](recipe, seed).policy
+            settings = run.settings.algorithm
+            orm = train_orm(
+                sampler, recipe.questions(), settings, run, judge=judge_scores
+            )
+            run.save(orm.tensors(), {"finished": True})
+    orm = OutcomeRewardModel(base)
+    orm.load_tensors(run.restore().tensors)
+    return TrainedRewardModel(orm, run)
+
+
+def train_ppo(recipe: Recipe, seed: int = 0, *, from_sft: bool = True) -> Trained:
+    """Run the recipe's PPO from SFT or from the prompted base, or load that run."""
+    settings = ppo_run(recipe, seed, from_sft=from_sft)
+    base = recipe.base()
+    with RunFolder("ppo", settings) as run:
+        if not _trained(run):
+
+            def look(phase: int, policy: Policy) -> dict[str, Any]:
+                due = phase % recipe.validate_every == 0
+                last = phase == settings.algorithm.phases
+                return _validate(recipe, policy, not from_sft) if due or last else {}
+
+            start = train_sft(recipe, seed).policy if from_sft else base
+            policy = ppo(
+                start,
+                recipe.questions(),
+                settings.algorithm,
+                reward=_reward_function(recipe, seed, base),
+                shots=() if from_sft else recipe.shot_problems(),
+                recorder=run,
+                on_phase=look,
+            )
+            _save_policy(run, policy)
+    return Trained(_load_policy(run, base), run)
+
+
+def train_rcrl(
+    recipe: Recipe, seed: int = 0, *, labels_from_orm: bool = False
+) -> Trained:
+    """Run the recipe's return-conditioned RL on its expert's samples, or load it."""
+    settings = rcrl_run(recipe, seed, labels_from_orm=labels_from_orm)
+    base = recipe.base()
+    with RunFolder("rcrl", settings) as run:
+        if not _trained(run):
+            orm = None
+            if labels_from_orm:
+                orm = partial(score_tokens, train_reward_model(recipe, seed).orm)
+            policy = rcrl(
+                train_expert_iteration(recipe, seed).policy,
+                base,
+                recipe.questions(),
+                settings.algorithm,
+                orm=orm,
+                recorder=run,
+            )
+            _save_policy(run, policy)
+    return Trained(_load_policy(run, add_tokens(base, [GOOD, BAD])), run)
+
+
+TRAIN = {
+    "sft": train_sft,
+    "expert-iteration": train_expert_iteration,
+    "ppo": train_ppo,
+    "orm": train_reward_model,
+    "rcrl": train_rcrl,
+}
+"""What ``train_seeds`` and the command line call by name."""
 
 
 def evaluate_recipe(
@@ -153,11 +363,15 @@ def evaluate_recipe(
     seed: int = 0,
     greedy_only: bool = False,
     prompted: bool = False,
+    label: str | None = None,
+    orm: OutcomeRewardModel | None = None,
 ) -> Report:
     """Judge a policy as the recipe says: maj@1 alone, or with K samples a problem.
 
     Args:
         prompted: Put the recipe's shots before each question (for the base).
+        label: Force it before every step (for return-conditioned policies).
+        orm: Scores the samples for rerank@K.
     """
     chosen = recipe.evaluation
     shots = recipe.shot_problems() if prompted else []
@@ -173,6 +387,8 @@ def evaluate_recipe(
         max_new_tokens=recipe.max_new_tokens,
         seed=seed,
         shots=shots,
+        label=label,
+        orm=orm,
     )
 
 
@@ -189,6 +405,8 @@ def load_trained(name: str | Path) -> Policy:
     if checkpoint is None or "finished" not in checkpoint.state:
         raise ValueError(f"{name} is not finished; run its `rlreason train` to the end")
     policy = load_policy(settings["policy"])
+    if "expert" in settings:  # return-conditioned RL
+        policy = add_tokens(policy, [GOOD, BAD])
     load_model_tensors(policy.model, checkpoint.tensors)
     return policy
 
@@ -197,7 +415,8 @@ def train_seeds(recipe: Recipe, algorithm: str, seeds: Sequence[int]) -> list[Tr
     """Train several seeds at once, one single-threaded process a core.
 
     Args:
-        algorithm: "sft" or "expert-iteration", as in ``rlreason train``.
+        algorithm: "sft", "expert-iteration", "ppo", "orm" or "rcrl", as in
+            ``rlreason train``.
 
     Raises:
         RuntimeError: A process failed; holds the end of what it printed.
@@ -209,8 +428,7 @@ def train_seeds(recipe: Recipe, algorithm: str, seeds: Sequence[int]) -> list[Tr
         path = Path(folder) / "recipe.json"
         path.write_text(recipe.model_dump_json())
         list(pool.map(lambda seed: _train_elsewhere(path, algorithm, seed), seeds))
-    train = {"sft": train_sft, "expert-iteration": train_expert_iteration}[algorithm]
-    return [train(recipe, seed) for seed in seeds]
+    return [TRAIN[algorithm](recipe, seed) for seed in seeds]
 
 
 def _train_elsewhere(recipe_file: Path, algorithm: str, seed: int) -> None:
@@ -221,9 +439,26 @@ def _train_elsewhere(recipe_file: Path, algorithm: str, seed: int) -> None:
         raise RuntimeError(f"seed {seed} of {algorithm} failed:\n{done.stderr[-2000:]}")
 
 
-def _validate(recipe: Recipe, policy: Policy) -> dict[str, Any]:
-    """What is looked at after each round: greedy accuracy on the validation split."""
-    report = evaluate_recipe(recipe, policy, split="validation", greedy_only=True)
+def _reward_function(recipe: Recipe, seed: int, policy: Policy) -> RewardFunction:
+    """What the recipe pays PPO for; a reward model is trained where one is needed."""
+    kind, size = recipe.reward.kind, recipe.reward.size or 0.5
+    if kind == "sparse":
+        return sparse_token_rewards
+    if kind == "dense":
+        return dense_reward(policy, bound=size)
+    if kind == "shaped":
+        gae = recipe.ppo.gae
+        gamma, bootstrap = (gae.gamma, gae.bootstrap) if gae else (1.0, False)
+        return shaped_reward(policy, gamma=gamma, scale=size, bootstrap=bootstrap)
+    pay = {"sparse-orm": sparse_orm_reward, "dense-orm": dense_orm_reward}[kind]
+    return pay(train_reward_model(recipe, seed).orm)
+
+
+def _validate(recipe: Recipe, policy: Policy, prompted: bool = False) -> dict[str, Any]:
+    """What is looked at in between: greedy accuracy on the validation split."""
+    report = evaluate_recipe(
+        recipe, policy, split="validation", greedy_only=True, prompted=prompted
+    )
     return {"validation_maj_1": report.maj_1.mean}
 
 
@@ -250,8 +485,7 @@ def main() -> None:
     algorithm, recipe_file, seed = sys.argv[1:]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe = load_settings(Recipe, json.loads(Path(recipe_file).read_text()))
-    train = {"sft": train_sft, "expert-iteration": train_expert_iteration}[algorithm]
-    train(recipe, int(seed))
+    TRAIN[algorithm](recipe, int(seed))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,183 @@
+"""``rlreason bench ppo``: where the time of a phase of PPO goes.
+
+A phase samples, scores and learns. For each stage: seconds, the tokens that had to go
+through the trunk, those that did (padding included), and how many a second. The second
+over the first says whether anything was computed twice: 1 would be no padding at all.
+
+What has to go through: in sampling a prompt once a question and each sampled token but
+the last; in scoring prompt and response once for the policy (V comes along) and once
+for the reference; in learning once an epoch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from rlreason.algorithms import ppo as algorithm
+from rlreason.algorithms.ppo import PpoSettings, ppo
+from rlreason.algorithms.recorder import NullRecorder
+from rlreason.experiments.profiles import load_recipe
+from rlreason.experiments.train import train_sft
+from rlreason.policy.logprobs import trunk_of
+from rlreason.policy.rollout import Rollout
+
+STAGES = ("sampling", "scoring", "learning")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a phase: medians over phases.
+
+    Attributes:
+        seconds: Wall-clock.
+        share: Of the three stages together.
+        needed: Tokens that had to go through the trunk.
+        computed: Tokens that did, padding included.
+        calls: Forward passes of the trunk, a reference's included.
+    """
+
+    name: str
+    seconds: float
+    share: float
+    needed: float
+    computed: float
+    calls: float
+
+
+class _Meter(NullRecorder):
+    """Counts seconds, calls and tokens of the trunks by stage, phase by phase."""
+
+    def __init__(self) -> None:
+        self.stage: str | None = None
+        self.phases: list[dict[str, dict[str, float]]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        self.now: dict[str, dict[str, float]] = {
+            stage: defaultdict(float) for stage in STAGES
+        }
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        start, self.stage = time.perf_counter(), stage
+        yield
+        self.now[stage]["seconds"] += time.perf_counter() - start
+        self.stage = None
+
+    def log(self, **metrics: Any) -> None:
+        if metrics.get("phase") == "phase":
+            self.phases.append(self.now)
+            self.begin()
+
+    def see(self, _, args: tuple, kwargs: dict) -> None:
+        """Before a forward pass of a trunk's first layer."""
+        hidden = args[0] if args else kwargs["hidden_states"]  # (B, L, H)
+        if self.stage is not None:
+            self.now[self.stage]["calls"] += 1
+            self.now[self.stage]["computed"] += hidden.shape[0] * hidden.shape[1]
+
+
+def bench_ppo(
+    *, profile: str = "tiny", phases: int = 4, settings: PpoSettings | None = None
+) -> list[Stage]:
+    """Run some phases of a profile's PPO from SFT; the first warms up.
+
+    Args:
+        profile: Whose recipe.
+        phases: That count.
+        settings: In place of the recipe's.
+    """
+    recipe = load_recipe(profile)
+    start = train_sft(recipe).policy
+    chosen = settings or recipe.ppo
+    chosen = chosen.model_copy(
+        update={"phases": phases + 1, "max_new_tokens": recipe.max_new_tokens}
+    )
+    meter = _Meter()
+    with _watched(meter), _counted(meter, chosen):
+        ppo(start, recipe.questions(), chosen, recorder=meter)
+    middle = {
+        stage: {
+            name: median(phase[stage][name] for phase in meter.phases[1:])
+            for name in ("seconds", "needed", "computed", "calls")
+        }
+        for stage in STAGES
+    }
+    total = sum(numbers["seconds"] for numbers in middle.values())
+    return [
+        Stage(stage, share=numbers["seconds"] / total, **numbers)
+        for stage, numbers in middle.items()
+    ]
+
+
+@contextmanager
+def _watched(meter: _Meter) -> Iterator[None]:
+    """See every forward pass of every model that a learner makes, its copies too."""
+    build, hooks = algorithm._Learner.__init__, []
+
+    def built(self, *args) -> None:
+        build(self, *args)
+        for policy in (self.policy, self.reference.copy):
+            if policy is not None:
+                first = _first_layer(trunk_of(policy.model))
+                hooks.append(
+                    first.register_forward_pre_hook(meter.see, with_kwargs=True)
+                )
+
+    algorithm._Learner.__init__ = built
+    try:
+        yield
+    finally:
+        algorithm._Learner.__init__ = build
+        for hook in hooks:
+            hook.remove()
+
+
+def _first_layer(trunk: torch.nn.Module) -> torch.nn.Module:
+    lists = (m for m in trunk.children() if isinstance(m, torch.nn.ModuleList))
+    return next(lists)[0]
+
+
+@contextmanager
+def _counted(meter: _Meter, settings: PpoSettings) -> Iterator[None]:
+    """Note what each phase's rollouts need."""
+    score = algorithm._Learner.score
+
+    def noted(self, rollouts: list[Rollout]):
+        whole = sum(len(r.prompt_tokens) + len(r.tokens) for r in rollouts)
+        prompts = sum(len(r.prompt_tokens) for r in rollouts[:: settings.n])
+        drawn = sum(len(r.tokens) - 1 for r in rollouts)
+        meter.now["sampling"]["needed"] = prompts + drawn
+        passes = 2 if self.reference.needed else 1
+        meter.now["scoring"]["needed"] = passes * whole
+        meter.now["learning"]["needed"] = settings.epochs * whole
+        return score(self, rollouts)
+
+    algorithm._Learner.score = noted
+    try:
+        yield
+    finally:
+        algorithm._Learner.score = score
+
+
+def format_ppo_benchmark(stages: list[Stage]) -> str:
+    """A table for the terminal."""
+    lines = [
+        f"{'stage':<9} {'seconds':>8} {'share':>6} {'tokens/s':>9} "
+        f"{'passes':>7} {'needed':>8} {'computed':>9} {'ratio':>6}"
+    ]
+    for s in stages:
+        lines.append(
+            f"{s.name:<9} {s.seconds:>8.2f} {s.share:>6.0%} "
+            f"{s.needed / s.seconds:>9,.0f} {s.calls:>7.0f} {s.needed:>8,.0f} "
+            f"{s.computed:>9,.0f} {s.computed / s.needed:>6.2f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,238 @@
+"""``rlreason gains``: what each algorithm gains over its start, over seeds.
+
+One row an algorithm and metric, with its interval over seeds and problems, written to
+``book/results/<profile>/gains.csv``. The book's chapters train one seed where they
+stand; that the gain is no luck of a seed is shown here, once, and recorded.
+
+===================  =================================================================
+expert-iteration     maj@1 on test, minus that of the SFT policy it starts from
+ppo and baselines    likewise
+rcrl                 maj@1 with [GOOD] forced before every step, minus that with [BAD]
+orm                  rerank@K minus maj@K, both of one set of samples of SFT; and the
+                     AUC on training questions that were held out
+===================  =================================================================
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from rlreason.algorithms.ppo import BaselineSettings
+from rlreason.algorithms.rcrl import BAD, GOOD
+from rlreason.evaluation.evaluate import Report
+from rlreason.evaluation.intervals import (
+    Interval,
+    hierarchical_interval,
+    seed_interval,
+)
+from rlreason.experiments.environment import commit, environment, project_root
+from rlreason.experiments.recipes import Recipe
+from rlreason.experiments.train import evaluate_recipe, train_seeds, train_sft
+
+BASELINES = ("reinforce", "rloo", "grpo")
+ALGORITHMS = ("expert-iteration", "ppo", *BASELINES, "rcrl", "orm")
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A row of the table. Means and limits are shares, or an AUC.
+
+    Attributes:
+        before: What it is compared with, mean over seeds; empty for an AUC.
+        low, high: 95% interval of ``gain`` over seeds and problems.
+        minutes: Of training, a seed, single-threaded, without what it starts from.
+    """
+
+    algorithm: str
+    metric: str
+    before: float | None
+    after: float
+    gain: float
+    low: float
+    high: float
+    seeds: int
+    problems: int
+    minutes: float
+    settings: str
+    commit: str
+    device: str
+    date: str
+
+
+def measure_gains(
+    recipe: Recipe,
+    algorithms: Sequence[str] = ALGORITHMS,
+    *,
+    report: Callable[[str], None] = print,
+) -> list[Gain]:
+    """Train what is not trained yet, judge it on the test split, one row each.
+
+    Raises:
+        ValueError: An algorithm is none of ``ALGORITHMS``.
+    """
+    if unknown := [name for name in algorithms if name not in ALGORITHMS]:
+        raise ValueError(
+            f"no algorithm {unknown[0]!r}; there are {', '.join(ALGORITHMS)}"
+        )
+    rows = []
+    for name in algorithms:
+        measure = {"orm": _of_orm, "rcrl": _of_rcrl}.get(name, _of_policy)
+        for row in measure(recipe, name):
+            report(format_gain(row))
+            rows.append(row)
+    return rows
+
+
+def format_gain(row: Gain) -> str:
+    """One line for the terminal, in points; an AUC as it is."""
+    if row.before is None:
+        interval = f"[{row.low:.3f}, {row.high:.3f}]"
+        return f"{row.algorithm}: {row.metric} {row.after:.3f} {interval}"
+    return (
+        f"{row.algorithm}: {row.metric} {row.before:.1%} -> {row.after:.1%}, "
+        f"{100 * row.gain:+.1f} points [{100 * row.low:+.1f}, {100 * row.high:+.1f}], "
+        f"{row.seeds} seeds, {row.minutes:.1f} minutes a seed"
+    )
+
+
+def write_gains(rows: Sequence[Gain], path: Path) -> None:
+    """Put rows into a table; those of the same algorithm and metric are replaced."""
+    new = {(row.algorithm, row.metric): _as_text(row) for row in rows}
+    kept = {(r["algorithm"], r["metric"]): r for r in read_gains(path)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".partial")
+    with draft.open("w", newline="") as file:
+        names = [field.name for field in fields(Gain)]
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows((kept | new).values())
+    draft.replace(path)
+
+
+def read_gains(path: Path) -> list[dict[str, str]]:
+    """The rows of a table as text; none where there is no table."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def gains_path(profile: str) -> Path:
+    """Where the gains of a profile are recorded."""
+    return project_root() / "book" / "results" / Path(profile).stem / "gains.csv"
+
+
+def _of_policy(recipe: Recipe, name: str) -> list[Gain]:
+    """maj@1 against the SFT policy of the same seed."""
+    algorithm = name
+    if name in BASELINES:
+        credit = BaselineSettings(kind=name)
+        ppo = recipe.ppo.model_copy(update={"credit": credit})
+        recipe, algorithm = recipe.model_copy(update={"ppo": ppo}), "ppo"
+    seeds = range(recipe.seeds)
+    trained = train_seeds(recipe, algorithm, seeds)
+    before = [_greedy(recipe, train_sft(recipe, seed).policy) for seed in seeds]
+    after = [_greedy(recipe, run.policy) for run in trained]
+    return [_row(name, "maj@1", before, after, trained)]
+
+
+def _of_rcrl(recipe: Recipe, name: str) -> list[Gain]:
+    trained = train_seeds(recipe, name, range(recipe.seeds))
+    bad, good = (
+        [_greedy(recipe, run.policy, label=label) for run in trained]
+        for label in (BAD, GOOD)
+    )
+    return [_row(name, "maj@1 of [GOOD] against [BAD]", bad, good, trained)]
+
+
+def _of_orm(recipe: Recipe, name: str) -> list[Gain]:
+    seeds = range(recipe.seeds)
+    trained = train_seeds(recipe, name, seeds)
+    reports = [
+        evaluate_recipe(recipe, train_sft(recipe, seed).policy, orm=run.orm, seed=seed)
+        for seed, run in zip(seeds, trained, strict=True)
+    ]
+    k = reports[0].k
+    rerank = _row(
+        name,
+        f"rerank@{k} against maj@{k}",
+        reports,
+        reports,
+        trained,
+        metrics=(f"maj@{k}", f"rerank@{k}"),
+    )
+    aucs = [run.held_out[-1]["auc"] for run in trained]
+    interval = seed_interval(aucs)
+    common = _common(name, trained, len(seeds), 0)
+    return [
+        rerank,
+        Gain(
+            metric="AUC on held-out questions",
+            before=None,
+            after=interval.mean,
+            gain=interval.mean - 0.5,
+            low=interval.low,
+            high=interval.high,
+            **common,
+        ),
+    ]
+
+
+def _greedy(recipe: Recipe, policy, **options: Any) -> Report:
+    return evaluate_recipe(recipe, policy, greedy_only=True, **options)
+
+
+def _row(
+    name: str,
+    metric: str,
+    before: Sequence[Report],
+    after: Sequence[Report],
+    trained: Sequence[Any],
+    *,
+    metrics: tuple[str, str] = ("maj@1", "maj@1"),
+) -> Gain:
+    """The paired difference, over seeds and problems."""
+    first, second = (
+        np.stack([report.values(metric) for report in reports])  # (seeds, problems)
+        for reports, metric in zip((before, after), metrics, strict=True)
+    )
+    interval: Interval = hierarchical_interval(second - first)
+    return Gain(
+        metric=metric,
+        before=float(first.mean()),
+        after=float(second.mean()),
+        gain=interval.mean,
+        low=interval.low,
+        high=interval.high,
+        **_common(name, trained, *first.shape),
+    )
+
+
+def _common(name: str, trained: Sequence[Any], seeds: int, problems: int) -> dict:
+    return {
+        "algorithm": name,
+        "seeds": seeds,
+        "problems": problems,
+        "minutes": fmean(run.seconds for run in trained) / 60,
+        "settings": trained[0].run.path.name.rsplit("-", 1)[-1],
+        "commit": commit() or "",
+        "device": environment()["device"],
+        "date": date.today().isoformat(),
+    }
+
+
+def _as_text(row: Gain) -> dict[str, str]:
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4f}"
+        return "" if value is None else str(value)
+
+    return {name: text(value) for name, value in asdict(row).items()}
