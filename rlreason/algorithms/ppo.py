@@ -56,7 +56,7 @@ from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample_prompts
 from rlreason.policy.value import ValueSettings, new_value_function, score
 from rlreason.rewards.base import RewardFunction
-from rlreason.rewards.sparse import sparse_token_rewards
+from rlreason.rewards.sparse import sparse_rewards, sparse_token_rewards
 from rlreason.settings import Settings
 from rlreason.tasks.problem import Problem
 
@@ -295,8 +295,9 @@ def ppo(
 
     - ``rollouts``: sampled so far; ``response_tokens``: of this phase, in all;
       ``response_length``: their mean number; ``truncated``: share cut by the limit.
-    - ``reward``: mean over responses of what the task paid (no KL); ``right``: share
-      that was paid at its last token.
+    - ``reward``: mean over responses of what the task paid (no KL); ``accuracy``: share
+      whose final answer is right, whatever was paid. A reward that rises while this
+      does not is being exploited.
     - ``kl``: nats a response from the reference, k1, mean; ``kl_token``: k3 a token;
       ``kl_coef``: beta in this phase; ``penalised_reward``: reward - KL penalty.
     - ``ratio_error``: largest abs(ratio - 1) between the sampler's probabilities and
@@ -336,6 +337,8 @@ def ppo(
             experience = learner.score(rollouts)
         experience = learner.credit(learner.pay(experience, paid))
         metrics = _phase_metrics(experience, paid, learner.kl_coef, settings)
+        right = sparse_rewards(rollouts, problems)
+        metrics["accuracy"] = sum(right) / len(right)
         _check(metrics, phase, settings, saved, recorder)
         surprise = learning_scores(experience.advantages, experience.response_mask)
         questions.update([r.problem_id for r in rollouts], surprise.tolist())
@@ -857,7 +860,6 @@ def _phase_metrics(experience, paid, kl_coef, settings) -> dict[str, float]:
     metrics = {
         "reward": total,
         "penalised_reward": float(experience.rewards.sum()) / len(experience.rollouts),
-        "right": sum(numbers[-1] >= 1.0 for numbers in paid) / len(paid),
         "response_length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
         "response_tokens": tokens,
         "truncated": sum(not r.finished for r in rollouts) / len(rollouts),
