@@ -42,6 +42,8 @@ class PretrainSettings:
         schedule: Updates after which the learning rate would be zero.
         rows: Sequences an update.
         context: Tokens a sequence.
+        long_updates: Last updates, whose rows are half as many and twice as long: so
+            that places further on are known, where a prompt with examples goes on.
         lr: Peak learning rate of the matrices (Muon).
         lr_vectors: Peak learning rate of embeddings and norms (AdamW).
         warmup: Updates of warm-up.
@@ -56,6 +58,7 @@ class PretrainSettings:
     schedule: int = 3000
     rows: int = 32
     context: int = 256
+    long_updates: int = 0
     lr: float = 0.03
     lr_vectors: float = 0.01
     warmup: int = 50
@@ -135,11 +138,12 @@ def pretrain(
             peak=1.0,
         )
         documents = pretraining_documents(f"{settings.seed}/{step}")
+        longer = 2 if step >= settings.updates - settings.long_updates else 1
         batch = packed_rows(
             tokenizer,
             documents,
-            rows=settings.rows,
-            context=settings.context,
+            rows=settings.rows // longer,
+            context=settings.context * longer,
         )
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
             loss = next_token_loss(model, batch)

@@ -16,7 +16,7 @@ from rlreason.tasks.pretraining_text import MIX
 RECIPES = {
     "nano": PretrainSettings(size="nano", updates=2400, schedule=3000, decay=900),
     "nano-xs": PretrainSettings(
-        size="nano-xs", updates=3400, schedule=4200, decay=1260
+        size="nano-xs", updates=3030, schedule=4200, decay=1260, long_updates=30
     ),
 }
 """Settings with which the bundled weights were made."""
@@ -35,7 +35,7 @@ scale, and reinforcement learning has room above that.
 | Vocabulary | {vocabulary} tokens: words of the text, single digits, bytes |
 | Text | {tokens:,} tokens read once; documents: {mix} |
 | Optimiser | Muon (matrices, {lr}), AdamW (the rest, {lr_vectors}) |
-| Updates | {updates} of a schedule of {schedule} |
+| Updates | {updates} of a schedule of {schedule}{long} |
 | Final loss | {loss:.3f} nats a token, mean of the last 50 updates |
 | Time | {minutes:.0f} minutes on {device}, one thread, shared with other work |
 | SHA-256 of `model.safetensors` | `{digest}` |
@@ -71,6 +71,7 @@ def train_nano(
     weights = (folder / "model.safetensors").read_bytes()
     hidden, layers, heads, feed_forward = SIZES[size]
     losses = [row["loss"] for row in run.metrics[-50:]]
+    last = settings.long_updates
     card = CARD.format(
         size=size,
         seed=seed,
@@ -86,6 +87,7 @@ def train_nano(
         lr_vectors=settings.lr_vectors,
         updates=settings.updates,
         schedule=settings.schedule,
+        long=f", the last {last} on rows twice as long" if last else "",
         loss=sum(losses) / len(losses),
         minutes=run.status["seconds"] / 60,
         device=environment()["device"],
