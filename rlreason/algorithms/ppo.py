@@ -385,7 +385,7 @@ class _Learner:
         self.kl_coef = settings.kl.coef
         model = self.policy.model
         if settings.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            _checkpointing(model, "enable")({"use_reentrant": False})
         # Only in training mode are activations computed again. The mode changes nothing
         # else: dropout is off for good, what is scored is what is sampled
         model.train(settings.gradient_checkpointing)
@@ -583,9 +583,15 @@ class _Learner:
     def finished(self) -> Policy:
         """The policy alone, adapters merged into its weights."""
         if self.settings.gradient_checkpointing:
-            self.policy.model.activation_checkpointing_disable()
+            _checkpointing(self.policy.model, "disable")()
         self.policy.model.eval()
         return merge_adapters(self.policy)
+
+
+def _checkpointing(model: nn.Module, what: str) -> Callable[..., None]:
+    """A method of transformers that was ``gradient_checkpointing_*`` before 5.23."""
+    old = getattr(model, f"gradient_checkpointing_{what}")
+    return getattr(model, f"activation_checkpointing_{what}", old)
 
 
 class _Reference:
