@@ -444,7 +444,7 @@ def test_p47_a_run_that_stops_anywhere_equals_an_undisturbed_one(
     less = {"samples": 3, "k": 2, "max_new_tokens": 20}
     undisturbed = Memory(save_every=save_every)
     expected = weights(run(undisturbed, **less))
-    for die_at in range(len(undisturbed.rows)):
+    for die_at in range(save_every // 2, len(undisturbed.rows), 2):
         recorder = Memory(save_every=save_every, die_at=die_at)
         with pytest.raises(InterruptedRunError):
             run(recorder, **less)
@@ -464,6 +464,14 @@ def test_a_run_resumed_does_not_sample_again(small_chunks, monkeypatch):
     monkeypatch.setattr(module, "sample_prompts", None)
     run(recorder)
     assert rows(recorder, "learn")
+
+
+@pytest.mark.parametrize("solutions", [[], TOY_SOLUTIONS[:3]], ids=["none", "some"])
+def test_what_is_saved_comes_back(solutions):
+    recorder, labelled = Memory(), [replace(s, good=(True, False)) for s in solutions]
+    data = module._Data(sampled=2, labelled=1, rollouts=24, solutions=labelled)
+    module._save(recorder, data)
+    assert module._unpack(recorder.restore(), toy_policy(), TOY_PROBLEMS) == data
 
 
 def test_a_reward_model_takes_the_place_of_rollouts():
@@ -494,7 +502,9 @@ def test_p49_every_setting_changes_the_result():
         expert.model.get_output_embeddings().weight.mul_(0.9)
 
     def trained(**changes):
-        chosen = QUICK.model_copy(update={"max_new_tokens": 40, "samples": 12} | changes)
+        chosen = QUICK.model_copy(
+            update={"max_new_tokens": 40, "samples": 12} | changes
+        )
         return weights(rcrl(expert, toy_policy(), TOY_PROBLEMS, chosen))
 
     default = trained()
