@@ -155,7 +155,7 @@ TRUTH = [
 @pytest.mark.parametrize(
     ("text", "gold", "correct", "why"), TRUTH, ids=[row[3] for row in TRUTH]
 )
-def test_truth_table(text, gold, correct, why):
+def test_p38_truth_table(text, gold, correct, why):
     assert is_correct(text, gold) is correct, why
 
 
@@ -185,7 +185,7 @@ def test_the_table_is_large_and_each_row_has_its_own_reason():
         ),
     ],
 )
-def test_the_table_fails_the_usual_wrong_versions(wrong):
+def test_p38_the_table_fails_the_usual_wrong_versions(wrong):
     misjudged = [row for row in TRUTH if wrong(row[0], row[1]) is not row[2]]
     assert len(misjudged) >= 10
 
@@ -374,7 +374,7 @@ def test_what_is_no_arithmetic_is_a_value_error(expression):
         st.text(alphabet=string.printable, max_size=40),
     )
 )
-def test_any_text_has_a_value_or_is_a_value_error(text):
+def test_p40_any_text_has_a_value_or_is_a_value_error(text):
     try:
         value = evaluate_expression(text)
     except ValueError:
@@ -445,7 +445,7 @@ def test_the_oracle_fails_a_parser_from_right_to_left():
     assert right_to_left("10-4-3") == 9
 
 
-def test_the_parser_works_outside_the_main_thread():
+def test_p40_the_parser_works_outside_the_main_thread():
     """A calculator that is guarded by signals works in the main thread alone."""
     hostile = ["9**9**9", "(" * 200, "1/0", "48/2"]
 
@@ -581,7 +581,7 @@ SPLITS = ["train", "validation", "test"]
 @needs_data
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("task", ["gsm8k", "svamp"])
-def test_every_gold_solution_scores_as_correct(task, split):
+def test_p39_every_gold_solution_scores_as_correct(task, split):
     problems = load_problems(task, split=split)
     wrong = [p.id for p in problems if not is_correct(p.solution, p.answer)]
     assert wrong == []

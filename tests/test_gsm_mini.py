@@ -80,7 +80,7 @@ def test_a_wrong_annotation_would_be_seen():
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-def test_splits_share_no_problem(shifted):
+def test_p46_splits_share_no_problem(shifted):
     sizes = {"limit": 4000, "shifted": shifted}
     splits = {s: load_gsm_mini(s, **sizes) for s in SPLIT_CLASSES}
     for one in splits:

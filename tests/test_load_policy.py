@@ -144,7 +144,7 @@ def test_damaged_weights_are_a_policy_error(folder):
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_a_prompt_has_exactly_one_bos_or_none(bos):
+def test_p11_a_prompt_has_exactly_one_bos_or_none(bos):
     policy = tiny_policy(bos=bos)
     ids = policy.encode_prompt("Q: 2+2?\nA:")
     assert ids.count(1) == (1 if bos else 0)
@@ -153,7 +153,7 @@ def test_a_prompt_has_exactly_one_bos_or_none(bos):
 
 
 @pytest.mark.parametrize("pad", [True, False])
-def test_a_response_is_what_follows_the_prompt_and_ends_with_one_eos(pad):
+def test_p11_a_response_is_what_follows_the_prompt_and_ends_with_one_eos(pad):
     policy = tiny_policy(pad=pad)
     assert policy.pad_id == (0 if pad else policy.eos_id)
     prompt = format_prompt(PROBLEMS[0])
@@ -175,7 +175,7 @@ def test_a_token_across_the_boundary_is_cut_there():
     assert policy.decode(policy.encode_response("A", ": 7")) == ": 7"
 
 
-def test_dropout_is_off_in_training_too():
+def test_p06_dropout_is_off_in_training_too():
     config = GPT2Config(
         n_embd=16, n_layer=1, n_head=2, vocab_size=260, resid_pdrop=0.5, attn_pdrop=0.5
     )

@@ -117,7 +117,7 @@ def test_svamp_is_split_into_train_validation_and_test(folder):
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "svamp"])
-def test_splits_share_no_problem_and_ids_are_unique(folder, task):
+def test_p46_splits_share_no_problem_and_ids_are_unique(folder, task):
     problems = [p for split in tasks.SPLITS for p in load_problems(task, split)]
     assert len({problem.id for problem in problems}) == len(problems)
     if task == "svamp":  # the made-up test rows of GSM8K are others than those to train
@@ -592,7 +592,7 @@ def test_one_row_of_svamp_has_an_equation_for_another_answer():
 
 @needs_data
 @pytest.mark.parametrize("task", ["gsm8k", "svamp"])
-def test_no_real_question_is_in_two_splits(task):
+def test_p46_no_real_question_is_in_two_splits(task):
     questions = {s: {p.question for p in load_problems(task, s)} for s in tasks.SPLITS}
     train, validation, test = questions.values()
     assert not train & validation

@@ -42,7 +42,7 @@ def naive(policy, prompt, response, temperature=1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_padded_batch_equals_single_sequences(kind, temperature):
+def test_p13_a_padded_batch_equals_single_sequences(kind, temperature):
     policy = tiny_policy(kind)
     logprobs, mask = token_logprobs(
         policy.model, PROMPTS, RESPONSES, temperature=temperature
@@ -55,7 +55,7 @@ def test_a_padded_batch_equals_single_sequences(kind, temperature):
         assert (logprobs[i, len(response) :] == 0).all()
 
 
-def test_the_comparison_rejects_a_shift_by_one():
+def test_p15_the_comparison_rejects_a_shift_by_one():
     policy = tiny_policy()
     logprobs, _ = token_logprobs(policy.model, PROMPTS, RESPONSES)
     expected = naive(policy, PROMPTS[0], RESPONSES[0])
@@ -115,7 +115,7 @@ def test_an_empty_response_has_no_logprobs():
     assert torch.allclose(logprobs[0], naive(policy, PROMPTS[0], [40, 41]), atol=1e-5)
 
 
-def test_half_precision_logits_are_raised_before_the_softmax():
+def test_p31_half_precision_logits_are_raised_before_the_softmax():
     logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
     targets = torch.arange(64)
     exact = (logits.double() / 0.7).log_softmax(-1)[targets, targets]

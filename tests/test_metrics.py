@@ -172,13 +172,13 @@ def test_maj_at_the_ends_of_its_range(answers, k, value):
     assert maj_at_k(answers, "7", k) == pytest.approx(value, abs=1e-12)
 
 
-def test_votes_are_numbers_and_not_strings():
+def test_p43_votes_are_numbers_and_not_strings():
     answers = ["42", "42.0", "$42", "43", "43"]
     assert maj_at_k(answers, "42.00", 5) == 1.0
     assert Counter(answers).most_common(1)[0][0] == "43"  # what strings would elect
 
 
-def test_none_never_outvotes_a_number():
+def test_p43_none_never_outvotes_a_number():
     answers = ["7", None, None, None]
     assert maj_at_k(answers, "7", 4) == 1.0
     assert Counter(answers).most_common(1)[0][0] is None
@@ -190,7 +190,7 @@ def test_order_of_ties_does_not_decide():
     assert [Counter(a).most_common(1)[0][0] == "7" for a in both] == [True, False]
 
 
-def test_wrong_forms_of_pass_at_k_are_biased():
+def test_p42_wrong_forms_of_pass_at_k_are_biased():
     n, c, k = 96, 1, 96
     generator = np.random.default_rng(0)
     picks = generator.integers(0, n, (4000, k))
@@ -211,13 +211,13 @@ def test_the_first_k_have_the_same_mean_as_pass_at_k_and_far_more_variance():
     assert exact.var() < first.var() / 5
 
 
-def test_the_first_nan_does_not_win():
+def test_p44_the_first_nan_does_not_win():
     scores, correct = [nan, 0.1, 0.9], [False, False, True]
     assert rerank_at_k(scores, correct, 3) == 1.0
     assert isnan(max(scores))  # NaN compares false with all, so max keeps it
 
 
-def test_a_fixed_order_does_not_decide_between_equal_scores():
+def test_p44_a_fixed_order_does_not_decide_between_equal_scores():
     assert rerank_at_k([1.0, 1.0], [True, False], 2) == 0.5
     assert rerank_at_k([1.0, 1.0], [False, True], 2) == 0.5
 
@@ -244,7 +244,7 @@ def test_impossible_input_is_an_error():
         maj_at_k(["1"] * 1001, "1", 1)
 
 
-def test_no_metric_touches_the_global_random_streams():
+def test_p45_no_metric_touches_the_global_random_streams():
     def states():
         kind, keys, *rest = np.random.get_state()
         return random.getstate(), kind, keys.tolist(), rest, torch.get_rng_state()

@@ -164,7 +164,7 @@ def checkpoint_bytes(run: RunFolder) -> dict[str, bytes]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("point", KILL_POINTS)
-def test_a_killed_run_that_goes_on_equals_an_undisturbed_one_to_the_bit(
+def test_p47_p48_a_killed_run_that_goes_on_equals_an_undisturbed_one_to_the_bit(
     point, killed, undisturbed
 ):
     dead = RunFolder("toy", ToySettings(), root=killed / point)

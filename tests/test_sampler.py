@@ -51,7 +51,7 @@ def by_name(rollouts) -> dict:
 
 @pytest.mark.parametrize("temperature", [0.5, 0.7, 1.0, 1.3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logprobs_are_those_of_one_full_forward_pass(kind, temperature):
+def test_p03_logprobs_are_those_of_one_full_forward_pass(kind, temperature):
     policy = tiny_policy(kind)
     rollouts = sample(policy, PROBLEMS, k=4, temperature=temperature, max_new_tokens=48)
     error = worst_error(
@@ -60,7 +60,7 @@ def test_logprobs_are_those_of_one_full_forward_pass(kind, temperature):
     assert error < 1e-4
 
 
-def test_the_bound_rejects_unscaled_and_truncated_logprobs():
+def test_p04_the_bound_rejects_unscaled_and_truncated_logprobs():
     policy = tiny_policy()
     rollouts = sample(policy, PROBLEMS, k=4, temperature=0.7, max_new_tokens=48)
 
@@ -75,7 +75,7 @@ def test_the_bound_rejects_unscaled_and_truncated_logprobs():
 
 @pytest.mark.parametrize("pad", [True, False], ids=["pad", "pad=eos"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_is_token_for_token_that_of_generate_on_a_padded_batch(kind, pad):
+def test_p13_greedy_is_token_for_token_that_of_generate_on_a_padded_batch(kind, pad):
     policy = tiny_policy(kind, pad=pad)
     free = sample(policy, PROBLEMS, temperature=0, max_new_tokens=40)
     # A random model hardly ever chooses EOS, so let a token that it did choose be EOS
@@ -108,7 +108,7 @@ def test_greedy_logprobs_are_those_at_temperature_one():
     assert worst_error(policy, rollouts, lambda x: x.log_softmax(-1)) < 1e-4
 
 
-def test_a_poisoned_generation_config_changes_nothing():
+def test_p02_a_poisoned_generation_config_changes_nothing():
     policy = tiny_policy()
     before = sample(policy, PROBLEMS, k=3, max_new_tokens=24)
     poison = {"top_k": 2, "top_p": 0.3, "repetition_penalty": 2.0, "temperature": 0.1}
@@ -117,7 +117,7 @@ def test_a_poisoned_generation_config_changes_nothing():
     assert sample(policy, PROBLEMS, k=3, max_new_tokens=24) == before
 
 
-def test_samples_do_not_depend_on_the_company_they_keep():
+def test_p09_samples_do_not_depend_on_the_company_they_keep():
     policy = replace(tiny_policy(), eos_id=40)
     options = {"max_new_tokens": 64, "temperature": 1.5, "seed": 3}
     whole = by_name(sample(policy, PROBLEMS, k=6, **options))
@@ -164,7 +164,7 @@ def chi_square_tail(counts: torch.Tensor, probs: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_draws_follow_the_softmax(temperature):
+def test_p01_draws_follow_the_softmax(temperature):
     policy = tiny_policy()
     rollouts = sample(
         policy,
@@ -197,7 +197,7 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens():
         assert logprobs.isfinite().all()
 
 
-def test_half_precision_logits_are_raised_before_the_softmax():
+def test_p31_half_precision_logits_are_raised_before_the_softmax():
     logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
     uniforms = torch.full((64,), 0.5, dtype=torch.float64)
     tokens, logprobs = draw_tokens(logits, uniforms, temperature=0.7)
@@ -218,7 +218,7 @@ def test_a_bfloat16_model_stays_near_its_own_full_forward_pass():
     assert torch.cat(gaps).mean() < 0.1
 
 
-def test_streams_are_uniform_distinct_and_pinned():
+def test_p08_streams_are_uniform_distinct_and_pinned():
     keys = torch.tensor([stream_key(0, f"p/{i}", j) for i in range(50) for j in (0, 1)])
     assert len(set(keys.tolist())) == 100
     draws = torch.stack([next_uniforms(keys) for _ in range(400)])
@@ -266,7 +266,7 @@ def test_shots_stand_in_the_prompt():
     assert worst_error(policy, [rollout], lambda x: x.log_softmax(-1)) < 1e-4
 
 
-def test_dropout_never_acts_and_the_mode_is_left_as_it_was():
+def test_p06_dropout_never_acts_and_the_mode_is_left_as_it_was():
     policy = tiny_policy("gpt2")
     for module in policy.model.modules():
         if isinstance(module, nn.Dropout):
@@ -302,7 +302,7 @@ def test_an_abandoned_or_failed_job_gives_the_model_back():
     assert policy.model.config._attn_implementation == attention
 
 
-def test_weights_are_read_anew_each_time():
+def test_p07_weights_are_read_anew_each_time():
     policy = tiny_policy()
     before = sample(policy, PROBLEMS, temperature=0, max_new_tokens=16)
     with torch.no_grad():
