@@ -14,7 +14,7 @@ def rows() -> list[tuple[str, ...]]:
     return ROW.findall(page)
 
 
-def tests_that_exist() -> set[str]:
+def existing_tests() -> set[str]:
     files = (ROOT / "tests").glob("test_*.py")
     return {
         name
@@ -25,18 +25,18 @@ def tests_that_exist() -> set[str]:
     }
 
 
-def test_every_pitfall_has_its_row_with_tests_that_exist():
+def test_every_pitfall_has_its_row_with_existing_tests():
     assert [int(number) for number, *_ in rows()] == list(range(1, 53))
     named = {
         name for _, _, tests, _ in rows() for name in re.findall(r"`(\w+)`", tests)
     }
-    assert named <= tests_that_exist(), named - tests_that_exist()
+    assert named <= existing_tests(), named - existing_tests()
 
 
 def test_every_test_named_after_a_pitfall_is_of_one_in_the_table():
     numbers = {
         int(number)
-        for name in tests_that_exist()
+        for name in existing_tests()
         for number in re.findall(r"_p(\d\d)(?=_)", name)
     }
     assert numbers <= set(range(1, 53))
