@@ -21,9 +21,8 @@ chapter:
 Scores are thus probabilities where right and wrong are equally frequent, the held-out
 part included; a policy that is right more often is right more often than its score.
 Part of what they tell is how hard the question is. Balance within each question would
-leave only what tells responses apart, but it drops every question that is always or
-never solved, and most samples of the others: too little is left to learn from at the
-size of nano (held-out AUC 0.52 where the balance here gives 0.80).
+leave only what tells responses apart, but drops every question that is always or never
+solved.
 
 The paper gives no sizes for this model. Its one model for all reranking numbers was
 trained on samples of the policy of expert iteration; which policy samples is up to the
