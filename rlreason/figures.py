@@ -790,3 +790,193 @@ def plot_rollouts(
     axes.set_ylabel(y)
     figure.legend(loc="outside upper right", ncols=len(paths) + 1)
     return figure
+
+
+# Proximal policy optimisation
+
+
+def plot_bias_variance(
+    lambdas: Sequence[float],
+    bias: Mapping[str, Sequence[float]],
+    variance: Mapping[str, Sequence[float]],
+) -> Figure:
+    """Show bias and variance of a gradient over lambda, a line a value function."""
+    figure, (left, right) = new_figure(1, 2, height=3.4)
+    for axes, series, y in (
+        (left, bias, "bias, relative to the gradient"),
+        (right, variance, "variance, relative to REINFORCE"),
+    ):
+        for (name, numbers), marker in zip(series.items(), "os^Dv", strict=False):
+            axes.plot(lambdas, numbers, marker=marker, markersize=4, label=name)
+        axes.set_xlabel(r"$\lambda$")
+        axes.set_title(y)
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    figure.legend(
+        handles=left.lines, loc="outside lower center", ncols=3, fontsize="small"
+    )
+    return figure
+
+
+def draw_clip(
+    ratios: Sequence[float], surrogate: Mapping[float, Sequence[float]], clip: float
+) -> Figure:
+    """Draw the clipped surrogate over the ratio, a panel an advantage.
+
+    Args:
+        ratios: Where the surrogate was computed, ascending.
+        surrogate: For an advantage of each sign, its value at each ratio.
+        clip: Epsilon.
+    """
+    figure, panels = new_figure(1, len(surrogate), height=3.0, squeeze=False)
+    for axes, (advantage, values) in zip(panels.flat, surrogate.items(), strict=True):
+        plain = [ratio * advantage for ratio in ratios]
+        axes.plot(ratios, plain, "--", color=MUTED, label="not clipped")
+        axes.plot(ratios, values, color=COLORS["ppo"], linewidth=2.6, label="clipped")
+        flat = (1 + clip, ratios[-1]) if advantage > 0 else (ratios[0], 1 - clip)
+        axes.axvspan(*flat, facecolor="#e4e6e9", hatch="///", edgecolor="white")
+        axes.plot(1, advantage, "o", color=INK, label="before the first update")
+        axes.set_title(f"advantage {advantage:+g}")
+        axes.set_xlabel(r"ratio $\rho$")
+        axes.set_xticks([ratios[0], 1 - clip, 1, 1 + clip, ratios[-1]])
+    panels.flat[0].set_ylabel("surrogate")
+    figure.legend(handles=panels.flat[0].lines, loc="outside lower center", ncols=3)
+    return figure
+
+
+def plot_phases(
+    phases: Sequence[Mapping[str, float]],
+    titles: Mapping[str, str],
+    healthy: Mapping[str, tuple[float, float]] | None = None,
+) -> Figure:
+    """Show what each phase of PPO logged (``Trained.phases``), a panel a metric.
+
+    Args:
+        phases: One row a phase; a metric may be missing from some.
+        titles: Metric to the title of its panel.
+        healthy: Metric to the range that is drawn as a green band.
+    """
+    rows = -(-len(titles) // 3)
+    figure, grid = new_figure(
+        rows, 3, height=1.6 * rows + 0.3, sharex=True, squeeze=False
+    )
+    panels = list(grid.flat)
+    for axes, (name, title) in zip(panels, titles.items(), strict=False):
+        at = [row["number"] for row in phases if name in row]
+        values = [row[name] for row in phases if name in row]
+        axes.plot(at, values, color=COLORS["ppo"], marker="o", markersize=3)
+        axes.set_title(title, fontsize="small")
+        low, high = axes.get_ylim()
+        if healthy and name in healthy:
+            axes.axhspan(*healthy[name], facecolor="#d8efe5", zorder=0)
+        room = 0.05 * (max(values) - min(values)) or 0.05 * abs(values[0]) or 0.01
+        axes.set_ylim(min(low, min(values) - room), max(high, max(values) + room))
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+        axes.tick_params(labelsize="x-small")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels[len(titles) :]:
+        axes.set_axis_off()
+    for axes in panels[max(0, len(titles) - 3) : len(titles)]:  # lowest of a column
+        axes.set_xlabel("phase")
+        axes.tick_params(labelbottom=True)
+    return figure
+
+
+# Rewards and exploration
+
+
+def draw_payments(pieces: Sequence[str], paid: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw what each token of a response is paid, a panel a reward.
+
+    Args:
+        pieces: The T decoded tokens.
+        paid: Under the name of a reward, T numbers; those below 0 are hatched.
+    """
+    figure, panels = new_figure(
+        len(paid), height=1.1 * len(paid) + 1.0, sharex=True, sharey=True, squeeze=False
+    )
+    places = range(len(pieces))
+    for axes, (name, numbers) in zip(panels.flat, paid.items(), strict=True):
+        kinds = [(RIGHT, ""), (WRONG, "////")]
+        for (color, hatch), sign in zip(kinds, (1, -1), strict=True):
+            heights = [max(0.0, sign * number) * sign for number in numbers]
+            axes.bar(places, heights, color=color, hatch=hatch, edgecolor="white")
+        for t, number in enumerate(numbers):
+            if number:
+                side = 1 if number > 0 else -1
+                axes.annotate(
+                    f"{number:+.2f}",
+                    (t, number),
+                    xytext=(0, 3 * side),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom" if number > 0 else "top",
+                    fontsize="x-small",
+                )
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_title(name, fontsize="small")
+        axes.grid(axis="x", visible=False)
+        axes.margins(y=0.3)
+    _label_tokens(panels.flat[-1], pieces)
+    return figure
+
+
+def plot_panels(
+    panels: Mapping[str, Mapping[str, Mapping[float, float]]],
+    *,
+    x: str,
+    columns: int = 2,
+    colors: Mapping[str, str] | None = None,
+) -> Figure:
+    """Draw the same few lines in several panels.
+
+    Args:
+        panels: Title of a panel to name of a line to x to y. A line keeps its colour,
+            marker and dash from panel to panel.
+        x: What the x axes have in common.
+        columns: Panels side by side.
+    """
+    rows = -(-len(panels) // columns)
+    figure, grid = new_figure(
+        rows, columns, height=2.5 * rows + 0.6, sharex=True, squeeze=False
+    )
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    drawn = {}
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        for name, points in lines.items():
+            i = names.index(name)
+            (drawn[name],) = axes.plot(
+                list(points),
+                list(points.values()),
+                ("-", "--", "-.", ":")[i % 4],
+                marker="os^Dv"[i % 5],
+                markersize=4,
+                markevery=max(1, len(points) // 12),
+                color=(colors or {}).get(name, PALETTE[i % len(PALETTE)]),
+                label=name,
+            )
+        axes.set_title(title, fontsize="small")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_axis_off()
+    for axes in grid[-1]:
+        axes.set_xlabel(x)
+    handles = [drawn[name] for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(names)))
+    return figure
+
+
+def plot_draws(
+    scores: Sequence[float], draws: Mapping[str, Sequence[int]], *, x: str, y: str
+) -> Figure:
+    """Show how often each question was drawn, over its score, a panel a sampler."""
+    figure, panels = new_figure(1, len(draws), sharey=True, squeeze=False)
+    for i, (axes, (name, counts)) in enumerate(
+        zip(panels.flat, draws.items(), strict=True)
+    ):
+        axes.plot(scores, counts, "os^Dv"[i % 5], color=PALETTE[i], alpha=0.55)
+        axes.set_title(name, fontsize="small")
+        axes.set_xlabel(x)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=-0.3)
+    panels.flat[0].set_ylabel(y)
+    return figure
