@@ -870,7 +870,8 @@ def plot_phases(
             axes.axhspan(*healthy[name], facecolor="#d8efe5", zorder=0)
         room = 0.05 * (max(values) - min(values)) or 0.05 * abs(values[0]) or 0.01
         axes.set_ylim(min(low, min(values) - room), max(high, max(values) + room))
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.tick_params(labelsize="x-small")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels[len(titles) :]:
