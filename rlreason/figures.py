@@ -956,7 +956,10 @@ def plot_panels(
                 label=name,
             )
         axes.set_title(title, fontsize="small")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+        whole = all(float(at).is_integer() for line in lines.values() for at in line)
+        axes.xaxis.set_major_locator(
+            MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1)
+        )
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     for axes in grid[-1]:
@@ -978,6 +981,7 @@ def plot_draws(
         axes.set_title(name, fontsize="small")
         axes.set_xlabel(x)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylim(bottom=-0.3)
+    most = max(max(counts) for counts in draws.values())
+    panels.flat[0].set_ylim(-0.05 * most, 1.1 * most)
     panels.flat[0].set_ylabel(y)
     return figure

@@ -82,3 +82,7 @@ def test_every_question_is_a_point_at_its_score_and_its_draws():
     assert list(uniform.lines[0].get_ydata()) == [1, 1, 1]
     assert list(replay.lines[0].get_xdata()) == [0.0, 0.5, 0.2]
     assert list(replay.lines[0].get_ydata()) == [0, 2, 1]
+    for axes in (uniform, replay):  # the panel with the fewest draws must not cut
+        low, high = axes.get_ylim()
+        assert low < 0
+        assert high > 2
