@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -40,6 +41,7 @@ from rlreason.evaluation.classifier import auc, judge_scores
 from rlreason.evaluation.evaluate import evaluate
 from rlreason.mdp import discounted_returns, step_spans
 from rlreason.policy.load import Policy
+from rlreason.policy.logprobs import token_logprobs
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
 from rlreason.rewards import orm as scoring
@@ -633,6 +635,8 @@ CHANGED = {
     "weight_decay": 0.5,
     "max_grad_norm": 1e-3,
     "seed": 1,
+    "likelihood": True,
+    "head_lr_scale": 1.0,
 }
 
 
@@ -695,3 +699,53 @@ def test_p52_flipped_labels_would_rank_the_wrong_ones_first(monkeypatch):
     labels = [paid == 1.0 for paid in sparse_rewards(rollouts, NEW)]
     assert auc(score(orm, rollouts), labels) < 0.2
     assert auc(score(learned()[0], rollouts), labels) > 0.9
+
+
+# The likelihood in the logit
+
+
+def test_with_the_likelihood_the_first_logit_is_its_multiple_and_no_more():
+    policy = tiny_policy()
+    orm, rollouts = OutcomeRewardModel(policy, likelihood=True), rollouts_of(policy)
+    for rollout, scores in zip(rollouts, score_tokens(orm, rollouts), strict=True):
+        logprobs, _ = token_logprobs(
+            policy.model, [rollout.prompt_tokens], [rollout.tokens]
+        )
+        expected = (0.3 * logprobs[0].cumsum(0)).sigmoid().tolist()
+        assert scores == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_p36_with_the_likelihood_too_a_score_is_its_own(kind):
+    policy = tiny_policy(kind)
+    orm, rollouts = OutcomeRewardModel(policy, likelihood=True), rollouts_of(policy)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        orm.network.weight.normal_(generator=generator)
+    alone = [score_tokens(orm, [rollout])[0] for rollout in rollouts]
+    assert farthest(score_tokens(orm, rollouts), alone) < 1e-5
+    # Nothing that comes later counts: the scores of a prefix are those of the whole
+    cut = [replace(r, tokens=r.tokens[:3], logprobs=r.logprobs[:3]) for r in rollouts]
+    first = [scores[:3] for scores in alone]
+    assert farthest(score_tokens(orm, cut), first) < 1e-5
+
+
+def test_p47_with_the_likelihood_a_run_that_stops_goes_on_to_the_bit():
+    undisturbed = Memory()
+    expected = train(undisturbed, likelihood=True).tensors()
+    recorder = Memory(die_at=len(undisturbed.rows) // 2)
+    with pytest.raises(InterruptedRunError):
+        train(recorder, likelihood=True)
+    assert same_bits(train(recorder, likelihood=True).tensors(), expected)
+    assert "model.beta" in expected
+
+
+def test_the_head_has_a_rate_of_its_own_and_holds_what_starts_from_nothing():
+    for likelihood, count in ((False, 2), (True, 3)):
+        orm = OutcomeRewardModel(tiny_policy(), likelihood=likelihood)
+        assert len(orm.head()) == count
+        rest, head = module._new_optimizer(orm, QUICK).param_groups
+        assert len(head["params"]) == count
+        assert head["lr_scale"] == QUICK.head_lr_scale
+        everything = {id(p) for p in orm.network.parameters()}
+        assert {id(p) for p in rest["params"] + head["params"]} == everything

@@ -50,7 +50,6 @@ from rlreason.algorithms.batching import (
 )
 from rlreason.algorithms.finetune import (
     FinetuneSettings,
-    new_adamw,
     restore_training,
     save_training,
 )
@@ -79,6 +78,16 @@ class OrmSettings(FinetuneSettings):
         0.1, gt=0, lt=1, description="Share of the questions that are not trained on."
     )
     epochs: int = Field(1, ge=1, description="Passes over the samples.")
+    likelihood: bool = Field(
+        False,
+        description="Whether the logit also holds how likely the model finds what it "
+        "reads, which is not in the paper; see rewards.orm.",
+    )
+    head_lr_scale: float = Field(
+        10.0,
+        gt=0,
+        description="Learning rate of what starts from nothing, as a multiple of lr.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +140,8 @@ def train_orm(
         ValueError: What is to be trained on, or held out, is all right or all wrong.
     """
     recorder = recorder or NullRecorder()
-    orm = OutcomeRewardModel(policy)
-    optimizer = new_adamw(orm.network, settings)
+    orm = OutcomeRewardModel(policy, likelihood=settings.likelihood)
+    optimizer = _new_optimizer(orm, settings)
     saved = recorder.restore()
     if saved is None:
         # Other streams than those of expert iteration (seed * 1000 + round), which may
@@ -194,6 +203,20 @@ def train_orm(
             if recorder.due() or update + 1 == total:
                 save_training(inner, orm.network, optimizer, update + 1)
     return orm
+
+
+def _new_optimizer(orm: OutcomeRewardModel, settings: OrmSettings) -> torch.optim.AdamW:
+    """AdamW over all weights, those of the head at a rate of their own."""
+    head = orm.head()
+    new = {id(p) for p in head}
+    rest = [p for p in orm.network.parameters() if id(p) not in new]
+    return torch.optim.AdamW(
+        [{"params": rest}, {"params": head, "lr_scale": settings.head_lr_scale}],
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
 
 
 # --- Data --------------------------------------------------------------------------

@@ -291,7 +291,7 @@ def train_reward_model(recipe: Recipe, seed: int = 0) -> TrainedRewardModel:
                 sampler, recipe.questions(), settings, run, judge=judge_scores
             )
             run.save(orm.tensors(), {"finished": True})
-    orm = OutcomeRewardModel(base)
+    orm = OutcomeRewardModel(base, likelihood=recipe.orm.likelihood)
     orm.load_tensors(run.restore().tensors)
     return TrainedRewardModel(orm, run)
 
@@ -407,6 +407,9 @@ def load_trained(name: str | Path) -> Policy:
     policy = load_policy(settings["policy"])
     if "expert" in settings:  # return-conditioned RL
         policy = add_tokens(policy, [GOOD, BAD])
+    weights = {f"model.{key}" for key in policy.model.state_dict()}
+    if weights - checkpoint.tensors.keys():
+        raise ValueError(f"{name} holds a reward model, not a policy: it cannot answer")
     load_model_tensors(policy.model, checkpoint.tensors)
     return policy
 

@@ -15,6 +15,12 @@ divided by the number of steps, so that the return is the mean score over steps:
 in [0, 1] as the sparse ones do, and more steps do not earn more by being more. (The sum
 without the division would pay for every line that still looks right.)
 
+With ``likelihood`` the logit also holds the log-probability of the response so far
+under the model's own output layer, times a learned number. That is not in the paper: a
+verifier of a million parameters learns from some thousand samples which *questions* are
+hard, and hardly which of a question's samples are right; how likely it finds a sample
+tells it that from the start (see the log of what was tried).
+
 A score is a guess, and a policy that is paid for it learns what the model likes, right
 or not; watch the true accuracy beside it. The model reads tokens as they were sampled,
 prompt included: whoever asks with worked examples has it score what it was not trained
@@ -27,11 +33,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlreason.mdp import step_spans
 from rlreason.policy.load import Policy
-from rlreason.policy.logprobs import PaddedBatch, pad_batch
+from rlreason.policy.logprobs import (
+    PaddedBatch,
+    first_call,
+    logprobs_of,
+    pad_batch,
+    response_logits,
+    trunk_of,
+)
+from rlreason.policy.lora import merge_adapters
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.value import ValueSettings, new_value_function
 from rlreason.rewards.base import RewardFunction, pay_last_token, problems_of
@@ -47,24 +61,67 @@ class Response(Protocol):
     def tokens(self) -> tuple[int, ...]: ...
 
 
+class LikelihoodNetwork(nn.Module):
+    """logit_t = w . h_t + b + beta * log p(a_1 ... a_t | q), all of it trained.
+
+    Args:
+        policy: Its model is copied whole, output layer and all, adapters merged.
+    """
+
+    BETA = 0.3  # to begin with; training brought it to 0.1-0.2 for nano
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.model = merge_adapters(policy.clone()).model
+        width = trunk_of(self.model).config.hidden_size
+        options = {
+            "dtype": torch.promote_types(policy.model.dtype, torch.float32),
+            "device": policy.device,
+        }
+        self.weight = nn.Parameter(torch.zeros(width, **options))
+        self.bias = nn.Parameter(torch.zeros((), **options))
+        self.beta = nn.Parameter(torch.full((), self.BETA, **options))
+
+    def forward(self, batch: PaddedBatch) -> Tensor:
+        """Logits after the N response tokens, (N,)."""
+        with first_call(trunk_of(self.model)) as seen:
+            lm_logits = response_logits(self.model, batch)  # (N, V)
+        hidden = seen["output"].last_hidden_state  # (B, L, H)
+        so_far = batch.unpack(logprobs_of(lm_logits, batch.targets)).cumsum(1)  # (B, T)
+        here = hidden[batch.rows, batch.columns + 1].to(self.weight.dtype)
+        likelihood = so_far[batch.response_mask]
+        return here @ self.weight + self.bias + self.beta * likelihood
+
+
 class OutcomeRewardModel:
     """Tells how likely a solution, finished or not, is to end in the right answer.
 
     Attributes:
         network: A full copy of the policy's transformer, adapters merged, with a linear
             layer: what PPO calls a value function that shares nothing. Its value of a
-            state is the logit of the prefix that ends there.
+            state is the logit of the prefix that ends there. Or a
+            ``LikelihoodNetwork``.
         tokenizer: The policy's.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, likelihood: bool = False) -> None:
         """Start from the weights of ``policy``, which is left as it is.
 
-        Every score is 0.5 until the model is trained or ``load_tensors`` was called.
+        Until the model is trained or ``load_tensors`` was called, every score is 0.5;
+        with ``likelihood``, the likelier one is the higher.
         """
-        network = new_value_function(policy, ValueSettings(kind="network"))
+        if likelihood:
+            network = LikelihoodNetwork(policy).requires_grad_()
+        else:
+            network = new_value_function(policy, ValueSettings(kind="network"))
         self.network = network.eval()
         self.tokenizer = policy.tokenizer
+        self.vocabulary = policy.model.get_input_embeddings().weight.shape[0]
+        self.device = policy.device
+
+    def head(self) -> list[nn.Parameter]:
+        """What is new on top of the transformer, and starts from nothing."""
+        return [p for name, p in self.network.named_parameters() if "." not in name]
 
     def logits(self, responses: Sequence[Response]) -> tuple[Tensor, PaddedBatch]:
         """Logits after the N response tokens, (N,), differentiable, and their batch.
@@ -76,8 +133,10 @@ class OutcomeRewardModel:
         batch = pad_batch(
             [response.prompt_tokens for response in responses],
             [response.tokens for response in responses],
-            device=self.network.weight.device,
+            device=self.device,
         )
+        if isinstance(self.network, LikelihoodNetwork):
+            return self.network(batch), batch
         everywhere = self.network(batch.input_ids, {})  # (B, L)
         # ``columns`` predict the tokens; the tokens themselves stand one further on.
         return everywhere[batch.rows, batch.columns + 1], batch
@@ -121,7 +180,7 @@ class OutcomeRewardModel:
         return score(self, rollouts)
 
     def _check(self, responses: Sequence[Response]) -> None:
-        known = self.network.body.get_input_embeddings().num_embeddings
+        known = self.vocabulary
         for response in responses:
             if not response.tokens:
                 raise ValueError("a response without tokens has no score")
