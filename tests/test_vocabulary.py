@@ -49,7 +49,7 @@ def logits(policy: Policy, text: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("policy", some_policies(), ids=lambda p: p.name)
-def test_old_tokens_keep_their_logits_and_new_ones_begin_as_the_mean(policy):
+def test_old_tokens_keep_their_logits_and_new_ones_begin_near_the_mean(policy):
     before, state = weights(policy), torch.get_rng_state()
     old = len(policy.tokenizer)
     longer = add_tokens(policy, LABELS)
@@ -57,11 +57,14 @@ def test_old_tokens_keep_their_logits_and_new_ones_begin_as_the_mean(policy):
     text = format_prompt(PROBLEMS[0])
     one, other = logits(policy, text), logits(longer, text)
     torch.testing.assert_close(other[:, :old], one[:, :old], rtol=0, atol=1e-5)
-    mean = one[:, :old].mean(-1, keepdim=True).expand(-1, 2)
-    torch.testing.assert_close(other[:, old : old + 2], mean, rtol=0, atol=1e-4)
     rows = longer.model.get_input_embeddings().weight
-    expected = rows[:old].mean(0).expand(2, -1)
-    torch.testing.assert_close(rows[old : old + 2], expected)
+    if longer.model.get_output_embeddings().weight is not rows:
+        mean = one[:, :old].mean(-1, keepdim=True).expand(-1, 2)
+        torch.testing.assert_close(other[:, old : old + 2], mean, rtol=0, atol=1e-4)
+    away = (rows[: old + 2] - rows[:old].mean(0)).norm(dim=1)
+    assert away[:old].min() * 0.5 < away[old:].min()
+    assert away[old:].max() < away[:old].max() * 1.5
+    assert same_bits(weights(add_tokens(policy, LABELS)), weights(longer))
     # What was handed in stands as it stood, and so does the global generator
     assert same_bits(weights(policy), before)
     assert len(policy.tokenizer) == old
@@ -79,6 +82,27 @@ def test_tied_weights_stay_tied_and_new_rows_learn(kind, tied):
     logprobs, _ = token_logprobs(policy.model, [[1, good]], [[70, 71]])
     logprobs.sum().backward()
     assert table.grad[good].abs().sum() > 0
+
+
+@pytest.mark.parametrize("policy", some_policies(), ids=lambda p: p.name)
+def test_new_tokens_are_told_apart_from_the_start(policy):
+    policy = add_tokens(policy, LABELS)
+    good, bad = (token_id(policy, name) for name in LABELS)
+    start = policy.encode_prompt("2+2?")
+
+    def effect(one: int, other: int) -> float:
+        """How far what follows changes when one token stands in place of another."""
+        with torch.no_grad():
+            both = policy.model(torch.tensor([[*start, one], [*start, other]]))
+        after = both.logits[:, -1].log_softmax(-1)
+        return (after[0] - after[1]).abs().mean().item()
+
+    two_letters = effect(*policy.encode_prompt("ab")[-2:])
+    assert effect(good, bad) > 0.25 * two_letters
+    # The wrong version: both begin as the plain mean
+    table = policy.model.get_input_embeddings().weight.data
+    table[[good, bad]] = table[:good].mean(0)
+    assert effect(good, bad) < 1e-4
 
 
 @given(text=st.text(max_size=40))

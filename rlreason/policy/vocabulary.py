@@ -2,9 +2,12 @@
 
 Return-conditioned RL tells the policy what is expected of it by a token, such as
 ``[GOOD]``, that its vocabulary does not have. ``add_tokens`` makes a policy that has
-it: one more row in the input embedding and one in the output layer, each the mean of
-the rows that were there. So a new token begins as a word of no special meaning, and
-the old tokens keep their logits to the bit.
+it: one more row in the input embedding and one in the output layer. Each begins as the
+mean of the rows that were there, a word of no special meaning; the old tokens keep
+their logits. In the input, a draw with the spread of the old rows is added: two tokens
+that begin alike are told apart late or never, above all where the output layer is tied
+and pulls both the same way (after 200 updates of nano, rows of two labels that began as
+the plain mean still differed by 3% of their length, and the labels had no effect).
 
 A new token is inserted as an id and never found in text: a question may hold the
 letters ``[GOOD]``, and text is untrusted. Tokenizers look for their special tokens in
@@ -55,6 +58,11 @@ def add_tokens(policy: Policy, names: Sequence[str]) -> Policy:
         _resize(clone.model, len(tokenizer))
     for weights in _vocabulary_weights(clone.model):
         weights[old_size : len(tokenizer)] = weights[:old_size].mean(0)
+    table = clone.model.get_input_embeddings().weight.data  # (V, H)
+    generator = torch.Generator().manual_seed(old_size)
+    draw = torch.randn(len(names), table.shape[1], generator=generator)
+    spread = table[:old_size].float().std(0)
+    table[old_size : len(tokenizer)] += (draw.to(table.device) * spread).to(table.dtype)
     return clone
 
 
