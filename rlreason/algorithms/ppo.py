@@ -114,8 +114,8 @@ class KlSettings(Settings):
     coef: float = Field(
         0.05,
         ge=0,
-        description="Beta: price of a nat of KL. At 0 the reference is not scored: KL is "
-        "logged as 0, and max_kl stops nothing.",
+        description="Beta: price of a nat of KL. At 0 the reference is not scored: KL "
+        "is logged as 0, and max_kl stops nothing.",
     )
     estimator: Literal["k1", "k2", "k3"] = Field(
         "k1", description="Of a token's KL, see kl_estimate."
