@@ -459,8 +459,14 @@ def _reward_function(recipe: Recipe, seed: int, policy: Policy) -> RewardFunctio
 
 def _validate(recipe: Recipe, policy: Policy, prompted: bool = False) -> dict[str, Any]:
     """What is looked at in between: greedy accuracy on the validation split."""
+    few = {"problems": recipe.evaluation.validation_problems}
+    look = recipe.evaluation.model_copy(update=few)
     report = evaluate_recipe(
-        recipe, policy, split="validation", greedy_only=True, prompted=prompted
+        recipe.model_copy(update={"evaluation": look}),
+        policy,
+        split="validation",
+        greedy_only=True,
+        prompted=prompted,
     )
     return {"validation_maj_1": report.maj_1.mean}
 
