@@ -83,7 +83,7 @@ class EvaluationSettings(Settings):
         None, ge=1, description="Problems for the greedy maj@1; None: the whole split."
     )
     validation_problems: int | None = Field(
-        None, ge=1, description="For the looks during training; None: the whole split."
+        None, ge=1, description="For the looks during training; None: as many."
     )
     sampled_problems: int | None = Field(
         None, ge=1, description="Problems for maj@k and pass@k; None: the whole split."

@@ -459,7 +459,8 @@ def _reward_function(recipe: Recipe, seed: int, policy: Policy) -> RewardFunctio
 
 def _validate(recipe: Recipe, policy: Policy, prompted: bool = False) -> dict[str, Any]:
     """What is looked at in between: greedy accuracy on the validation split."""
-    few = {"problems": recipe.evaluation.validation_problems}
+    limit = recipe.evaluation.validation_problems or recipe.evaluation.problems
+    few = {"problems": limit}
     look = recipe.evaluation.model_copy(update=few)
     report = evaluate_recipe(
         recipe.model_copy(update={"evaluation": look}),
