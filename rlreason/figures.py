@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from rlreason.evaluation.classifier import Bin
 from rlreason.evaluation.intervals import Interval
 
 INK = "#1f2328"  # text and axes
@@ -984,4 +985,146 @@ def plot_draws(
     most = max(max(counts) for counts in draws.values())
     panels.flat[0].set_ylim(-0.05 * most, 1.1 * most)
     panels.flat[0].set_ylabel(y)
+    return figure
+
+
+# The reward model
+
+
+def draw_scores(
+    solutions: Mapping[str, tuple[Sequence[str], Sequence[float]]],
+) -> Figure:
+    """Draw the score after each token of some solutions, a panel a solution.
+
+    Args:
+        solutions: Under a title, the T decoded tokens and T probabilities.
+    """
+    figure, panels = new_figure(
+        len(solutions), height=2.1 * len(solutions) + 0.2, squeeze=False
+    )
+    for i, (axes, (title, (pieces, scores))) in enumerate(
+        zip(panels.flat, solutions.items(), strict=True)
+    ):
+        marker = "os^Dv"[i % 5]
+        axes.plot(scores, marker=marker, markersize=3.5, color=COLORS["orm"])
+        axes.axhline(0.5, color=MUTED, linewidth=1, linestyle="--")
+        for t, piece in enumerate(pieces):
+            if "\n" in piece:
+                axes.axvline(t, color=MUTED, linewidth=0.8, linestyle=":")
+        _label_tokens(axes, pieces)
+        axes.set_ylim(0, 1)
+        axes.set_title(title, fontsize="small")
+        axes.set_ylabel("score")
+        axes.grid(axis="x", visible=False)
+    return figure
+
+
+def plot_calibration(curves: Mapping[str, Sequence[Bin]]) -> Figure:
+    """Show the share that is right over the score, a line a set of samples."""
+    figure, axes = new_figure(height=3.8)
+    axes.plot([0, 1], [0, 1], "--", color=MUTED, linewidth=1)
+    axes.annotate("as promised", (0.9, 0.92), color=MUTED, fontsize="small", ha="right")
+    for i, (name, curve) in enumerate(curves.items()):
+        right = [b.right.mean for b in curve]
+        axes.errorbar(
+            [b.score for b in curve],
+            right,
+            yerr=[
+                [b.right.mean - b.right.low for b in curve],
+                [b.right.high - b.right.mean for b in curve],
+            ],
+            fmt=("-", ":", "-.")[i % 3],
+            marker="os^Dv"[i % 5],
+            markersize=5,
+            capsize=3,
+            elinewidth=1,
+            color=PALETTE[(-1 - i) % len(PALETTE)],
+            label=name,
+        )
+    axes.set_xlim(0, 1)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("mean score of the range")
+    axes.set_ylabel("share that is right")
+    figure.legend(loc="outside upper right", ncols=len(curves))
+    return figure
+
+
+# Return-conditioned RL
+
+
+def draw_layout(
+    prompt: Sequence[str],
+    response: Sequence[str],
+    labels: Mapping[int, str],
+    *,
+    width: int = 84,
+) -> Figure:
+    """Draw a labelled solution token by token: what is read, what is learned.
+
+    Args:
+        prompt: The decoded tokens of the prompt, without boxes.
+        response: The decoded tokens of the response; all but labels are learned.
+        labels: Place in ``response`` to the name of the label that stands there.
+        width: Characters in a line.
+    """
+    spelled = [labels.get(i, text) for i, text in enumerate(token_labels(response))]
+    shown = [*token_labels(prompt), *spelled]
+    places, lines = _places([*prompt, *response], shown, width)
+    figure, axes = new_figure(height=0.26 * lines + 0.6)
+    axes.set_axis_off()
+    axes.set_xlim(0, width)
+    axes.set_ylim(lines, 0)
+    learned = {"facecolor": "#d6e6f4", "edgecolor": "#6b8299", "linewidth": 0.6}
+    given = {"facecolor": "white", "edgecolor": INK, "linewidth": 1.4}
+    for n, (text, (x, y)) in enumerate(zip(shown, places, strict=True)):
+        is_prompt, is_label = n < len(prompt), n - len(prompt) in labels
+        if not is_prompt:
+            style = given if is_label else learned
+            axes.add_patch(Rectangle((x, y + 0.08), len(text), 0.84, **style))
+        axes.text(
+            x + len(text) / 2,
+            y + 0.52,
+            text,
+            ha="center",
+            va="center",
+            color=MUTED if is_prompt else INK,
+            weight="bold" if is_label else "normal",
+            family="monospace",
+            fontsize=7.2,
+        )
+    keys = [
+        Rectangle((0, 0), 1, 1, label=label, **style)
+        for label, style in (("learned", learned), ("label: read, not learned", given))
+    ]
+    figure.legend(handles=keys, loc="outside lower left", ncols=2)
+    return figure
+
+
+def plot_accuracies(
+    accuracies: Mapping[str, Interval], colors: Mapping[str, str], *, x: str
+) -> Figure:
+    """Show the accuracy of a few policies with its interval, a row each.
+
+    Args:
+        accuracies: Name of a policy to its accuracy, from the top down.
+        colors: Name to colour.
+        x: What the accuracy is.
+    """
+    figure, axes = new_figure(height=0.42 * len(accuracies) + 0.8)
+    for row, (name, accuracy) in enumerate(accuracies.items()):
+        axes.plot([accuracy.low, accuracy.high], [row, row], color=colors[name])
+        axes.plot(accuracy.mean, row, "osD^v"[row % 5], color=colors[name])
+        axes.annotate(
+            f"{accuracy.mean:.1%}",
+            (accuracy.mean, row),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            fontsize="x-small",
+        )
+    axes.set_yticks(range(len(accuracies)), list(accuracies))
+    axes.set_ylim(len(accuracies) - 0.5, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel(x)
     return figure

@@ -1,0 +1,66 @@
+"""Figures of the chapter on return-conditioned RL: they show what they are given."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import matplotlib.pyplot as plt
+import pytest
+
+from rlreason import figures
+from rlreason.evaluation.intervals import wilson_interval
+
+PROMPT = ["Q", ":", " 1", "+", "1", "\n"]
+RESPONSE = ["", " 1", "+", "1", "\n", "", "####", " 2", ""]
+LABELS = {0: "[GOOD]", 5: "[BAD]"}
+ACCURACIES = {name: wilson_interval(n, 20) for name, n in (("good", 12), ("bad", 7))}
+DRAWN = {
+    "draw_layout": lambda: figures.draw_layout(PROMPT, RESPONSE, LABELS),
+    "plot_accuracies": lambda: figures.plot_accuracies(
+        ACCURACIES, {"good": figures.RIGHT, "bad": figures.WRONG}, x="maj@1"
+    ),
+}
+
+
+def svg(figure) -> bytes:
+    file = BytesIO()
+    with plt.rc_context(figures.STYLE):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_figure_is_the_same_file_each_time_on_an_opaque_ground(name):
+    assert svg(DRAWN[name]()) == svg(DRAWN[name]())
+    assert DRAWN[name]().get_facecolor() == (1, 1, 1, 1)
+    assert plt.get_fignums() == []
+
+
+def test_what_is_learned_what_is_a_label_and_what_is_prompt_look_different():
+    (axes,) = DRAWN["draw_layout"]().axes
+    texts = [text.get_text() for text in axes.texts]
+    assert texts[6:] == [
+        *("[GOOD]", "·1", "+", "1", "↵"),
+        *("[BAD]", "####", "·2", "EOS"),
+    ]
+    boxes = [patch.get_facecolor() for patch in axes.patches]
+    assert len(boxes) == len(RESPONSE)  # the prompt has none
+    assert boxes[0] == boxes[5] != boxes[1]
+    assert len(set(boxes)) == 2
+    bold = [text.get_text() for text in axes.texts if text.get_weight() == "bold"]
+    assert bold == list(LABELS.values())  # not by their colour alone
+    heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert heights["[BAD]"] > heights["[GOOD]"] > heights["Q"]
+
+
+def test_each_policy_has_a_row_with_its_interval_from_the_top_down():
+    (axes,) = DRAWN["plot_accuracies"]().axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["good", "bad"]
+    assert axes.yaxis_inverted()
+    for row, interval in enumerate(ACCURACIES.values()):
+        bar, point = axes.lines[2 * row : 2 * row + 2]
+        assert list(bar.get_xdata()) == [interval.low, interval.high]
+        assert list(point.get_xdata()) == [interval.mean]
+        assert set(bar.get_ydata()) == {row}
+    assert axes.lines[1].get_marker() != axes.lines[3].get_marker()
+    assert [text.get_text() for text in axes.texts] == ["60.0%", "35.0%"]
