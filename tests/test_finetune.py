@@ -6,10 +6,8 @@ point in ``KILL_POINTS`` and lets each die there by SIGKILL.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from functools import partial
@@ -26,11 +24,18 @@ from toys import (
     TOY_PROBLEMS,
     InterruptedRunError,
     Memory,
+    die,
+    die_in,
+    die_in_run,
     examples_of,
+    let_die,
+    run_toy,
     same_bits,
-    toy_policy,
+    toy_recipe,
     toy_solutions,
+    was_killed,
     weights,
+    written,
 )
 
 from rlreason.algorithms import expert_iteration as algorithm
@@ -50,11 +55,9 @@ from rlreason.algorithms.finetune import (
 from rlreason.algorithms.optim import cosine_lr
 from rlreason.algorithms.sft import sft, solution_examples
 from rlreason.experiments import train
-from rlreason.experiments.recipes import Recipe
-from rlreason.experiments.run_folder import RunFolder, read_checkpoint
+from rlreason.experiments.run_folder import read_checkpoint
 from rlreason.policy.load import Policy
 from rlreason.policy.sampler import sample
-from rlreason.settings import load_settings
 from rlreason.tasks.problem import Problem
 
 SHORT = FinetuneSettings(epochs=3, batch_size=4, lr=1e-3, lr_floor=1e-5)
@@ -357,71 +360,6 @@ def test_no_examples_are_a_clear_error():
 # Killed runs, through everything that a reader's run goes through
 
 
-def toy_recipe(folder: Path) -> Recipe:
-    """The toy as a recipe; its base and its problems lie in ``folder``."""
-    if not (folder / "base").is_dir():
-        policy = toy_policy()
-        policy.model.save_pretrained(folder / "base")
-        policy.tokenizer.save_pretrained(folder / "base")
-        rows = [{"question": p.question, "answer": p.solution} for p in TOY_PROBLEMS]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / "toy.jsonl").write_text(lines)
-    update = {"epochs": 2, "batch_size": 2, "lr": 1e-3, "lr_floor": 1e-5}
-    return load_settings(
-        Recipe,
-        {
-            "policy": str(folder / "base"),
-            "task": {"name": str(folder / "toy.jsonl"), "solutions": 4},
-            "max_new_tokens": 24,
-            "shots": 1,
-            "sft": update,
-            "expert_iteration": {"k": 4, "rounds": 2, "finetune": update},
-        },
-    )
-
-
-def run_toy(folder: Path, root: Path) -> None:
-    """Train SFT and then expert iteration, with a checkpoint every third row."""
-    rows, log = 0, RunFolder.log
-
-    def count(self, **metrics):
-        nonlocal rows
-        rows += 1
-        log(self, **metrics)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RLREASON_RUNS", str(root))
-        patch.setattr(RunFolder, "log", count)
-        patch.setattr(RunFolder, "due", lambda self: rows % 3 == 0)
-        train.train_expert_iteration(toy_recipe(folder), 0)
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_in_run(kind: str, method: str, call: int) -> None:
-    """Let the ``call``-th call of a method of runs of ``kind`` end the process."""
-    whole, calls = getattr(RunFolder, method), iter(range(1, call))
-
-    def counted(self, *args, **kwargs):
-        if self.path.name.startswith(kind) and next(calls, None) is None:
-            die()
-        return whole(self, *args, **kwargs)
-
-    setattr(RunFolder, method, counted)
-
-
-def die_in(where: object, function: str, call: int) -> None:
-    """Let the ``call``-th call of a function of a module end the process."""
-    whole, calls = getattr(where, function), iter(range(1, call))
-
-    def counted(*args, **kwargs):
-        return die() if next(calls, None) is None else whole(*args, **kwargs)
-
-    setattr(where, function, counted)
-
-
 def die_between_the_rounds() -> None:
     """Round 1 is logged, and its end is not saved."""
     whole = algorithm._save
@@ -455,32 +393,20 @@ KILL_POINTS = {
 def folder(tmp_path_factory) -> Path:
     """The toy on disk, and for every kill point the runs that were left there."""
     folder = tmp_path_factory.mktemp("toy")
-    toy_recipe(folder)
+    recipe = toy_recipe(folder)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RLREASON_QUIET": "1"}
     subprocess.run([sys.executable, __file__, folder], check=True, env=environment)
-    run_toy(folder, folder / "undisturbed")
+    run_toy(train.train_expert_iteration, recipe, folder / "undisturbed")
     return folder
-
-
-def written(root: Path) -> dict[str, bytes]:
-    """What both runs of a root left: their rows and their last weights."""
-    files = {}
-    for run in sorted(root.iterdir()):
-        files[f"{run.name}/metrics"] = (run / "metrics.jsonl").read_bytes()
-        last = max((run / "checkpoints").iterdir())
-        files[f"{run.name}/weights"] = (last / "weights.safetensors").read_bytes()
-        assert json.loads((run / "status.json").read_text())["status"] == "done"
-    assert len(files) == 4
-    return files
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("point", KILL_POINTS)
 def test_a_killed_training_that_goes_on_equals_an_undisturbed_one(point, folder):
-    left = [json.loads(p.read_text()) for p in (folder / point).glob("*/status.json")]
-    assert "running" in {status["status"] for status in left}
-    run_toy(folder, folder / point)
+    assert was_killed(folder / point)
+    run_toy(train.train_expert_iteration, toy_recipe(folder), folder / point)
     assert written(folder / point) == written(folder / "undisturbed")
+    assert len(list((folder / point).iterdir())) == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
@@ -500,12 +426,7 @@ if __name__ == "__main__":
         "left-in-sft": KILL_POINTS["sft-after-a-checkpoint"],
         "left-in-round-2": KILL_POINTS["distilling-in-round-2"],
     }
+    recipe = toy_recipe(Path(sys.argv[1]))
     for name, arm in points.items():
-        child = os.fork()
-        if child == 0:
-            arm()
-            run_toy(Path(sys.argv[1]), Path(sys.argv[1]) / name)
-            os._exit(0)
-        _, outcome = os.waitpid(child, 0)
-        if os.waitstatus_to_exitcode(outcome) != -signal.SIGKILL:
-            sys.exit(f"{name}: was to be killed, but ended with {outcome}")
+        root = Path(sys.argv[1]) / name
+        let_die(name, arm, partial(run_toy, train.train_expert_iteration, recipe, root))

@@ -1,24 +1,34 @@
-"""A toy task that a tiny policy learns in a second, and a recorder in memory.
+"""A toy task that a tiny policy learns in a second, and what its runs are watched by.
 
 Each question has the answer 2 or 3. The policy that the toy starts from gives both to
-every question, by two sequences of operations and in two wordings.
+every question, by two sequences of operations and in two wordings. ``Memory`` records a
+run without the disk; ``run_toy`` makes a real run of the toy as a recipe, and
+``die_in``, ``die_in_run`` and ``let_die`` end one by SIGKILL where it is to end.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny_models import tiny_policy
 from torch import Tensor
 
 from rlreason.algorithms.batching import Example
 from rlreason.algorithms.finetune import FinetuneSettings, finetune
 from rlreason.algorithms.recorder import Checkpoint
+from rlreason.experiments.recipes import Recipe
+from rlreason.experiments.run_folder import RunFolder
 from rlreason.policy.load import Policy
+from rlreason.settings import load_settings
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt, format_response
 
@@ -119,3 +129,129 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         one[name].equal(other[name]) for name in one
     )
+
+
+# The toy on disk, as a reader's profile would name it
+
+UPDATE = {"epochs": 2, "batch_size": 2, "lr": 1e-3, "lr_floor": 1e-5}
+RECIPE = {
+    "max_new_tokens": 24,
+    "shots": 1,
+    "seeds": 2,
+    "sft": UPDATE,
+    "expert_iteration": {"k": 4, "rounds": 2, "finetune": UPDATE},
+    "ppo": {
+        "phases": 4,
+        "rollouts": 8,
+        "n": 2,
+        "temperature": 1.0,
+        "epochs": 1,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "lr_floor": 1e-4,
+        "credit": {"kind": "gae", "value": {"kind": "branch", "layers": 1}},
+        "kl": {"coef": 0.1, "target": 0.5, "horizon": 50},
+        "lora": {"rank": 4, "alpha": 8.0},
+        "curriculum": {"kind": "replay"},
+    },
+    "validate_every": 2,
+    "orm": {**UPDATE, "k": 8, "batch_size": 4, "held_out": 0.4},
+    "orm_samples": "sft",
+    "rcrl": {"samples": 3, "k": 2, "finetune": {**UPDATE, "batch_size": 4}},
+    "evaluation": {"k": 4},
+}
+
+
+def toy_recipe(folder: Path, **changes: Any) -> Recipe:
+    """The toy as a recipe; its base and its problems lie in ``folder``."""
+    if not (folder / "base").is_dir():
+        policy = toy_policy()
+        policy.model.save_pretrained(folder / "base")
+        policy.tokenizer.save_pretrained(folder / "base")
+        rows = [{"question": p.question, "answer": p.solution} for p in TOY_PROBLEMS]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "toy.jsonl").write_text(lines)
+    task = {"name": str(folder / "toy.jsonl"), "solutions": 4}
+    start = {"policy": str(folder / "base"), "task": task}
+    return load_settings(Recipe, {**start, **RECIPE, **changes})
+
+
+def run_toy(
+    train: Callable[..., Any],
+    recipe: Recipe,
+    root: Path,
+    *,
+    seed: int = 0,
+    save_every: int = 3,
+) -> Any:
+    """Train into ``root``, with a checkpoint after every so many rows."""
+    rows, log = 0, RunFolder.log
+
+    def count(self, **metrics):
+        nonlocal rows
+        rows += 1
+        log(self, **metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLREASON_RUNS", str(root))
+        patch.setattr(RunFolder, "log", count)
+        patch.setattr(RunFolder, "due", lambda self: rows % save_every == 0)
+        return train(recipe, seed)
+
+
+def written(root: Path) -> dict[str, bytes]:
+    """What the runs of a root, which must be done, left: rows and last weights."""
+    files = {}
+    for run in sorted(root.iterdir()):
+        files[f"{run.name}/metrics"] = (run / "metrics.jsonl").read_bytes()
+        last = max((run / "checkpoints").iterdir())
+        files[f"{run.name}/weights"] = (last / "weights.safetensors").read_bytes()
+        assert json.loads((run / "status.json").read_text())["status"] == "done"
+    return files
+
+
+def was_killed(root: Path) -> bool:
+    """Whether a run of a root never wrote how it ended."""
+    files = root.glob("*/status.json")
+    return "running" in {json.loads(file.read_text())["status"] for file in files}
+
+
+# Sudden deaths
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in(where: object, function: str, call: int) -> None:
+    """Let the ``call``-th call of a function of a module end the process."""
+    whole, calls = getattr(where, function), iter(range(1, call))
+
+    def counted(*args, **kwargs):
+        return die() if next(calls, None) is None else whole(*args, **kwargs)
+
+    setattr(where, function, counted)
+
+
+def die_in_run(kind: str, method: str, call: int) -> None:
+    """Let the ``call``-th call of a method of runs of ``kind`` end the process."""
+    whole, calls = getattr(RunFolder, method), iter(range(1, call))
+
+    def counted(self, *args, **kwargs):
+        if self.path.name.startswith(kind) and next(calls, None) is None:
+            die()
+        return whole(self, *args, **kwargs)
+
+    setattr(RunFolder, method, counted)
+
+
+def let_die(name: str, arm: Callable[[], None], run: Callable[[], Any]) -> None:
+    """Run in a process that ``arm`` has prepared to be killed, and see it killed."""
+    child = os.fork()
+    if child == 0:
+        arm()
+        run()
+        os._exit(0)
+    _, outcome = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(outcome) != -signal.SIGKILL:
+        sys.exit(f"{name}: was to be killed, but ended with {outcome}")

@@ -1,0 +1,139 @@
+"""The benchmark of PPO: shares of a whole, and a count that sees what is done twice."""
+
+from __future__ import annotations
+
+import pytest
+from toys import toy_recipe
+
+from rlreason.algorithms import ppo as algorithm
+from rlreason.algorithms.ppo import (
+    BaselineSettings,
+    KlSettings,
+    LoraSettings,
+    PpoSettings,
+)
+from rlreason.experiments import bench_ppo as module
+from rlreason.experiments.bench_ppo import (
+    STAGES,
+    Stage,
+    bench_ppo,
+    format_ppo_benchmark,
+)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The toy, whose whole phase takes a tenth of a second, and its SFT."""
+    folder = tmp_path_factory.mktemp("toy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLREASON_RUNS", str(folder / "runs"))
+        recipe = toy_recipe(folder)
+        start = module.train_sft(recipe)
+        patch.setattr(module, "load_recipe", lambda profile: recipe)
+        patch.setattr(module, "train_sft", lambda recipe: start)
+        yield recipe
+
+
+def measure(settings: PpoSettings | None = None) -> dict[str, Stage]:
+    return {stage.name: stage for stage in bench_ppo(phases=1, settings=settings)}
+
+
+def ratios(stages: dict[str, Stage]) -> dict[str, float]:
+    return {name: s.computed / s.needed for name, s in stages.items()}
+
+
+def test_the_smoke_profile_computes_nothing_twice():
+    stages = bench_ppo(profile="smoke", phases=1)
+    assert tuple(stage.name for stage in stages) == STAGES
+    assert sum(stage.share for stage in stages) == pytest.approx(1)
+    seconds = sum(stage.seconds for stage in stages)
+    for stage in stages:
+        assert stage.share == pytest.approx(stage.seconds / seconds)
+        # At least what is needed, and not much padding beside it
+        assert 1 <= stage.computed / stage.needed < 1.5
+    head, *lines = format_ppo_benchmark(stages).splitlines()
+    assert head.split()[:3] == ["stage", "seconds", "share"]
+    assert [line.split()[0] for line in lines] == list(STAGES)
+    assert len({len(line) for line in (head, *lines)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, 2),  # adapters: policy and reference are one model
+        ({"lora": None}, 2),  # a frozen copy
+        ({"lora": None, "kl": KlSettings(reference="swap")}, 2),
+        ({"lora": None, "kl": KlSettings(coef=0.0)}, 1),  # no reference at all
+        ({"credit": BaselineSettings(kind="rloo"), "epochs": 3}, 2),
+        ({"lora": LoraSettings(rank=2, alpha=2.0), "n": 4}, 2),
+    ],
+    ids=["lora", "copy", "swap", "no-kl", "rloo", "four-samples"],
+)
+def test_every_forward_pass_is_counted_and_none_is_made_twice(changes, passes, recipe):
+    settings = recipe.ppo.model_copy(update=changes)
+    stages = measure(settings)
+    updates = settings.epochs * settings.rollouts // settings.batch_size
+    assert stages["scoring"].calls == passes
+    assert stages["learning"].calls == updates
+    assert stages["sampling"].calls <= recipe.max_new_tokens
+    for ratio in ratios(stages).values():
+        assert 1 <= ratio < 1.5
+    whole = stages["scoring"].needed / passes
+    assert stages["learning"].needed == settings.epochs * whole
+    # A prompt is sampled from once a question; the last token goes through no more
+    assert stages["sampling"].needed < whole
+
+
+def test_a_second_pass_of_the_policy_is_seen_by_the_count(recipe, monkeypatch):
+    plain = measure()
+    score = algorithm._Learner.score
+
+    def twice(self, rollouts):
+        """Wrong: log-probabilities by one pass and values by another."""
+        self._score(rollouts, value=True)
+        return score(self, rollouts)
+
+    monkeypatch.setattr(algorithm._Learner, "score", twice)
+    found = measure()
+    assert found["scoring"].calls == plain["scoring"].calls + 1
+    assert ratios(found)["scoring"] > 1.5
+    for stage in ("sampling", "learning"):
+        assert ratios(found)[stage] == ratios(plain)[stage]
+
+
+def test_prompts_computed_for_every_sample_are_seen_by_the_count(recipe, monkeypatch):
+    plain, sample_prompts = measure(), algorithm.sample_prompts
+
+    def one_by_one(policy, prompts, *, k, **options):
+        """Wrong: each sample brings its own prompt."""
+        return [
+            rollout
+            for prompt in prompts
+            for _ in range(k)
+            for rollout in sample_prompts(policy, [prompt], k=1, **options)
+        ]
+
+    monkeypatch.setattr(algorithm, "sample_prompts", one_by_one)
+    found = measure()
+    assert ratios(found)["sampling"] > ratios(plain)["sampling"] + 0.1
+
+
+def test_old_log_probabilities_computed_again_are_seen_by_the_count(
+    recipe, monkeypatch
+):
+    accumulate = algorithm._Learner._accumulate
+
+    def again(self, experience, rows):
+        """Wrong: those of the sampling policy are scored anew for every mini-batch."""
+        self._score([experience.rollouts[row] for row in rows], value=False)
+        return accumulate(self, experience, rows)
+
+    monkeypatch.setattr(algorithm._Learner, "_accumulate", again)
+    assert ratios(measure())["learning"] > 1.9
+
+
+def test_ppo_is_left_as_it_was(recipe):
+    learner = algorithm._Learner
+    before = learner.__init__, learner.score
+    measure()
+    assert (learner.__init__, learner.score) == before

@@ -1,0 +1,254 @@
+"""The table of gains: a row an algorithm, over pairs that belong together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from toys import UPDATE, run_toy, toy_recipe
+
+from rlreason.algorithms.rcrl import BAD, GOOD
+from rlreason.evaluation.intervals import hierarchical_interval, seed_interval
+from rlreason.experiments import gains
+from rlreason.experiments.gains import (
+    ALGORITHMS,
+    format_gain,
+    measure_gains,
+    read_gains,
+    write_gains,
+)
+from rlreason.experiments.train import TRAIN
+
+# Through everything, with the toy
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The rows of all algorithms, what was reported, and the root of the runs."""
+    folder = tmp_path_factory.mktemp("toy")
+    recipe = toy_recipe(
+        folder,
+        ppo={"phases": 1, "rollouts": 8, "n": 2, "batch_size": 8, "lora": None}
+        | {"credit": {"kind": "gae", "value": {"kind": "head"}}, "max_new_tokens": 24},
+        expert_iteration={"k": 4, "rounds": 1, "finetune": UPDATE},
+    )
+    lines: list[str] = []
+
+    def here(recipe, algorithm, seeds):
+        """Train in this process: others take seconds to start."""
+        return [TRAIN[algorithm](recipe, seed) for seed in seeds]
+
+    def measure(recipe, _):
+        return measure_gains(recipe, report=lines.append)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gains, "train_seeds", here)
+        rows = run_toy(measure, recipe, folder / "runs")
+    return rows, lines, folder / "runs"
+
+
+def test_every_algorithm_has_its_row(measured):
+    rows, lines, root = measured
+    assert [(row.algorithm, row.metric) for row in rows] == [
+        ("expert-iteration", "maj@1"),
+        ("ppo", "maj@1"),
+        ("reinforce", "maj@1"),
+        ("rloo", "maj@1"),
+        ("grpo", "maj@1"),
+        ("rcrl", "maj@1 of [GOOD] against [BAD]"),
+        ("orm", "rerank@4 against maj@4"),
+        ("orm", "AUC on held-out questions"),
+    ]
+    assert {row.algorithm for row in rows} == set(ALGORITHMS)
+    for row, line in zip(rows, lines, strict=True):
+        before = gains.CHANCE if row.before is None else row.before
+        assert row.gain == pytest.approx(row.after - before)
+        assert row.low <= row.gain <= row.high
+        assert 0 <= before <= 1
+        assert 0 <= row.after <= 1
+        assert (row.seeds, row.problems) == (2, 0 if row.before is None else 6)
+        assert row.minutes > 0
+        assert line == format_gain(row)
+    # Each was trained with both seeds, and the row names the run of the first
+    kinds = [path.name.split("-")[0] for path in root.iterdir()]
+    counts = {kind: kinds.count(kind) for kind in set(kinds)}
+    assert counts == {"sft": 2, "expert": 2, "ppo": 8, "rcrl": 2, "orm": 2}
+    hashes = {path.name.rsplit("-", 1)[-1] for path in root.iterdir()}
+    assert {row.settings for row in rows} <= hashes
+    assert len({row.settings for row in rows}) == len(ALGORITHMS)
+
+
+def test_rows_are_written_replaced_and_read(measured, tmp_path):
+    rows, _, _ = measured
+    path = tmp_path / "results" / "tiny" / "gains.csv"
+    assert read_gains(path) == []
+    write_gains(rows[:2], path)
+    better = replace(rows[1], after=0.75, seeds=9)
+    write_gains([better, *rows[2:]], path)
+    read = read_gains(path)
+    assert [row["algorithm"] for row in read] == [row.algorithm for row in rows]
+    assert (read[1]["after"], read[1]["seeds"]) == ("0.7500", "9")
+    assert read[0]["gain"] == f"{rows[0].gain:.4f}"
+    assert read[-1]["before"] == ""
+    assert [file.name for file in path.parent.iterdir()] == ["gains.csv"]  # no draft
+    again = path.read_bytes()
+    write_gains([better, *rows[2:]], path)
+    assert path.read_bytes() == again
+    assert b"\r" not in again
+
+
+def test_the_table_of_a_profile_lies_with_the_results_of_the_book():
+    assert gains.gains_path("tiny").parts[-4:] == (
+        "book",
+        "results",
+        "tiny",
+        "gains.csv",
+    )
+    assert gains.gains_path("mine/big.yaml").parts[-2:] == ("big", "gains.csv")
+
+
+def test_an_unknown_algorithm_is_an_error_before_anything_is_trained(tmp_path):
+    with pytest.raises(ValueError, match=r"no algorithm 'sft'; there are expert-iter"):
+        measure_gains(toy_recipe(tmp_path), ["ppo", "sft"])
+    assert not (tmp_path / "runs").exists()
+
+
+# Which reports are compared, with reports whose numbers are known
+
+SEEDS, PROBLEMS = 3, 40
+RNG = np.random.default_rng(0)
+# Seeds differ much, and problems too; training then solves three problems more
+BEFORE = (RNG.random((SEEDS, PROBLEMS)) < [[0.2], [0.5], [0.8]]).astype(float)
+AFTER = BEFORE.copy()
+for row in AFTER:
+    row[np.flatnonzero(row == 0)[:3]] = 1.0
+
+
+def numbers(row) -> tuple[float, float, float]:
+    return row.gain, row.low, row.high
+
+
+def limits(differences) -> tuple[float, float, float]:
+    interval = hierarchical_interval(differences)
+    return interval.mean, interval.low, interval.high
+
+
+@pytest.fixture
+def scripted(monkeypatch, tmp_path):
+    """A recipe of three seeds; policies are names, reports are rows of the tables."""
+    asked = []
+
+    def trained(policy: tuple, seed: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            policy=policy,
+            orm=("orm", seed),
+            seconds=60.0 * (seed + 1),
+            run=SimpleNamespace(path=Path(f"{policy[0]}-abc{seed}")),
+            held_out=[{"auc": 0.1}, {"auc": 0.7 + 0.1 * seed}],
+        )
+
+    def evaluate(recipe, policy, *, greedy_only=False, seed=0, label=None, orm=None):
+        asked.append((policy, greedy_only, seed, label, orm))
+        kind, number = policy
+        first, second = BEFORE[number], AFTER[number]
+        values = {"maj@1": first if kind == "sft" or label == BAD else second}
+        if orm is not None:
+            values = {"maj@4": first, "rerank@4": second}
+        return SimpleNamespace(k=4, values=values.__getitem__)
+
+    monkeypatch.setattr(
+        gains,
+        "train_seeds",
+        lambda recipe, name, seeds: [trained((name, seed), seed) for seed in seeds],
+    )
+    monkeypatch.setattr(
+        gains, "train_sft", lambda recipe, seed: trained(("sft", seed), seed)
+    )
+    monkeypatch.setattr(gains, "evaluate_recipe", evaluate)
+    return toy_recipe(tmp_path, seeds=SEEDS), asked
+
+
+@pytest.mark.parametrize("name", ["expert-iteration", "ppo", "rloo"])
+def test_a_policy_is_compared_with_the_sft_of_its_own_seed(name, scripted):
+    recipe, asked = scripted
+    (row,) = measure_gains(recipe, [name], report=lambda _: None)
+    assert numbers(row) == limits(AFTER - BEFORE)
+    assert (row.before, row.after) == (BEFORE.mean(), AFTER.mean())
+    assert row.low > 0
+    assert row.minutes == 2.0  # the mean of 1, 2 and 3
+    assert all(greedy and label is None for _, greedy, _, label, _ in asked)
+    # Wrong: another seed's start, or problems in another order. The mean is the same
+    swapped = limits(AFTER - BEFORE[::-1])
+    unpaired = limits(AFTER - BEFORE[:, ::-1])
+    for wrong in (swapped, unpaired):
+        assert wrong[0] == pytest.approx(row.gain)
+        assert wrong[1] < 0 < row.low
+
+
+def test_a_baseline_is_the_recipe_with_another_credit_alone(scripted, monkeypatch):
+    recipe, _ = scripted
+    seen = {}
+    train = gains.train_seeds
+
+    def note(recipe, algorithm, seeds):
+        seen[name] = recipe, algorithm
+        return train(recipe, algorithm, seeds)
+
+    monkeypatch.setattr(gains, "train_seeds", note)
+    for name in ("ppo", *gains.BASELINES):
+        measure_gains(recipe, [name], report=lambda _: None)
+        changed, algorithm = seen[name]
+        assert algorithm == "ppo"
+        assert changed.ppo.credit.kind == ("gae" if name == "ppo" else name)
+        credit = {"credit": recipe.ppo.credit}
+        ppo = changed.ppo.model_copy(update=credit)
+        assert changed.model_copy(update={"ppo": ppo}) == recipe
+
+
+def test_good_is_compared_with_bad_of_the_same_policy(scripted):
+    recipe, asked = scripted
+    (row,) = measure_gains(recipe, ["rcrl"], report=lambda _: None)
+    assert numbers(row) == limits(AFTER - BEFORE)
+    assert [(policy, label) for policy, _, _, label, _ in asked] == [
+        (("rcrl", seed), label) for label in (BAD, GOOD) for seed in range(SEEDS)
+    ]
+
+
+def test_reranking_is_compared_with_the_vote_of_the_same_samples(scripted):
+    recipe, asked = scripted
+    rerank, auc = measure_gains(recipe, ["orm"], report=lambda _: None)
+    assert numbers(rerank) == limits(AFTER - BEFORE)
+    assert rerank.metric == "rerank@4 against maj@4"
+    # One report a seed, of SFT's samples, scored by the model of that seed
+    assert asked == [
+        (("sft", seed), False, seed, None, ("orm", seed)) for seed in range(SEEDS)
+    ]
+    expected = seed_interval([0.7, 0.8, 0.9])
+    assert auc.after == expected.mean == pytest.approx(0.8)
+    assert auc.gain == pytest.approx(0.3)
+    assert auc.low == pytest.approx(expected.low - 0.5)
+    assert auc.high == pytest.approx(expected.high - 0.5)
+    shown = f"AUC on held-out questions 0.800 [{expected.low:.3f}, {expected.high:.3f}]"
+    assert format_gain(auc) == f"orm: {shown}"
+
+
+def test_one_seed_bounds_nothing(scripted, tmp_path):
+    recipe, _ = scripted
+    one = recipe.model_copy(update={"seeds": 1})
+    rows = measure_gains(one, ["ppo", "orm"], report=lambda _: None)
+    assert all((row.low, row.high) == (-np.inf, np.inf) for row in rows)
+    write_gains(rows, tmp_path / "gains.csv")
+    assert {row["high"] for row in read_gains(tmp_path / "gains.csv")} == {"inf"}
+
+
+def test_a_line_says_what_was_gained(scripted):
+    recipe, _ = scripted
+    (row,) = measure_gains(recipe, ["ppo"], report=lambda _: None)
+    interval = f"[{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
+    assert format_gain(row) == (
+        f"ppo: maj@1 {row.before:.1%} -> {row.after:.1%}, +7.5 points {interval}, "
+        "3 seeds, 2.0 minutes a seed"
+    )

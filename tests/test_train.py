@@ -1,0 +1,451 @@
+"""Training runs: killed anywhere they go on to the bit; each setting has its use.
+
+Run as a program, this file is the runs that get killed: it forks a process for every
+point in ``KILLS`` and lets each die there by SIGKILL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import typing
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from toys import (
+    TOY_PROBLEMS,
+    die_in,
+    die_in_run,
+    let_die,
+    run_toy,
+    same_bits,
+    toy_policy,
+    toy_recipe,
+    was_killed,
+    weights,
+    written,
+)
+
+from rlreason import sample
+from rlreason.algorithms import orm as orm_module
+from rlreason.algorithms import ppo as ppo_module
+from rlreason.algorithms import rcrl as rcrl_module
+from rlreason.algorithms.ppo import BaselineSettings
+from rlreason.algorithms.rcrl import BAD, GOOD
+from rlreason.experiments import train
+from rlreason.experiments.recipes import Recipe, RewardSettings
+from rlreason.experiments.run_folder import read_checkpoint
+from rlreason.rewards.dense import dense_reward
+from rlreason.rewards.orm import OutcomeRewardModel, dense_orm_reward, sparse_orm_reward
+from rlreason.rewards.shaping import shaped_reward
+from rlreason.rewards.sparse import sparse_token_rewards
+from rlreason.settings import Settings, SettingsError, load_settings, settings_hash
+
+# Killed runs: each of the three starts from runs that are done, and is itself killed
+
+TRAIN = {
+    "ppo": train.train_ppo,
+    "orm": train.train_reward_model,
+    "rcrl": train.train_rcrl,
+}
+WORK = {  # the calls that a run which goes on must not make again
+    "ppo": [(ppo_module, "sample_prompts")],
+    "orm": [(orm_module, "sample")],
+    "rcrl": [(rcrl_module, "sample"), (rcrl_module, "label_steps")],
+}
+SAVE_EVERY = {"ppo": 2, "orm": 3, "rcrl": 2}  # rows
+save = partial(die_in, Path, "rename")  # a checkpoint is there when it has its name
+
+# Where a run dies, and how often each call of WORK is left to it then. A phase of PPO
+# scores 4 batches: by the policy, by the reference, and in 2 updates. It saves after
+# phases 2 and 4, which is the last.
+PPO_KILLS = {
+    "learning-in-phase-1": (partial(die_in, ppo_module, "score", 4), [4]),
+    "between-save-and-rename": (partial(save, 1), [4]),
+    "sampling-in-phase-3": (partial(die_in, ppo_module, "sample_prompts", 3), [2]),
+    "scoring-in-phase-3": (partial(die_in, ppo_module, "score", 10), [2]),
+    "learning-in-phase-3": (partial(die_in, ppo_module, "score", 12), [2]),
+    "a-row-after-the-checkpoint": (partial(die_in, train, "_validate", 2), [2]),
+    "before-the-last-save": (partial(die_in, train, "_save_policy", 1), [2]),
+    "after-the-last-save": (partial(die_in_run, "ppo", "_close_logs", 1), [0]),
+}
+# Samples once, then two epochs of 5 updates; the samples are the first thing saved
+ORM_KILLS = {
+    "sampling": (partial(die_in, orm_module, "sample", 1), [1]),
+    "between-save-and-rename": (partial(save, 1), [1]),
+    "learning-in-epoch-1": (partial(die_in, orm_module, "classification_loss", 4), [0]),
+    "judging": (partial(die_in, train, "judge_scores", 1), [0]),
+    "learning-in-epoch-2": (partial(die_in, orm_module, "classification_loss", 9), [0]),
+    "before-the-last-save": (partial(die_in, OutcomeRewardModel, "tensors", 1), [0]),
+    "after-the-last-save": (partial(die_in_run, "orm", "_close_logs", 1), [0]),
+}
+# Six questions, two at a time: three rows of sampling, three of labels, six updates
+RCRL_KILLS = {
+    "between-save-and-rename": (partial(save, 1), [3, 3]),
+    "sampling-last": (partial(die_in, rcrl_module, "sample", 3), [1, 3]),
+    "labelling-first": (partial(die_in, rcrl_module, "sample_prompts", 1), [1, 3]),
+    "labelling-last": (partial(die_in, rcrl_module, "label_steps", 3), [0, 2]),
+    "learning": (partial(die_in, rcrl_module, "conditional_nll", 4), [0, 0]),
+    "before-the-last-save": (partial(die_in, train, "_save_policy", 1), [0, 0]),
+    "after-the-last-save": (partial(die_in_run, "rcrl", "_close_logs", 1), [0, 0]),
+}
+KILLS = {"ppo": PPO_KILLS, "orm": ORM_KILLS, "rcrl": RCRL_KILLS}
+POINTS = [(name, point) for name, points in KILLS.items() for point in points]
+
+kills = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+
+
+def run(name: str, recipe: Recipe, root: Path, *, seed: int = 0):
+    """One run of an algorithm; return-conditioned RL takes two questions at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rcrl_module, "_QUESTIONS_AT_ONCE", 2)
+        save_every = SAVE_EVERY[name]
+        return run_toy(TRAIN[name], recipe, root, seed=seed, save_every=save_every)
+
+
+def prepare(root: Path, start: Path) -> Path:
+    """A root where what the runs start from is done."""
+    return Path(shutil.copytree(start, root))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The toy on disk; undisturbed runs; for each kill point the runs left there."""
+    folder = tmp_path_factory.mktemp("toy")
+    recipe = toy_recipe(folder)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RLREASON_QUIET": "1"}
+    subprocess.run([sys.executable, __file__, folder], check=True, env=environment)
+    for name in TRAIN:
+        run(name, recipe, folder / "undisturbed")
+    return folder
+
+
+@pytest.fixture
+def calls(monkeypatch) -> dict[str, int]:
+    """How often each call of WORK is made."""
+    counts = {}
+
+    def counted(name: str, whole, *args, **options):
+        counts[name] += 1
+        return whole(*args, **options)
+
+    for module, function in (place for places in WORK.values() for place in places):
+        name, whole = f"{module.__name__}.{function}", getattr(module, function)
+        counts[name] = 0
+        monkeypatch.setattr(module, function, partial(counted, name, whole))
+    return counts
+
+
+@kills
+@pytest.mark.parametrize(("name", "point"), POINTS)
+def test_p47_a_killed_run_that_goes_on_equals_an_undisturbed_one(
+    name, point, folder, calls
+):
+    root = folder / f"{name}-{point}"
+    assert was_killed(root)
+    run(name, toy_recipe(folder), root)
+    files = written(root)
+    assert any(file.startswith(name) for file in files)
+    assert files.items() <= written(folder / "undisturbed").items()
+    # It went on from its checkpoint: starting over would pass as well up to here
+    made = [calls[f"{module.__name__}.{function}"] for module, function in WORK[name]]
+    assert made == KILLS[name][point][1]
+
+
+@kills
+def test_p47_what_a_killed_run_leaves_is_in_the_middle_of_its_work(folder):
+    def state(root: str) -> dict:
+        copies = folder / "left" / root
+        (left,) = copies.glob(f"{root.partition('-')[0]}-*")
+        return read_checkpoint(left).state
+
+    ppo = state("ppo-learning-in-phase-3")
+    assert (ppo["phase"], ppo["questions"]["drawn"]) == (2, 8)
+    assert ppo["kl_coef"] != toy_recipe(folder).ppo.kl.coef
+    assert state("orm-learning-in-epoch-2")["updates"] == 7
+    rcrl = state("rcrl-learning")
+    assert (rcrl["sampled"], rcrl["labelled"], rcrl["updates"]) == (6, 6, 2)
+
+
+@kills
+def test_p47_a_checkpoint_without_its_questions_would_be_noticed(folder):
+    # The wrong version: what level replay knows of the questions is not saved
+    root = prepare(folder / "forgetful", folder / "left" / "ppo-learning-in-phase-3")
+    (state,) = root.glob("ppo-*/checkpoints/*/state.json")
+    kept = json.loads(state.read_text())
+    kept["questions"] |= {"scores": {}, "last_drawn": {}}
+    state.write_text(json.dumps(kept))
+    run("ppo", toy_recipe(folder), root)
+    assert not written(root).items() <= written(folder / "undisturbed").items()
+
+
+@kills
+@pytest.mark.parametrize("name", TRAIN)
+def test_two_runs_with_one_seed_are_equal_to_the_bit_and_another_seed_is_not(
+    name, folder
+):
+    # The other run, with all that it starts from, was made by another process
+    first = written(folder / "undisturbed")
+    again = written(folder / f"again-{name}")
+    assert again.items() <= first.items()
+    other = run(name, toy_recipe(folder), folder / "seed-1", seed=1)
+    assert other.run.path.name not in {file.partition("/")[0] for file in first}
+    (path,) = (folder / f"again-{name}").glob(f"{name}-*")
+    one, seed_1 = read_checkpoint(path).tensors, other.run.restore().tensors
+    assert not same_bits(one, seed_1)
+    assert (path / "metrics.jsonl").read_bytes() != (
+        other.run.path / "metrics.jsonl"
+    ).read_bytes()
+
+
+# What a run gives back
+
+
+@pytest.fixture
+def recipe(folder, monkeypatch) -> Recipe:
+    """The toy, whose runs of seed 0 are done."""
+    monkeypatch.setenv("RLREASON_RUNS", str(folder / "undisturbed"))
+    return toy_recipe(folder)
+
+
+@kills
+def test_a_run_that_is_done_is_loaded_and_not_made_again(recipe, monkeypatch):
+    for name in ("ppo", "rcrl", "train_orm", "expert_iteration", "sft"):
+        monkeypatch.setattr(train, name, None)
+    trained = train.train_ppo(recipe)
+    assert [row["number"] for row in trained.phases] == [1, 2, 3, 4]
+    assert ["validation_maj_1" in row for row in trained.phases] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert trained.seconds > 0
+    assert same_bits(
+        weights(train.load_trained(trained.run.path)), weights(trained.policy)
+    )
+    conditioned = train.train_rcrl(recipe)
+    loaded = train.load_trained(conditioned.run.path)
+    assert same_bits(weights(loaded), weights(conditioned.policy))
+    assert {GOOD, BAD} <= loaded.tokenizer.get_vocab().keys()
+    judged = train.train_reward_model(recipe)
+    assert [row["epoch"] for row in judged.held_out] == [0, 1]
+    assert same_bits(judged.orm.tensors(), judged.run.restore().tensors)
+
+
+@kills
+def test_the_policy_of_a_reward_model_or_of_half_a_run_is_a_clear_error(recipe, folder):
+    reward_model = train.train_reward_model(recipe).run.path
+    with pytest.raises(ValueError, match="holds a reward model, not a policy"):
+        train.load_trained(reward_model)
+    (half,) = (folder / "left" / "ppo-learning-in-phase-3").glob("ppo-*")
+    with pytest.raises(ValueError, match="not finished; run its `rlreason train`"):
+        train.load_trained(half)
+
+
+def test_several_seeds_are_trained_elsewhere_and_loaded_here(tmp_path, monkeypatch):
+    recipe, threads, elsewhere = toy_recipe(tmp_path), [], []
+
+    def process(command, *, env, **_):
+        """What the process does, without the seconds that Python takes to start."""
+        assert command[:3] == [sys.executable, "-m", "rlreason.experiments.train"]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[2:])
+            patch.setattr(os, "environ", env)
+            patch.setattr(train.torch, "set_num_threads", threads.append)
+            train.main()
+        elsewhere.append(command[3:])
+        if len(elsewhere) == 2:
+            monkeypatch.setattr(train, "sft", None)  # nothing is trained here
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(train.subprocess, "run", process)
+    monkeypatch.setattr(train, "cores", lambda: 1)
+    trained = train.train_seeds(recipe, "sft", [7, 3])
+    assert [run.run.settings.finetune.seed for run in trained] == [7, 3]
+    assert [(algorithm, seed) for algorithm, _, seed in elsewhere] == [
+        ("sft", "7"),
+        ("sft", "3"),
+    ]
+    assert threads == [1, 1]
+
+
+def test_a_seed_that_fails_elsewhere_says_why(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, stderr="ValueError: no right solution")
+    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match=r"seed 3 of ppo failed:\nValueError: no ri"):
+        train.train_seeds(toy_recipe(tmp_path), "ppo", [3])
+
+
+# Settings
+
+
+def settings_classes(*roots: type) -> set[type[Settings]]:
+    """The settings classes among some types and all that stand in their fields."""
+    found, ahead = set(), list(roots)
+    while ahead:
+        kind = ahead.pop()
+        ahead += typing.get_args(kind)
+        if isinstance(kind, type) and issubclass(kind, Settings) and kind not in found:
+            found.add(kind)
+            ahead += [field.annotation for field in kind.model_fields.values()]
+    return found
+
+
+RUNS = (train.SftRun, train.ExpertIterationRun, train.OrmRun)
+RUNS += (train.PpoRun, train.RcrlRun)
+
+
+def test_every_class_of_a_recipe_and_of_a_run_refuses_an_unknown_key():
+    classes = settings_classes(Recipe, *RUNS)
+    names = {cls.__name__ for cls in classes}
+    assert {"PpoSettings", "GaeSettings", "KlSettings", "LoraSettings"} <= names
+    assert {"ReplaySettings", "OrmSettings", "RcrlSettings", "TaskSettings"} <= names
+    for cls in classes:
+        with pytest.raises(SettingsError, match=f"{cls.__name__}: unknown 'nope'"):
+            load_settings(cls, {"nope": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"ppo": {"learning_rate": 1e-3}}, "ppo.learning_rate: Extra inputs"),
+        ({"ppo": {"credit": {"kind": "gae", "n": 4}}}, "ppo.credit.gae.n: Extra"),
+        ({"ppo": {"credit": {"kind": "a2c"}}}, "ppo.credit: .*'gae', 'reinforce'"),
+        ({"reward": {"kind": "dens"}}, "reward.kind: .*'sparse', 'dense'"),
+        ({"orm_samples": "ppo"}, "orm_samples: .*'sft' or 'expert-iteration'"),
+        ({"rcrl": {"k": -1}}, "rcrl.k: .*greater than or equal to 0"),
+        ({"validate_every": 0}, "validate_every: .*greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_recipe_says_which_field_is_wrong(changes, fault, tmp_path):
+    with pytest.raises(SettingsError, match=f"Recipe: {fault}") as error:
+        toy_recipe(tmp_path, **changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "sparse-orm", "dense-orm"])
+def test_a_size_is_refused_where_it_has_no_use(kind):
+    assert load_settings(RewardSettings, {"kind": kind}).size is None
+    with pytest.raises(SettingsError, match=f"size means nothing to a {kind} reward"):
+        load_settings(RewardSettings, {"kind": kind, "size": 0.5})
+
+
+# What PPO is paid for
+
+
+def untrained_judge() -> OutcomeRewardModel:
+    """Scores that differ from token to token."""
+    orm = OutcomeRewardModel(toy_policy())
+    generator = torch.Generator().manual_seed(0)
+    orm.load_tensors(
+        {
+            name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in orm.tensors().items()
+        }
+    )
+    return orm
+
+
+REWARDS = {
+    "sparse": ({}, lambda _: sparse_token_rewards),
+    "dense": ({}, lambda _: dense_reward(toy_policy(), bound=0.5)),
+    "dense-small": ({"size": 0.1}, lambda _: dense_reward(toy_policy(), bound=0.1)),
+    "shaped": ({}, lambda _: shaped_reward(toy_policy(), gamma=0.9)),
+    "shaped-large": (
+        {"size": 0.8},
+        lambda _: shaped_reward(toy_policy(), gamma=0.9, scale=0.8),
+    ),
+    "sparse-orm": ({}, sparse_orm_reward),
+    "dense-orm": ({}, dense_orm_reward),
+}
+
+
+def test_each_kind_of_reward_reaches_training_and_pays_otherwise(tmp_path, monkeypatch):
+    """Wrong would be a kind that is read and not used: two would pay the same."""
+    judge = untrained_judge()
+    trained = train.TrainedRewardModel(judge, None)
+    monkeypatch.setattr(train, "train_reward_model", lambda *_: trained)
+    monkeypatch.setattr(
+        train, "train_sft", lambda *_: train.Trained(toy_policy(), None)
+    )
+    seen = {}
+
+    def note(start, problems, settings, *, reward, **_):
+        seen[name] = reward
+        return start.clone()
+
+    monkeypatch.setattr(train, "ppo", note)
+    rollouts = sample(toy_policy(), TOY_PROBLEMS, k=4, max_new_tokens=24, seed=3)
+    paid, runs = {}, set()
+    ppo = {"credit": {"kind": "gae", "gamma": 0.9}}
+    for name, (options, expected) in REWARDS.items():
+        kind = name.removesuffix("-small").removesuffix("-large")
+        reward = {"kind": kind, **options}
+        recipe = toy_recipe(tmp_path, ppo=ppo, reward=reward)
+        runs.add(train.train_ppo(recipe).run.path)
+        paid[name] = seen[name](rollouts, TOY_PROBLEMS)
+        assert paid[name] == expected(judge)(rollouts, TOY_PROBLEMS)
+    assert len({json.dumps(rows) for rows in paid.values()}) == len(REWARDS)
+    assert len(runs) == len(REWARDS)  # each has a folder of its own
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_a_potential_is_kept_where_the_learner_goes_on(bootstrap, tmp_path):
+    ppo = {"credit": {"kind": "gae", "gamma": 0.9, "bootstrap": bootstrap}}
+    recipe = toy_recipe(tmp_path, ppo=ppo, reward={"kind": "shaped"})
+    rollouts = sample(toy_policy(), TOY_PROBLEMS, k=8, max_new_tokens=15, seed=3)
+    assert not all(rollout.finished for rollout in rollouts)
+    paid = train._reward_function(recipe, 0, toy_policy())(rollouts, TOY_PROBLEMS)
+    right = shaped_reward(toy_policy(), gamma=0.9, bootstrap=bootstrap)
+    wrong = shaped_reward(toy_policy(), gamma=0.9, bootstrap=not bootstrap)
+    assert paid == right(rollouts, TOY_PROBLEMS)
+    assert paid != wrong(rollouts, TOY_PROBLEMS)
+    # Without a value function nothing is discounted
+    plain = {"credit": dict(BaselineSettings(kind="rloo"))}
+    recipe = toy_recipe(tmp_path, ppo=plain, reward={"kind": "shaped"})
+    paid = train._reward_function(recipe, 0, toy_policy())(rollouts, TOY_PROBLEMS)
+    right = shaped_reward(toy_policy(), gamma=1.0)
+    assert paid == right(rollouts, TOY_PROBLEMS)
+
+
+def test_a_run_is_named_after_what_decides_it_and_nothing_else(tmp_path):
+    def names(seed: int = 0, **changes) -> dict[str, str]:
+        recipe = toy_recipe(tmp_path, **changes)
+        makers = {"ppo": train.ppo_run, "orm": train.orm_run, "rcrl": train.rcrl_run}
+        return {
+            name: settings_hash(make(recipe, seed)) for name, make in makers.items()
+        }
+
+    def changed(**changes) -> set[str]:
+        return {name for name, key in names(**changes).items() if key != plain[name]}
+
+    plain = names()
+    assert changed(evaluation={"k": 8}, seeds=5) == set()
+    assert changed(ppo={"phases": 2}) == {"ppo"}
+    assert changed(validate_every=1) == {"ppo"}
+    assert changed(reward={"kind": "dense"}) == {"ppo"}
+    assert changed(orm={"k": 5}) == {"orm"}
+    assert changed(orm_samples="expert-iteration") == {"orm"}
+    assert changed(rcrl={"k": 3}) == {"rcrl"}
+    assert changed(expert_iteration={"k": 5}) == {"rcrl"}
+    assert changed(seed=1) == changed(max_new_tokens=20) == {"ppo", "orm", "rcrl"}
+
+
+if __name__ == "__main__":
+    here = Path(sys.argv[1])
+    toy = toy_recipe(here)
+    start, left = here / "start", here / "left"
+    run_toy(train.train_expert_iteration, toy, start)
+    for algorithm in TRAIN:
+        run(algorithm, toy, prepare(here / f"again-{algorithm}", start))
+        for death, (arm, _) in KILLS[algorithm].items():
+            place = f"{algorithm}-{death}"
+            root = prepare(here / place, start)
+            let_die(place, arm, partial(run, algorithm, toy, root))
+            prepare(left / place, root)
