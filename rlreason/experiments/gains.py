@@ -39,6 +39,7 @@ from rlreason.experiments.train import evaluate_recipe, train_seeds, train_sft
 
 BASELINES = ("reinforce", "rloo", "grpo")
 ALGORITHMS = ("expert-iteration", "ppo", *BASELINES, "rcrl", "orm")
+CHANCE = 0.5  # the AUC of a guess
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Gain:
 
     Attributes:
         before: What it is compared with, mean over seeds; empty for an AUC.
+        gain: ``after`` minus ``before``; of an AUC, what it has over chance.
         low, high: 95% interval of ``gain`` over seeds and problems.
         minutes: Of training, a seed, single-threaded, without what it starts from.
     """
@@ -94,7 +96,7 @@ def measure_gains(
 def format_gain(row: Gain) -> str:
     """One line for the terminal, in points; an AUC as it is."""
     if row.before is None:
-        interval = f"[{row.low:.3f}, {row.high:.3f}]"
+        interval = f"[{CHANCE + row.low:.3f}, {CHANCE + row.high:.3f}]"
         return f"{row.algorithm}: {row.metric} {row.after:.3f} {interval}"
     return (
         f"{row.algorithm}: {row.metric} {row.before:.1%} -> {row.after:.1%}, "
@@ -178,9 +180,9 @@ def _of_orm(recipe: Recipe, name: str) -> list[Gain]:
             metric="AUC on held-out questions",
             before=None,
             after=interval.mean,
-            gain=interval.mean - 0.5,
-            low=interval.low,
-            high=interval.high,
+            gain=interval.mean - CHANCE,
+            low=interval.low - CHANCE,
+            high=interval.high - CHANCE,
             **common,
         ),
     ]
