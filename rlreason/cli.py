@@ -134,7 +134,7 @@ def book(profile: str, jobs: int | None, force: bool) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine can run, and what to do about what is missing.
+    """Say what this machine can run, and how to mend the rest.
 
     Exit code 0 when the profile tiny can run, 1 when it cannot.
     """
@@ -154,7 +154,7 @@ def doctor() -> None:
 
 @app.group()
 def train() -> None:
-    """Train a policy into a run folder.
+    """Train a policy or a reward model into a run folder.
 
     A run is named after its settings. One that is done is not run twice, one that was
     killed goes on where it stopped.
@@ -189,7 +189,7 @@ set_option = click.option(
     help="Folder for the model. [default: the package's own copy is replaced]",
 )
 def train_nano_command(size: str, seed: int, output: Path | None) -> None:
-    """Pretrain the bundled base model on procedurally made text.
+    """Pretrain the bundled base on procedurally made text.
 
     Done once by the project; half an hour to an hour on a CPU core.
     """
@@ -203,7 +203,7 @@ def train_nano_command(size: str, seed: int, output: Path | None) -> None:
 @seed_option
 @set_option
 def train_sft_command(profile: str, seed: int, changes) -> None:
-    """Fine-tune the base on the reference solutions of the recipe's problems."""
+    """Fine-tune the base on reference solutions."""
     from rlreason.experiments.train import train_sft
 
     trained = train_sft(_recipe(profile, changes), seed)
@@ -222,7 +222,7 @@ def train_sft_command(profile: str, seed: int, changes) -> None:
 def train_expert_iteration_command(
     profile: str, seed: int, changes, from_base: bool
 ) -> None:
-    """Sample, keep what is right, fine-tune the base on it, and again."""
+    """Sample, keep what is right, learn it, and again."""
     from rlreason.experiments.train import train_expert_iteration
 
     recipe = _recipe(profile, changes)
@@ -244,10 +244,13 @@ def train_expert_iteration_command(
     "--from-base", is_flag=True, help="Start from the prompted base instead of SFT."
 )
 def train_ppo_command(profile: str, seed: int, changes, from_base: bool) -> None:
-    """Proximal policy optimisation, or with --set ppo.credit REINFORCE, RLOO, GRPO.
+    """Proximal policy optimisation, REINFORCE, RLOO or GRPO.
 
-    Another baseline: --set ppo.credit "{'kind': 'rloo'}". Another reward:
-    --set reward.kind dense (sparse, dense, shaped, sparse-orm or dense-orm).
+    \b
+    --set ppo.credit "{'kind': 'rloo'}"  a baseline in place of a value function:
+                                         reinforce, rloo or grpo
+    --set reward.kind dense              what is paid: sparse, dense, shaped,
+                                         sparse-orm or dense-orm
     """
     from rlreason.experiments.train import train_ppo
 
@@ -268,7 +271,11 @@ def train_ppo_command(profile: str, seed: int, changes, from_base: bool) -> None
 @seed_option
 @set_option
 def train_orm_command(profile: str, seed: int, changes) -> None:
-    """Train the outcome reward model on labelled samples of a policy."""
+    """Train the outcome reward model on labelled samples.
+
+    They are drawn from the policy of expert iteration, or of SFT with
+    --set orm_samples sft.
+    """
     from rlreason.experiments.train import train_reward_model
 
     trained = train_reward_model(_recipe(profile, changes), seed)
@@ -290,7 +297,12 @@ def train_orm_command(profile: str, seed: int, changes) -> None:
     help="Let the reward model label the steps, instead of rollouts.",
 )
 def train_rcrl_command(profile: str, seed: int, changes, labels_from_orm: bool) -> None:
-    """Return-conditioned RL: learn steps labelled good or bad, ask for the good."""
+    """Return-conditioned RL: learn labels, ask for good steps.
+
+    The policy of expert iteration samples solutions; each of their steps is labelled
+    [GOOD] or [BAD], by rollouts that go on from it. Compare both with
+    rlreason evaluate --label.
+    """
     from rlreason.experiments.train import train_rcrl
 
     recipe = _recipe(profile, changes)
@@ -307,7 +319,7 @@ def train_rcrl_command(profile: str, seed: int, changes, labels_from_orm: bool) 
 @app.command()
 @click.argument("policy")
 @profile_option
-@seed_option
+@click.option("--seed", default=0, show_default=True, help="Of the K samples.")
 @set_option
 @click.option(
     "--split",
@@ -323,7 +335,8 @@ def train_rcrl_command(profile: str, seed: int, changes, labels_from_orm: bool) 
 @click.option(
     "--label",
     type=click.Choice(["[GOOD]", "[BAD]"]),
-    help="Force it before every step, for return-conditioned policies.",
+    metavar="LABEL",
+    help="[GOOD] or [BAD] before every step, for return-conditioned policies.",
 )
 def evaluate(
     policy: str,
@@ -335,9 +348,9 @@ def evaluate(
     greedy: bool,
     label: str | None,
 ) -> None:
-    """Judge a policy: a run folder, nano, a folder, a hub name or a GGUF file.
+    """Judge a policy by maj@1, maj@k and pass@k.
 
-    The task, the number of problems and K come from the profile's recipe.
+    POLICY is a run folder, nano, a folder, a hub name or a GGUF file. The task, the number of problems and K come from the profile's recipe.
     """
     from rlreason.experiments.train import evaluate_recipe, load_trained
 
@@ -359,9 +372,9 @@ def evaluate(
 @profile_option
 @set_option
 def gains(algorithms: tuple[str, ...], profile: str, changes) -> None:
-    """Train all seeds of ALGORITHMS and record what each gains on the test split.
+    """Train all seeds and record what each algorithm gains.
 
-    ALGORITHMS are expert-iteration, ppo, reinforce, rloo, grpo, rcrl and orm; all by
+    It is judged on the test split. ALGORITHMS are expert-iteration, ppo, reinforce, rloo, grpo, rcrl and orm; all by
     default. The table is written to book/results/PROFILE/gains.csv, unless settings
     are changed.
     """
@@ -402,7 +415,7 @@ def bench() -> None:
 def bench_sample_command(
     policy: str | None, questions: int, samples: tuple[int, ...], repeats: int
 ) -> None:
-    """Useful tokens a second of sample() and of transformers' generate()."""
+    """Useful tokens a second, ours and transformers'."""
     from rlreason.experiments.bench_sample import (
         format_sample_benchmark,
         run_sample_benchmark,
@@ -426,7 +439,7 @@ def bench_sample_command(
 def bench_train_command(
     policy: str, problems: int, batch_size: int, repeats: int
 ) -> None:
-    """Tokens a second of fine-tuning here and with transformers' Trainer."""
+    """Tokens a second of fine-tuning, ours and Trainer's."""
     from rlreason.experiments.bench_train import bench_train
 
     row = bench_train(
@@ -443,7 +456,11 @@ def bench_train_command(
 @profile_option
 @click.option("--phases", default=4, show_default=True, help="Phases that count.")
 def bench_ppo_command(profile: str, phases: int) -> None:
-    """Seconds and tokens of sampling, scoring and learning in a phase of PPO."""
+    """Where the time of a phase of PPO goes.
+
+    Seconds of sampling, scoring and learning; the tokens that had to go through the
+    model, and those that did.
+    """
     from rlreason.experiments.bench_ppo import bench_ppo, format_ppo_benchmark
 
     click.echo(format_ppo_benchmark(bench_ppo(profile=profile, phases=phases)))

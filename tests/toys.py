@@ -176,6 +176,14 @@ def toy_recipe(folder: Path, **changes: Any) -> Recipe:
     return load_settings(Recipe, {**start, **RECIPE, **changes})
 
 
+def toy_profile(folder: Path, **changes: Any) -> Path:
+    """The toy as a profile of its own: a YAML file, of which JSON is a part."""
+    recipe = toy_recipe(folder, **changes).model_dump(mode="json")
+    path = folder / "toy.yaml"
+    path.write_text(json.dumps({"description": "the toy", "recipe": recipe}))
+    return path
+
+
 def run_toy(
     train: Callable[..., Any],
     recipe: Recipe,

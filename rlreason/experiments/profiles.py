@@ -68,7 +68,13 @@ def load_recipe(name: str | Path, **changes: Any) -> Recipe:
             *parents, last = field.split("__")
             place = values
             for parent in parents:
-                place = place.setdefault(parent, {})
+                if place.get(parent) is None:
+                    place[parent] = {}
+                place = place[parent]
+                if not isinstance(place, dict):
+                    raise SettingsError(
+                        f"no field {field.replace('__', '.')}: {parent} is {place!r}"
+                    )
             place[last] = value
     return load_settings(Recipe, values)
 
