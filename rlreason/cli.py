@@ -350,7 +350,8 @@ def evaluate(
 ) -> None:
     """Judge a policy by maj@1, maj@k and pass@k.
 
-    POLICY is a run folder, nano, a folder, a hub name or a GGUF file. The task, the number of problems and K come from the profile's recipe.
+    POLICY is a run folder, nano, a folder, a hub name or a GGUF file. The task, the
+    number of problems and K come from the profile's recipe.
     """
     from rlreason.experiments.train import evaluate_recipe, load_trained
 
@@ -374,9 +375,9 @@ def evaluate(
 def gains(algorithms: tuple[str, ...], profile: str, changes) -> None:
     """Train all seeds and record what each algorithm gains.
 
-    It is judged on the test split. ALGORITHMS are expert-iteration, ppo, reinforce, rloo, grpo, rcrl and orm; all by
-    default. The table is written to book/results/PROFILE/gains.csv, unless settings
-    are changed.
+    It is judged on the test split. ALGORITHMS are expert-iteration, ppo, reinforce,
+    rloo, grpo, rcrl and orm; all by default. The table is written to
+    book/results/PROFILE/gains.csv, unless settings are changed.
     """
     from rlreason.experiments.gains import (
         ALGORITHMS,
