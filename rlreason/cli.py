@@ -381,15 +381,19 @@ def gains(algorithms: tuple[str, ...], profile: str, changes) -> None:
     """
     from rlreason.experiments.gains import (
         ALGORITHMS,
+        check_algorithms,
         gains_path,
         measure_gains,
         write_gains,
     )
 
     recipe = _recipe(profile, changes)
-    rows = measure_gains(recipe, algorithms or ALGORITHMS, report=click.echo)
+    check_algorithms(algorithms)
+    for algorithm in algorithms or ALGORITHMS:
+        rows = measure_gains(recipe, [algorithm], report=click.echo)
+        if not changes:  # after each one, so that what was measured is kept
+            write_gains(rows, gains_path(profile))
     if not changes:
-        write_gains(rows, gains_path(profile))
         click.echo(f"written to {gains_path(profile)}")
 
 

@@ -80,10 +80,7 @@ def measure_gains(
     Raises:
         ValueError: An algorithm is none of ``ALGORITHMS``.
     """
-    if unknown := [name for name in algorithms if name not in ALGORITHMS]:
-        raise ValueError(
-            f"no algorithm {unknown[0]!r}; there are {', '.join(ALGORITHMS)}"
-        )
+    check_algorithms(algorithms)
     rows = []
     for name in algorithms:
         measure = {"orm": _of_orm, "rcrl": _of_rcrl}.get(name, _of_policy)
@@ -91,6 +88,14 @@ def measure_gains(
             report(format_gain(row))
             rows.append(row)
     return rows
+
+
+def check_algorithms(algorithms: Sequence[str]) -> None:
+    """Refuse a name that is none of ``ALGORITHMS``, before anything is trained."""
+    if unknown := [name for name in algorithms if name not in ALGORITHMS]:
+        raise ValueError(
+            f"no algorithm {unknown[0]!r}; there are {', '.join(ALGORITHMS)}"
+        )
 
 
 def format_gain(row: Gain) -> str:
