@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from click.testing import CliRunner
@@ -261,26 +262,35 @@ def test_a_setting_within_what_a_profile_leaves_out_is_made(monkeypatch):
     assert recipe.ppo.credit == BaselineSettings(kind="rloo")
 
 
-def test_gains_are_written_only_for_a_profile_as_it_is(
+def test_gains_are_written_one_by_one_and_only_for_a_profile_as_it_is(
     toy, monkeypatch, capsys, tmp_path
 ):
     asked = []
 
     def measure(recipe, algorithms, *, report):
-        asked.append((settings_hash(recipe), tuple(algorithms)))
-        report("a line")
-        return []
+        if algorithms == ["rcrl"]:
+            raise KeyboardInterrupt
+        asked.append(settings_hash(recipe))
+        report(f"{algorithms[0]}: a line")
+        names = {field.name: "" for field in fields(gains.Gain)}
+        return [gains.Gain(**names | {"algorithm": algorithms[0]})]
 
     monkeypatch.setattr(gains, "measure_gains", measure)
     monkeypatch.setattr(gains, "project_root", lambda: tmp_path)
-    shown = {"monkeypatch": monkeypatch, "capsys": capsys}
-    assert told(toy, "gains", "ppo", "--set", "seeds", "1", **shown) == ["a line"]
     table = tmp_path / "book" / "results" / "toy" / "gains.csv"
+    shown = {"monkeypatch": monkeypatch, "capsys": capsys}
+    lines = told(toy, "gains", "ppo", "--set", "seeds", "1", **shown)
+    assert lines == ["ppo: a line"]
     assert not table.exists()
-    assert told(toy, "gains", **shown) == ["a line", f"written to {table}"]
-    assert table.exists()
-    assert [algorithms for _, algorithms in asked] == [("ppo",), gains.ALGORITHMS]
-    assert asked[1][0] == settings_hash(toy_recipe(toy)) != asked[0][0]
+    lines = told(toy, "gains", "ppo", "orm", **shown)
+    assert lines == ["ppo: a line", "orm: a line", f"written to {table}"]
+    assert asked[0] != asked[1] == asked[2] == settings_hash(toy_recipe(toy))
+    # What was measured before an interruption is kept; by default all are measured
+    table.unlink()
+    with pytest.raises(AssertionError):
+        told(toy, "gains", **shown)  # the exit code of an interruption
+    kept = [row["algorithm"] for row in gains.read_gains(table)]
+    assert kept == list(gains.ALGORITHMS[: gains.ALGORITHMS.index("rcrl")])
 
 
 def test_the_benchmark_of_ppo_is_a_table(toy, monkeypatch, capsys):
