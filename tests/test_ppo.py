@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -75,6 +76,13 @@ def run(recorder=None, *, start=None, settings=QUICK, **options):
     return ppo(
         start or toy_policy(), TOY_PROBLEMS, settings, recorder=recorder, **options
     )
+
+
+@lru_cache(maxsize=8)
+def plain_run(settings: PpoSettings) -> tuple[dict[str, Tensor], list[dict]]:
+    """The weights and rows of an undisturbed run, for others to be compared with."""
+    recorder = Memory()
+    return weights(run(recorder, settings=settings)), recorder.rows
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -274,7 +282,7 @@ def test_p20_only_k2_has_the_gradient_of_the_kl():
 
 def test_p20_what_is_taken_off_the_reward_is_what_is_reported():
     recorder = Memory()
-    settings = quick(kl=KlSettings(coef=0.3), lr=3e-3, max_kl=50.0)
+    settings = quick(phases=2, kl=KlSettings(coef=0.3), lr=3e-3, max_kl=50.0)
     run(recorder, settings=settings)
     assert recorder.rows[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert any(abs(row["kl"]) > 1e-3 for row in recorder.rows[1:])
@@ -575,7 +583,8 @@ def test_nothing_is_computed_twice(monkeypatch):
 )
 def test_p34_the_reference_is_the_start_and_stays_it(settings):
     recorder = Memory()
-    settings = settings.model_copy(update={"lr": 5e-3, "lr_floor": 5e-3})
+    changes = {"phases": 2, "lr": 5e-3, "lr_floor": 5e-3}
+    settings = settings.model_copy(update=changes)
     start = toy_policy()
     before = weights(start)
     run(recorder, settings=settings)
@@ -586,9 +595,9 @@ def test_p34_the_reference_is_the_start_and_stays_it(settings):
 
 
 def test_copy_and_swap_are_the_same_run():
-    copied = weights(run(settings=quick(kl=KlSettings(reference="copy"))))
-    swapped = weights(run(settings=quick(kl=KlSettings(reference="swap"))))
-    assert same_bits(copied, swapped)
+    copied = quick(phases=2, kl=KlSettings(reference="copy"))
+    swapped = quick(phases=2, kl=KlSettings(reference="swap"))
+    assert same_bits(weights(run(settings=swapped)), plain_run(copied)[0])
 
 
 def test_weights_that_are_swapped_come_back_after_an_error():
@@ -674,7 +683,7 @@ def test_the_penalty_for_cut_responses_is_paid_once(scored):
 
 def test_p51_a_rate_of_zero_leaves_everything_as_it_was():
     recorder = Memory()
-    settings = quick(lr=0.0, lr_floor=0.0, weight_decay=0.0)
+    settings = quick(phases=2, lr=0.0, lr_floor=0.0, weight_decay=0.0)
     assert same_bits(weights(run(recorder, settings=settings)), weights(toy_policy()))
     for row in recorder.rows:
         assert row["stop_kl"] < 1e-9
@@ -689,12 +698,26 @@ LEARN = quick(
     batch_size=48,
     lr=5e-3,
     lr_floor=1e-3,
+    warmup=0.2,
     micro_tokens=2000,
     credit=GaeSettings(lam=1.0, value=HEAD, value_coef=0.1, value_clip=None),
     kl=KlSettings(coef=0.01),
     max_kl=50.0,
 )
 BOOTSTRAPPED = LEARN.credit.model_copy(update={"bootstrap": True, "gamma": 0.98})
+
+
+class LearnedError(Exception):
+    """What ``UntilLearned`` raises: nothing is left to be seen."""
+
+
+class UntilLearned(Memory):
+    """Ends a run after two phases in a row with more than 90% of answers right."""
+
+    def log(self, **metrics):
+        super().log(**metrics)
+        if min(row["accuracy"] for row in [{"accuracy": 0}, *self.rows][-2:]) > 0.9:
+            raise LearnedError
 
 
 def accuracy(policy) -> float:
@@ -710,9 +733,10 @@ def accuracy(policy) -> float:
     ids=["gae", "bootstrapped", "reinforce", "rloo", "grpo"],
 )
 def test_p52_it_learns_which_of_two_answers_is_right(credit):
-    policy = run(settings=LEARN.model_copy(update={"credit": credit}))
-    assert accuracy(toy_policy()) < 0.6
-    assert accuracy(policy) > 0.9
+    recorder = UntilLearned(save_every=10**9)
+    with pytest.raises(LearnedError):
+        run(recorder, settings=LEARN.model_copy(update={"credit": credit}))
+    assert recorder.rows[0]["accuracy"] < 0.6
 
 
 def test_p52_a_flipped_advantage_unlearns(monkeypatch):
@@ -722,7 +746,8 @@ def test_p52_a_flipped_advantage_unlearns(monkeypatch):
         return right(new_logprobs, logprobs, -advantages, mask, clip)
 
     monkeypatch.setattr(algorithm, "policy_loss", flipped)
-    assert accuracy(run(settings=LEARN.model_copy(update={"phases": 10}))) < 0.4
+    assert accuracy(toy_policy()) > 0.4
+    assert accuracy(run(settings=LEARN.model_copy(update={"phases": 5}))) < 0.1
 
 
 def test_p17_a_cut_response_that_is_paid_twice_learns_never_to_stop(monkeypatch):
@@ -736,13 +761,16 @@ def test_p17_a_cut_response_that_is_paid_twice_learns_never_to_stop(monkeypatch)
         return rewards
 
     unpaid = LEARN  # whose pay() judges cut responses as they stand
-    settings = LEARN.model_copy(update={"credit": BOOTSTRAPPED, "max_new_tokens": 20})
+    update = {"credit": BOOTSTRAPPED, "max_new_tokens": 20}
+    update |= {"phases": 10, "warmup": 0.5, "lr_floor": LEARN.lr}
+    settings = LEARN.model_copy(update=update)
     honest, wrong = Memory(), Memory()
     run(honest, settings=settings)
     monkeypatch.setattr(algorithm._Learner, "pay", twice)
     run(wrong, settings=settings)
-    assert honest.rows[-1]["truncated"] < 0.2
-    assert wrong.rows[-1]["truncated"] > 0.6
+    assert honest.rows[0]["truncated"] == wrong.rows[0]["truncated"] > 0.4
+    assert max(row["truncated"] for row in honest.rows[-3:]) < 0.2
+    assert min(row["truncated"] for row in wrong.rows[-3:]) > 0.9
 
 
 # Resuming
@@ -762,42 +790,47 @@ EVERYTHING = quick(
     ids=["full", "lora-branch-adaptive", "grpo"],
 )
 def test_p47_a_run_that_stops_anywhere_and_goes_on_equals_an_undisturbed_one(settings):
-    undisturbed = Memory()
-    expected = weights(run(undisturbed, settings=settings))
-    for die_at in range(len(undisturbed.rows)):
+    expected, rows = plain_run(settings)
+    for die_at in range(settings.phases):
         recorder = Memory(die_at=die_at)
         with pytest.raises(InterruptedRunError):
             run(recorder, settings=settings)
         assert same_bits(weights(run(recorder, settings=settings)), expected), die_at
-        assert recorder.rows == undisturbed.rows, die_at
+        assert recorder.rows == rows, die_at
 
 
-@pytest.mark.parametrize("lost", ["value.", "adamw.", "kl_coef"])
-def test_p47_what_a_checkpoint_must_hold(lost):
-    """Forgetting value function, optimiser or KL coefficient gives another run."""
-    undisturbed = Memory()
-    run(undisturbed, settings=EVERYTHING)
+@pytest.fixture(scope="module")
+def killed() -> Memory:
+    """What a run of EVERYTHING left that died in its last phase."""
     recorder = Memory(die_at=2)
     with pytest.raises(InterruptedRunError):
         run(recorder, settings=EVERYTHING)
-    tensors, state, rows = recorder.saved
+    return recorder
+
+
+@pytest.mark.parametrize("lost", [None, "value.", "adamw.", "kl_coef"])
+def test_p47_what_a_checkpoint_must_hold(lost, killed):
+    """Forgetting value function, optimiser or KL coefficient gives another run."""
+    tensors, state, rows = killed.saved
     fresh = algorithm._Learner(toy_policy(), EVERYTHING)
     if lost == "value.":
         own = {f"value.{k}": v for k, v in fresh.value_function.state_dict().items()}
         tensors = tensors | own
     elif lost == "adamw.":
         tensors = {k: v for k, v in tensors.items() if not k.startswith("adamw.")}
-    else:
+    elif lost == "kl_coef":
         state = state.replace('"kl_coef": ', '"kl_coef": 0.1, "was": ')
-    recorder.saved = tensors, state, rows
+    recorder = Memory()
+    recorder.rows, recorder.saved = list(killed.rows), (tensors, state, rows)
     run(recorder, settings=EVERYTHING)
-    assert recorder.rows != undisturbed.rows
+    assert (recorder.rows == plain_run(EVERYTHING)[1]) == (lost is None)
 
 
 # Settings and faults
 
+VARIED = quick(phases=2, max_new_tokens=18, lr=2e-3, clip=0.05, max_kl=50.0)
 CHANGED = {
-    "phases": 2,
+    "phases": 1,
     "rollouts": 8,
     "n": 1,
     "keep": 1,
@@ -833,10 +866,9 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_p49_every_setting_changes_the_result(name):
-    settings = quick(max_new_tokens=18, lr=2e-3, clip=0.05, max_kl=50.0)
-    plain = weights(run(settings=settings))
-    changed = settings.model_validate({**dict(settings), name: CHANGED[name]})
-    assert not same_bits(weights(run(settings=changed)), plain)
+    changed = VARIED.model_validate({**dict(VARIED), name: CHANGED[name]})
+    assert changed != VARIED
+    assert not same_bits(weights(run(settings=changed)), plain_run(VARIED)[0])
 
 
 def test_p49_no_setting_is_left_out():
@@ -858,12 +890,10 @@ def test_p49_no_setting_is_left_out():
     ids=lambda changes: next(iter(changes)),
 )
 def test_p49_every_setting_of_credit_changes_the_result(changes):
-    settings = quick(max_new_tokens=18, lr=2e-3, max_kl=50.0)
-    credit = settings.credit.model_copy(update=changes)
-    changed = settings.model_copy(update={"credit": credit})
-    assert not same_bits(
-        weights(run(settings=changed)), weights(run(settings=settings))
-    )
+    credit = VARIED.credit.model_copy(update=changes)
+    assert credit != VARIED.credit
+    changed = VARIED.model_copy(update={"credit": credit})
+    assert not same_bits(weights(run(settings=changed)), plain_run(VARIED)[0])
 
 
 @pytest.mark.parametrize(
@@ -871,10 +901,9 @@ def test_p49_every_setting_of_credit_changes_the_result(changes):
     [{"logit_rows": 7}, {"gradient_checkpointing": True}, {"micro_tokens": 60}],
 )
 def test_p50_saving_memory_changes_nothing_but_rounding(changes):
-    plain, saving = Memory(), Memory()
-    run(plain, settings=quick(phases=1))
+    saving = Memory()
     run(saving, settings=quick(phases=1, **changes))
-    for name, value in plain.rows[0].items():
+    for name, value in plain_run(quick(phases=1))[1][0].items():
         if name not in ("phase", "ratio_error"):
             assert saving.rows[0][name] == pytest.approx(value, rel=1e-3, abs=1e-5), (
                 name
