@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -25,12 +25,12 @@ from toys import (
 )
 
 from rlreason.algorithms import orm as module
-from rlreason.algorithms.finetune import FinetuneSettings
+from rlreason.algorithms.batching import response_token_count
+from rlreason.algorithms.finetune import FinetuneSettings, accumulate
 from rlreason.algorithms.optim import cosine_lr
 from rlreason.algorithms.orm import (
     LabelledExample,
     OrmSettings,
-    accumulate_gradients,
     build_dataset,
     classification_loss,
     deduplicate,
@@ -465,6 +465,12 @@ def naive_loss(orm: OutcomeRewardModel, batch: list[LabelledExample]) -> float:
             total -= math.log(p if example.right else 1 - p)
             count += 1
     return total / count
+
+
+def accumulate_gradients(orm: OutcomeRewardModel, batch, max_tokens: int) -> float:
+    """As ``fit`` does it."""
+    loss, count = partial(classification_loss, orm), response_token_count(batch)
+    return accumulate(loss, batch, count, max_tokens=max_tokens)
 
 
 def gradient(orm: OutcomeRewardModel) -> torch.Tensor:

@@ -14,11 +14,13 @@ Left out: weight decay schedules, gradient noise, mixed precision on CPU (slower
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlreason.algorithms.batching import (
     Example,
@@ -37,6 +39,9 @@ from rlreason.algorithms.recorder import NullRecorder, Recorder
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import token_logprobs
 from rlreason.settings import Settings
+
+AnyExample = TypeVar("AnyExample", bound=Example)
+LossSum = Callable[[list[AnyExample]], Tensor]
 
 
 class FinetuneSettings(Settings):
@@ -77,12 +82,53 @@ def finetune(
     if not examples:
         raise ValueError("nothing to fine-tune on: the list of examples is empty")
     recorder = recorder or NullRecorder()
-    model = policy.model
-    optimizer = new_adamw(model, settings)
+    optimizer = new_adamw(policy.model.parameters(), settings)
+    start = restore_training(recorder, policy.model, optimizer)
+    fit(
+        policy.model,
+        optimizer,
+        examples,
+        settings,
+        recorder,
+        loss=partial(nll, policy),
+        start=start,
+        save=partial(save_training, recorder, policy.model, optimizer),
+    )
+    return policy
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[AnyExample],
+    settings: FinetuneSettings,
+    recorder: Recorder,
+    *,
+    loss: LossSum,
+    save: Callable[[int], None],
+    count: Callable[[Sequence[AnyExample]], int] = response_token_count,
+    start: int = 0,
+    after_epoch: Callable[[int], None] | None = None,
+    **row: str,
+) -> None:
+    """The loop of every supervised update: SFT, distilling, reward model, RCRL.
+
+    Args:
+        model: What learns, in place.
+        optimizer: Over its weights; a group may have an ``lr_scale``.
+        examples: In any order; each epoch shuffles them.
+        settings: Epochs, batches, schedule, clipping.
+        recorder: Gets a row an update, see ``finetune``.
+        loss: Summed over the tokens of a micro-batch.
+        save: Called with the number of updates made, whenever a checkpoint is due.
+            What stands after the last update is the caller's to keep.
+        count: Tokens of a batch that have a loss; its sum is divided by them.
+        start: Updates that were made before.
+        after_epoch: Called with the epoch's index after its last update is logged.
+        **row: What every row has in addition, e.g. ``phase="learn"``.
+    """
     per_epoch = math.ceil(len(examples) / settings.batch_size)
     total = per_epoch * settings.epochs
-    start = restore_training(recorder, model, optimizer)
-
     was_training = model.training
     model.eval()  # dropout stays off: what is scored is what is sampled
     for epoch in range(start // per_epoch, settings.epochs):
@@ -101,22 +147,25 @@ def finetune(
                 floor=settings.lr_floor,
             )
             set_lr(optimizer, lr)
-            loss = accumulate_gradients(policy, batch, settings.micro_tokens)
+            tokens = count(batch)
+            mean = accumulate(loss, batch, tokens, max_tokens=settings.micro_tokens)
             norm = clip_gradients(model, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             recorder.log(
                 update=update,
                 epoch=epoch,
-                loss=loss,
+                loss=mean,
                 grad_norm=norm,
                 lr=lr,
-                response_tokens=response_token_count(batch),
+                response_tokens=tokens,
+                **row,
             )
+            if i + 1 == per_epoch and after_epoch is not None:
+                after_epoch(epoch)
             if recorder.due() and update + 1 < total:
-                save_training(recorder, model, optimizer, update + 1)
+                save(update + 1)
     model.train(was_training)
-    return policy
 
 
 def nll(policy: Policy, batch: Sequence[Example]) -> Tensor:
@@ -132,24 +181,38 @@ def nll(policy: Policy, batch: Sequence[Example]) -> Tensor:
 def accumulate_gradients(
     policy: Policy, batch: Sequence[Example], max_tokens: int
 ) -> float:
-    """Add the gradient of the batch's mean token loss, micro-batch by micro-batch.
+    """Add the gradient of a batch's mean token loss, micro-batch by micro-batch.
 
     Returns:
         The loss, in nats a response token.
     """
     count = response_token_count(batch)
+    return accumulate(partial(nll, policy), batch, count, max_tokens=max_tokens)
+
+
+def accumulate(
+    loss: LossSum, batch: Sequence[AnyExample], count: int, *, max_tokens: int
+) -> float:
+    """Add the gradient of ``loss`` over ``count``, however the batch is cut.
+
+    Returns:
+        The summed loss of the batch, divided by ``count``.
+    """
     total = 0.0
     for mb in micro_batches(batch, max_tokens=max_tokens):
-        loss = nll(policy, mb) / count
-        loss.backward()
-        total += loss.item()
+        mb_loss = loss(mb) / count
+        mb_loss.backward()
+        total += mb_loss.item()
     return total
 
 
-def new_adamw(model: torch.nn.Module, settings: FinetuneSettings) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters, in one fused step."""
+def new_adamw(
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+    settings: FinetuneSettings,
+) -> torch.optim.AdamW:
+    """AdamW over parameters, or groups of them, in one fused step."""
     return torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
+        parameters,
         lr=settings.lr,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
@@ -173,7 +236,7 @@ def restore_training(recorder, model, optimizer) -> int:
     return checkpoint.state["updates"]
 
 
-def load_model_tensors(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load the tensors named ``model.*`` and refuse a partial set."""
     own = model.state_dict()
     for name, target in own.items():

@@ -35,6 +35,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,18 +43,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from rlreason.algorithms.batching import (
-    Example,
-    micro_batches,
-    response_token_count,
-    shuffled_batches,
-)
+from rlreason.algorithms.batching import Example
 from rlreason.algorithms.finetune import (
     FinetuneSettings,
+    fit,
+    new_adamw,
     restore_training,
     save_training,
 )
-from rlreason.algorithms.optim import clip_gradients, cosine_lr, set_lr
 from rlreason.algorithms.recorder import Checkpoint, NullRecorder, Recorder
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
@@ -163,45 +160,24 @@ def train_orm(
         data = _unpack(saved)
         inner = _DataRecorder(recorder, data, saved)
     start = restore_training(inner, orm.network, optimizer)
-    per_epoch = math.ceil(len(data.train) / settings.batch_size)
-    total = per_epoch * settings.epochs
 
-    for epoch in range(start // per_epoch, settings.epochs):
-        batches = shuffled_batches(
-            data.train, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch
-        )
-        for i, batch in enumerate(batches):
-            update = epoch * per_epoch + i
-            if update < start:
-                continue
-            lr = cosine_lr(
-                update,
-                total=total,
-                warmup=math.ceil(settings.warmup * total),
-                peak=settings.lr,
-                floor=settings.lr_floor,
-            )
-            set_lr(optimizer, lr)
-            with recorder.clock("update"):
-                loss = accumulate_gradients(orm, batch, settings.micro_tokens)
-                norm = clip_gradients(orm.network, settings.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            recorder.log(
-                phase="train",
-                update=update,
-                epoch=epoch,
-                loss=loss,
-                grad_norm=norm,
-                lr=lr,
-                response_tokens=response_token_count(batch),
-            )
-            if i + 1 == per_epoch:
-                with recorder.clock("held_out"):
-                    metrics = _held_out_metrics(orm, data.held_out, judge)
-                recorder.log(phase="held_out", epoch=epoch, **metrics)
-            if recorder.due() or update + 1 == total:
-                save_training(inner, orm.network, optimizer, update + 1)
+    def judge_held_out(epoch: int) -> None:
+        with recorder.clock("held_out"):
+            metrics = _held_out_metrics(orm, data.held_out, judge)
+        recorder.log(phase="held_out", epoch=epoch, **metrics)
+
+    fit(
+        orm.network,
+        optimizer,
+        data.train,
+        settings,
+        recorder,
+        loss=partial(classification_loss, orm),
+        start=start,
+        save=partial(save_training, inner, orm.network, optimizer),
+        after_epoch=judge_held_out,
+        phase="train",
+    )
     return orm
 
 
@@ -210,13 +186,8 @@ def _new_optimizer(orm: OutcomeRewardModel, settings: OrmSettings) -> torch.opti
     head = orm.head()
     new = {id(p) for p in head}
     rest = [p for p in orm.network.parameters() if id(p) not in new]
-    return torch.optim.AdamW(
-        [{"params": rest}, {"params": head, "lr_scale": settings.head_lr_scale}],
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    groups = [{"params": rest}, {"params": head, "lr_scale": settings.head_lr_scale}]
+    return new_adamw(groups, settings)
 
 
 # --- Data --------------------------------------------------------------------------
@@ -300,23 +271,6 @@ def classification_loss(
     return binary_cross_entropy_with_logits(
         logits, labels[padded.rows], reduction="sum"
     )
-
-
-def accumulate_gradients(
-    orm: OutcomeRewardModel, batch: Sequence[LabelledExample], max_tokens: int
-) -> float:
-    """Add the gradient of the batch's mean token loss, micro-batch by micro-batch.
-
-    Returns:
-        The loss, in nats a response token.
-    """
-    count = response_token_count(batch)
-    total = 0.0
-    for mb in micro_batches(batch, max_tokens=max_tokens):
-        loss = classification_loss(orm, mb) / count
-        loss.backward()
-        total += loss.item()
-    return total
 
 
 # --- Metrics -----------------------------------------------------------------------

@@ -24,28 +24,23 @@ prefix, and labels balanced by the length of the prefix (its appendix on step la
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlreason.algorithms.batching import Example, micro_batches, shuffled_batches
+from rlreason.algorithms.batching import Example
 from rlreason.algorithms.finetune import (
     FinetuneSettings,
+    fit,
     load_model_tensors,
     new_adamw,
 )
-from rlreason.algorithms.optim import (
-    clip_gradients,
-    cosine_lr,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_lr,
-)
+from rlreason.algorithms.optim import load_optimizer_tensors, optimizer_tensors
 from rlreason.algorithms.recorder import Checkpoint, NullRecorder, Recorder
 from rlreason.mdp import Span, Tokens, step_spans
 from rlreason.policy.load import Policy
@@ -451,52 +446,28 @@ def step_token_count(batch: Sequence[LabelledExample]) -> int:
 
 
 def _learn(student, examples, data, settings, recorder, saved) -> None:
-    """Fine-tune in place: the loop of ``finetune`` with the loss above."""
-    chosen, model = settings.finetune, student.model
-    optimizer = new_adamw(model, chosen)
+    """Fine-tune in place with the loss above."""
+    seed = settings.finetune.seed + 1000 * settings.seed
+    chosen = settings.finetune.model_copy(update={"seed": seed})
+    model = student.model
+    optimizer = new_adamw(model.parameters(), chosen)
     start = 0
     if saved is not None and saved.state["updates"]:
         start = saved.state["updates"]
         load_model_tensors(model, saved.tensors)
         load_optimizer_tensors(optimizer, "adamw", saved.tensors)
-    per_epoch = math.ceil(len(examples) / chosen.batch_size)
-    total = per_epoch * chosen.epochs
-    model.eval()  # dropout stays off: what is scored is what is sampled
-    for update in range(start, total):
-        epoch, i = divmod(update, per_epoch)
-        if i == 0 or update == start:
-            seed = chosen.seed + 1000 * settings.seed
-            order = shuffled_batches(
-                examples, batch_size=chosen.batch_size, seed=seed, epoch=epoch
-            )
-            batches = list(order)
-        lr = cosine_lr(
-            update,
-            total=total,
-            warmup=math.ceil(chosen.warmup * total),
-            peak=chosen.lr,
-            floor=chosen.lr_floor,
-        )
-        set_lr(optimizer, lr)
-        count, loss = step_token_count(batches[i]), 0.0
-        for mb in micro_batches(batches[i], max_tokens=chosen.micro_tokens):
-            mb_loss = conditional_nll(student, mb) / count
-            mb_loss.backward()
-            loss += mb_loss.item()
-        norm = clip_gradients(model, chosen.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        recorder.log(
-            phase="learn",
-            update=update,
-            epoch=epoch,
-            loss=loss,
-            grad_norm=norm,
-            lr=lr,
-            response_tokens=count,
-        )
-        if recorder.due() or update + 1 == total:
-            _save(recorder, data, model, optimizer, update + 1)
+    fit(
+        model,
+        optimizer,
+        examples,
+        chosen,
+        recorder,
+        loss=partial(conditional_nll, student),
+        count=step_token_count,
+        start=start,
+        save=partial(_save, recorder, data, model, optimizer),
+        phase="learn",
+    )
 
 
 # --- 6: ask ------------------------------------------------------------------------

@@ -13,8 +13,9 @@ undisturbed one to the bit:
 2. It calls ``log`` with numbers that follow from settings and seed alone. Seconds,
    rates and memory are the recorder's to add: they differ from run to run. So an
    algorithm wraps its stages in ``clock`` and does not look at a clock itself.
-3. It calls ``save`` between two steps, at least when ``due()`` says so, and once at the
-   end. Metrics logged after the last save are taken back on resume, and logged again.
+3. It calls ``save`` between two steps when ``due()`` says so. What it returns at the
+   end is the caller's to keep. Metrics logged after the last save are taken back on
+   resume, and logged again.
 """
 
 from __future__ import annotations
