@@ -259,8 +259,8 @@ def train_ppo_command(profile: str, seed: int, changes, from_base: bool) -> None
         seen = row.get("validation_maj_1")
         click.echo(
             f"phase {row['number']}: {row['rollouts']} rollouts, "
-            f"reward {row['reward']:.3f}, KL {row['kl']:.2f}, "
-            f"entropy {row['entropy']:.3f}"
+            f"reward {row['reward']:.3f}, entropy {row['entropy']:.3f}"
+            + (f", KL {row['kl']:.2f}" if "kl" in row else "")
             + (f", validation maj@1 {seen:.1%}" if seen is not None else "")
         )
     click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")

@@ -111,12 +111,7 @@ class BaselineSettings(Settings):
 class KlSettings(Settings):
     """The penalty that keeps the policy near the reference."""
 
-    coef: float = Field(
-        0.05,
-        ge=0,
-        description="Beta: price of a nat of KL. At 0 the reference is not scored: KL "
-        "is logged as 0, and max_kl stops nothing.",
-    )
+    coef: float = Field(0.05, ge=0, description="Beta: price of a nat of KL.")
     estimator: Literal["k1", "k2", "k3"] = Field(
         "k1", description="Of a token's KL, see kl_estimate."
     )
@@ -184,8 +179,11 @@ class PpoSettings(Settings):
         gt=0,
         description="Nats a token from the sampling policy that end a phase.",
     )
-    max_kl: float = Field(
-        1.0, gt=0, description="Nats a token from the reference that stop the run."
+    max_kl: float | None = Field(
+        1.0,
+        gt=0,
+        description="Nats a token from the reference that stop the run; None: nothing "
+        "does, and without a penalty the reference is not asked at all.",
     )
     truncation_penalty: float = Field(
         0.0, ge=0, description="Taken from the last reward of a cut response."
@@ -227,6 +225,11 @@ class PpoSettings(Settings):
         return self
 
     @property
+    def measures_kl(self) -> bool:
+        """Whether the reference is asked: by the penalty, or to stop a run-away."""
+        return self.kl.coef > 0 or self.max_kl is not None
+
+    @property
     def gae(self) -> GaeSettings | None:
         """The settings of the value function, None where there is none."""
         return self.credit if isinstance(self.credit, GaeSettings) else None
@@ -243,7 +246,8 @@ class Experience:
         rollouts: The B responses.
         response_mask: True at response tokens, (B, T), from lengths.
         logprobs: Of the sampling policy at the sampling temperature, (B, T).
-        ref_logprobs: Of the reference at the same temperature, (B, T).
+        ref_logprobs: Of the reference at the same temperature, (B, T); ``logprobs``
+            where it is not asked.
         values: V before each token, (B, T); 0 without a value function.
         last_values: V after the last token, (B,).
         rewards: Per token, KL penalty included, (B, T).
@@ -303,8 +307,9 @@ def ppo(
     - ``reward``: mean over responses of what the task paid (no KL); ``accuracy``: share
       whose final answer is right, whatever was paid. A reward that rises while this
       does not is being exploited.
-    - ``kl``: nats a response from the reference, k1, mean; ``kl_token``: k3 a token;
-      ``kl_coef``: beta in this phase; ``penalised_reward``: reward - KL penalty.
+    - where the reference is asked, ``kl``: nats a response from it, k1, mean;
+      ``kl_token``: k3 a token; ``kl_coef``: beta in this phase.
+    - ``penalised_reward``: reward - KL penalty.
     - ``ratio_error``: largest abs(ratio - 1) between the sampler's probabilities and
       those of the scoring pass. Below 1e-4 in float32, or the two disagree.
     - ``explained_variance``: 1 - Var(returns - values) / Var(returns); ``value``.
@@ -348,9 +353,14 @@ def ppo(
         surprise = learning_scores(experience.advantages, experience.response_mask)
         questions.update([r.problem_id for r in rollouts], surprise.tolist())
         with recorder.clock("learning"):
+            if settings.whiten:
+                mask = experience.response_mask
+                white = whiten(experience.advantages, mask)
+                experience = replace(experience, advantages=white)
             metrics |= learner.learn(_kept(experience, paid, settings), phase)
         _check(metrics, phase, settings, saved, recorder)
-        learner.adapt_kl(metrics["kl"])
+        if settings.kl.target is not None:
+            learner.adapt_kl(metrics["kl"])
         metrics["rollouts"] = (phase + 1) * settings.rollouts
         if on_phase is not None:
             metrics |= on_phase(phase + 1, learner.policy)
@@ -413,14 +423,14 @@ class _Learner:
             if scores.values is not None:
                 values[rows, :width] = scores.values
                 last_values[rows] = scores.last_values
-        if not self.reference.needed:
-            ref_logprobs = logprobs
-        else:
-            with self.reference.put_in() as model:
+        if self.reference.needed:
+            with self.reference.put_in() as reference:
                 for rows, mb in self._micro_batches(rollouts, range(len(rollouts))):
-                    scores = self._score(mb, value=False, policy=model)
+                    scores = self._score(mb, value=False, policy=reference)
                     width = scores.response_mask.shape[1]
                     ref_logprobs[rows, :width] = scores.logprobs
+        else:  # no penalty: the policy is its own reference
+            ref_logprobs = logprobs
         return Experience(
             tuple(rollouts),
             response_mask=mask,
@@ -479,9 +489,8 @@ class _Learner:
     def adapt_kl(self, kl: float) -> None:
         """Move beta towards the KL that is wanted (Ziegler et al. 2019, eq. 2.2)."""
         wanted = self.settings.kl
-        if wanted.target is not None:
-            error = max(-0.2, min(0.2, kl / wanted.target - 1))
-            self.kl_coef *= 1 + error * self.settings.rollouts / wanted.horizon
+        error = max(-0.2, min(0.2, kl / wanted.target - 1))
+        self.kl_coef *= 1 + error * self.settings.rollouts / wanted.horizon
 
     # Credit
 
@@ -513,9 +522,6 @@ class _Learner:
     def learn(self, experience: Experience, phase: int) -> dict[str, float]:
         """Epochs of mini-batches; returns the means of the updates' metrics."""
         settings, updates = self.settings, []
-        if settings.whiten:
-            white = whiten(experience.advantages, experience.response_mask)
-            experience = replace(experience, advantages=white)
         set_lr(self.optimizer, lr := self._lr(phase))
         if settings.gae is not None and phase < settings.gae.value_warmup:
             self.optimizer.param_groups[0]["lr"] = 0.0
@@ -604,7 +610,7 @@ class _Reference:
 
     def __init__(self, start: Policy, policy: Policy, settings: PpoSettings) -> None:
         self.policy, self.copy, self.weights = policy, None, None
-        self.needed = settings.kl.coef > 0
+        self.needed = settings.measures_kl
         if not self.needed or settings.lora is not None:
             return
         if settings.kl.reference == "copy":
@@ -825,8 +831,8 @@ def value_loss(
 def _kept(experience: Experience, paid, settings: PpoSettings) -> Experience:
     """The responses that are learned from: all, or the best ``keep`` of each n.
 
-    Credit was given before, over all of them: a baseline of the best alone would say
-    that they were nothing special.
+    Credit was given and whitened before, over all of them: a mean over the best alone
+    would say that they were nothing special.
     """
     if settings.keep is None:
         return experience
@@ -862,7 +868,6 @@ def _phase_metrics(experience, paid, kl_coef, settings) -> dict[str, float]:
     """What is known of a phase before it is learned from."""
     rollouts, mask = experience.rollouts, experience.response_mask
     tokens = int(mask.sum())
-    d = experience.logprobs - experience.ref_logprobs
     sampled = torch.zeros_like(experience.logprobs)
     for row, rollout in enumerate(rollouts):
         sampled[row, : len(rollout.tokens)] = torch.tensor(rollout.logprobs)
@@ -874,16 +879,16 @@ def _phase_metrics(experience, paid, kl_coef, settings) -> dict[str, float]:
         "response_length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
         "response_tokens": tokens,
         "truncated": sum(not r.finished for r in rollouts) / len(rollouts),
-        "kl": float((d * mask).sum()) / len(experience.rollouts),
-        "kl_token": float(
-            (
-                kl_estimate(experience.logprobs, experience.ref_logprobs, "k3") * mask
-            ).sum()
-        )
-        / tokens,
-        "kl_coef": kl_coef,
         "ratio_error": float(error.max()),
     }
+    if settings.measures_kl:
+        k1, k3 = (
+            kl_estimate(experience.logprobs, experience.ref_logprobs, kind) * mask
+            for kind in ("k1", "k3")
+        )
+        metrics["kl"] = float(k1.sum()) / len(rollouts)
+        metrics["kl_token"] = float(k3.sum()) / tokens
+        metrics["kl_coef"] = kl_coef
     if settings.gae is not None:
         metrics["explained_variance"] = explained_variance(
             experience.values[mask], experience.returns[mask]
@@ -917,7 +922,7 @@ def _check(metrics, phase: int, settings: PpoSettings, saved: int, recorder) -> 
             f"phase {phase + 1}: {', '.join(broken)} is not a finite number; {last}. "
             f"Lower lr (now {settings.lr:g}), or load the policy in float32"
         )
-    if metrics["kl_token"] > settings.max_kl:
+    if settings.max_kl is not None and metrics["kl_token"] > settings.max_kl:
         raise DivergedError(
             f"phase {phase + 1}: the policy is {metrics['kl_token']:.2f} nats a token "
             f"from the reference, more than max_kl={settings.max_kl:g}; {last}. Raise "
