@@ -133,8 +133,7 @@ def test_old_log_probabilities_computed_again_are_seen_by_the_count(
     assert ratios(measure())["learning"] > 1.9
 
 
-def test_ppo_is_left_as_it_was(recipe):
-    learner = algorithm._Learner
-    before = learner.__init__, learner.score
+def test_the_policy_is_left_without_a_hook(recipe):
     measure()
-    assert (learner.__init__, learner.score) == before
+    model = module.train_sft(recipe).policy.model
+    assert not any(layer._forward_pre_hooks for layer in model.modules())

@@ -1,9 +1,15 @@
-"""Figures: they draw, they are read on any ground, and colour is never needed alone."""
+"""Figures: they draw, they are read on any ground, and colour is never needed alone.
+
+What each chapter draws is in ``DRAWN`` of its own file, with what its figures show;
+what holds of all of them is tested here.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from io import BytesIO
 from itertools import combinations
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -57,6 +63,11 @@ DRAWN = {
 }
 
 
+ALL = DRAWN.copy()
+for path in Path(__file__).parent.glob("test_figures_*.py"):
+    ALL |= import_module(path.stem).DRAWN
+
+
 def svg(figure) -> bytes:
     file = BytesIO()
     with plt.rc_context(figures.STYLE):
@@ -64,19 +75,17 @@ def svg(figure) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("name", DRAWN)
-def test_a_figure_is_the_same_file_each_time(name):
-    assert svg(DRAWN[name]()) == svg(DRAWN[name]())
+def test_every_figure_of_the_library_is_drawn_here():
+    names = {name for name in vars(figures) if name.startswith(("draw_", "plot_"))}
+    assert names == set(ALL)
 
 
-@pytest.mark.parametrize("name", DRAWN)
-def test_a_figure_stands_on_an_opaque_ground(name):
-    assert DRAWN[name]().get_facecolor() == (1, 1, 1, 1)
-
-
-def test_a_figure_is_shown_once_since_pyplot_does_not_know_it():
-    figures.draw_loop()
-    assert plt.get_fignums() == []
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_a_figure_is_the_same_file_each_time_on_an_opaque_ground(name):
+    figure = ALL[name]()
+    assert svg(figure) == svg(ALL[name]())
+    assert figure.get_facecolor() == (1, 1, 1, 1)
+    assert plt.get_fignums() == []  # pyplot would show it once more
 
 
 def test_every_token_is_named_unless_they_are_too_many_to_read():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from io import BytesIO
-
-import matplotlib.pyplot as plt
 import pytest
 
 from rlreason import figures
@@ -38,24 +35,6 @@ DRAWN = {
         [wilson_interval(c, 20) for c in (2, 10, 19)], 0.5, "maj@1"
     ),
 }
-
-
-def svg(figure) -> bytes:
-    file = BytesIO()
-    with plt.rc_context(figures.STYLE):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("name", DRAWN)
-def test_a_figure_is_the_same_file_each_time(name):
-    assert svg(DRAWN[name]()) == svg(DRAWN[name]())
-
-
-@pytest.mark.parametrize("name", DRAWN)
-def test_a_figure_stands_on_an_opaque_ground_and_is_shown_once(name):
-    assert DRAWN[name]().get_facecolor() == (1, 1, 1, 1)
-    assert plt.get_fignums() == []
 
 
 def test_only_tokens_with_a_value_have_a_box():

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from io import BytesIO
-
-import matplotlib.pyplot as plt
-import pytest
-
 from rlreason import figures
 
 PIECES = [" 4", "+", "1", "\n", "####", " 5", ""]
@@ -26,24 +21,6 @@ DRAWN = {
         [0.0, 0.5, 0.2], {"uniform": [1, 1, 1], "replay": [0, 2, 1]}, x="S", y="draws"
     ),
 }
-
-
-def svg(figure) -> bytes:
-    file = BytesIO()
-    with plt.rc_context(figures.STYLE):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("name", DRAWN)
-def test_a_figure_is_the_same_file_each_time(name):
-    assert svg(DRAWN[name]()) == svg(DRAWN[name]())
-
-
-@pytest.mark.parametrize("name", DRAWN)
-def test_a_figure_stands_on_an_opaque_ground_and_is_shown_once(name):
-    assert DRAWN[name]().get_facecolor() == (1, 1, 1, 1)
-    assert plt.get_fignums() == []
 
 
 def test_what_is_paid_stands_over_its_token_and_what_is_taken_is_hatched_too():

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from io import BytesIO
-
-import matplotlib.pyplot as plt
-import pytest
-
 from rlreason import figures
 from rlreason.evaluation.intervals import wilson_interval
 
@@ -20,20 +15,6 @@ DRAWN = {
         ACCURACIES, {"good": figures.RIGHT, "bad": figures.WRONG}, x="maj@1"
     ),
 }
-
-
-def svg(figure) -> bytes:
-    file = BytesIO()
-    with plt.rc_context(figures.STYLE):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("name", DRAWN)
-def test_a_figure_is_the_same_file_each_time_on_an_opaque_ground(name):
-    assert svg(DRAWN[name]()) == svg(DRAWN[name]())
-    assert DRAWN[name]().get_facecolor() == (1, 1, 1, 1)
-    assert plt.get_fignums() == []
 
 
 def test_what_is_learned_what_is_a_label_and_what_is_prompt_look_different():

@@ -42,7 +42,6 @@ from rlreason.algorithms import expert_iteration as algorithm
 from rlreason.algorithms import finetune as module
 from rlreason.algorithms.batching import (
     Example,
-    micro_batches,
     response_token_count,
     shuffled_batches,
 )
@@ -57,6 +56,7 @@ from rlreason.algorithms.sft import sft, solution_examples
 from rlreason.experiments import train
 from rlreason.experiments.run_folder import read_checkpoint
 from rlreason.policy.load import Policy
+from rlreason.policy.logprobs import micro_batches
 from rlreason.policy.sampler import sample
 from rlreason.tasks.problem import Problem
 

@@ -187,6 +187,13 @@ def test_p06_dropout_is_off_in_training_too():
     assert all(m.p == 0 for m in policy.model.modules() if isinstance(m, nn.Dropout))
 
 
+def test_no_sequences_have_no_texts():
+    policy = tiny_policy()
+    assert policy.decode_batch([]) == []
+    assert policy.decode_batch([[], [policy.eos_id]]) == ["", ""]
+    assert policy.tokenizer.batch_decode([]) == [""]  # what would be wrong
+
+
 def test_a_clone_has_weights_of_its_own():
     policy = tiny_policy()
     clone = policy.clone()

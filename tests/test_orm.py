@@ -44,7 +44,6 @@ from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import token_logprobs
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
-from rlreason.rewards import orm as scoring
 from rlreason.rewards.orm import (
     OutcomeRewardModel,
     dense_orm_reward,
@@ -191,13 +190,21 @@ def test_repeats_are_scored_once(monkeypatch):
     assert score(orm, [one]) != score(orm, [other])
 
 
-@given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 200))
-@settings(max_examples=60, deadline=None)
-def test_what_is_scored_at_once_stays_within_the_budget(lengths, budget):
-    responses = [LabelledExample((1,) * n, (5,), "", True) for n in lengths]
-    cut = list(scoring._cut(responses, budget))
-    assert sorted(len(r) for mb in cut for r in mb) == sorted(map(len, responses))
-    assert all(len(mb) == 1 or len(mb) * max(map(len, mb)) <= budget for mb in cut)
+def test_what_is_scored_at_once_stays_within_the_budget(monkeypatch):
+    policy = tiny_policy()
+    orm, rollouts = random_orm(policy), rollouts_of(policy)
+    together, whole = [], OutcomeRewardModel.logits
+
+    def counted(self, responses):
+        longest = max(len(r.prompt_tokens) + len(r.tokens) for r in responses)
+        together.append((len(responses), len(responses) * longest))
+        return whole(self, responses)
+
+    monkeypatch.setattr(OutcomeRewardModel, "logits", counted)
+    score_tokens(orm, rollouts, micro_tokens=200)
+    assert sum(rows for rows, _ in together) == len(rollouts)
+    assert max(rows for rows, _ in together) > 1
+    assert all(rows == 1 or tokens <= 200 for rows, tokens in together)
 
 
 def test_p27_every_score_is_one_half_at_first_and_no_random_number_is_drawn():

@@ -23,7 +23,6 @@ from toys import (
 )
 
 from rlreason.algorithms import rcrl as module
-from rlreason.algorithms.batching import micro_batches
 from rlreason.algorithms.finetune import FinetuneSettings, nll
 from rlreason.algorithms.rcrl import (
     BAD,
@@ -44,7 +43,7 @@ from rlreason.algorithms.rcrl import (
 )
 from rlreason.mdp import step_spans
 from rlreason.policy.load import Policy
-from rlreason.policy.logprobs import token_logprobs
+from rlreason.policy.logprobs import micro_batches, token_logprobs
 from rlreason.policy.rollout import Prompt, Rollout
 from rlreason.policy.sampler import sample, sample_prompts
 from rlreason.policy.vocabulary import add_tokens, token_id

@@ -16,8 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rlreason.algorithms.recorder import NullRecorder, Recorder
+from rlreason.algorithms.recorder import (
+    NullRecorder,
+    Recorder,
+    pack_lists,
+    unpack_lists,
+)
 from rlreason.experiments import run_folder as module
 from rlreason.experiments.run_folder import RunFolder, RunFolderError
 
@@ -322,6 +329,19 @@ def test_an_algorithm_runs_bare_and_gives_the_same_weights(undisturbed):
     assert torch.equal(bare, undisturbed.restore().tensors["weights"])
     assert isinstance(NullRecorder(), Recorder)
     assert isinstance(undisturbed, Recorder)
+
+
+@given(st.lists(st.lists(st.integers(0, 2**40), max_size=4), max_size=5))
+def test_lists_come_back_as_they_were_packed(lists):
+    tensors = pack_lists("data", lists)
+    assert all(tensor.dtype == torch.int64 for tensor in tensors.values())
+    assert unpack_lists("data", tensors) == [tuple(each) for each in lists]
+
+
+def test_log_probabilities_come_back_to_the_bit():
+    rows = [torch.randn(n).log_softmax(0).tolist() for n in (3, 0, 1)]
+    tensors = pack_lists("data", rows, dtype=torch.float32)
+    assert unpack_lists("data", tensors) == [tuple(row) for row in rows]
 
 
 if __name__ == "__main__":

@@ -1,22 +1,17 @@
-"""Batches: what one update sees, and how it is cut to fit and to run fast.
+"""Batches: the examples that one update sees.
 
-A *batch* is the set of examples whose mean loss one optimiser step follows. A
-*micro-batch* is what goes through the model at once. Cutting a batch into micro-batches
-must not change its gradient, so every loss is a sum over tokens divided by the number
-of response tokens of the whole batch (never a mean of means).
-
-Examples of like length are put together: padding is computed and thrown away.
+A *batch* is the set of examples whose mean loss one optimiser step follows. What goes
+through the model at once is a *micro-batch*, see ``policy.logprobs``. Cutting a batch
+into micro-batches must not change its gradient, so every loss is a sum over tokens
+divided by the number of response tokens of the whole batch (never a mean of means).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +42,6 @@ def shuffled_batches(
     order = torch.randperm(len(examples), generator=generator).tolist()
     for start in range(0, len(order), batch_size):
         yield [examples[i] for i in order[start : start + batch_size]]
-
-
-def micro_batches(
-    batch: Sequence[Item], *, max_tokens: int, size: Callable[[Item], int] = len
-) -> Iterator[list[Item]]:
-    """Cut a batch, sorted by length, so that rows times longest row fits the budget.
-
-    Args:
-        batch: Examples of one update, or whatever ``size`` tells the length of.
-        max_tokens: Budget in tokens, padding included. A single longer example still
-            makes a micro-batch of its own.
-        size: Tokens of an item, prompt and response.
-    """
-    mb: list[Item] = []
-    for item in sorted(batch, key=size, reverse=True):
-        if mb and size(mb[0]) * (len(mb) + 1) > max_tokens:
-            yield mb
-            mb = []
-        mb.append(item)
-    if mb:
-        yield mb
 
 
 def response_token_count(batch: Sequence[Example]) -> int:

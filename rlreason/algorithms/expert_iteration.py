@@ -34,7 +34,13 @@ from rlreason.algorithms.finetune import (
     finetune,
     load_model_tensors,
 )
-from rlreason.algorithms.recorder import Checkpoint, NullRecorder, Recorder
+from rlreason.algorithms.recorder import (
+    Checkpoint,
+    NullRecorder,
+    Recorder,
+    pack_lists,
+    unpack_lists,
+)
 from rlreason.mdp import trajectory
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
@@ -128,12 +134,11 @@ def expert_iteration(
             logged with the round's metrics.
 
     Logged at each round (``phase="round"``): ``rollouts`` (sampled so far),
-    ``accuracy``
-    (share of this round's rollouts that are right), ``solved_questions`` (share with at
-    least one right rollout), ``truncated`` (share cut by the length limit),
-    ``response_length`` (mean, tokens), ``new_solutions``, ``solutions`` (size of D),
-    ``solutions_per_question``; with an ``orm``, ``orm_kept`` (share of the right and
-    finished rollouts that it lets pass). At each update: see ``finetune``.
+    ``accuracy`` (share of this round's rollouts that are right), ``solved_questions``
+    (share with at least one right rollout), ``truncated`` (share cut by the length
+    limit), ``response_length`` (mean, tokens), ``new_solutions``, ``solutions`` (size
+    of D), ``solutions_per_question``; with an ``orm``, ``orm_kept`` (share of the right
+    and finished rollouts that it lets pass). At each update: see ``finetune``.
 
     Raises:
         ValueError: no right solution was found and D is empty; shots are missing; a
@@ -316,7 +321,7 @@ def _round_metrics(rollouts, rewards, dataset, before, settings) -> dict[str, An
     questions = len(rollouts) // settings.k
     right = {
         r.problem_id
-        for r, reward in zip(rollouts, rewards, strict=False)
+        for r, reward in zip(rollouts, rewards, strict=True)
         if reward >= 1.0
     }
     covered = {solution.problem for solution in dataset}
@@ -368,10 +373,8 @@ class _RoundRecorder:
 def _save(recorder, round_, policy, dataset, *, updates, metrics, more=None) -> None:
     """Keep the sampling policy, D, and the state of a fine-tuning under way, if any."""
     tensors = {f"policy.{k}": v for k, v in policy.model.state_dict().items()}
-    lengths = [len(solution.tokens) for solution in dataset]
     tensors["data.problem"] = torch.tensor([s.problem for s in dataset])
-    tensors["data.length"] = torch.tensor(lengths)
-    tensors["data.tokens"] = torch.tensor([t for s in dataset for t in s.tokens])
+    tensors |= pack_lists("data.tokens", [s.tokens for s in dataset])
     state = {
         "round": round_,
         "updates": updates,
@@ -382,15 +385,13 @@ def _save(recorder, round_, policy, dataset, *, updates, metrics, more=None) -> 
 
 
 def _unpack(saved: Checkpoint) -> list[Solution]:
-    lengths = saved.tensors["data.length"].tolist()
-    pieces = saved.tensors["data.tokens"].split(lengths)
     return [
-        Solution(problem, tuple(key), tuple(tokens.tolist()))
+        Solution(problem, tuple(key), tokens)
         for problem, key, tokens in zip(
             saved.tensors["data.problem"].tolist(),
             saved.state["keys"],
-            pieces,
-            strict=False,
+            unpack_lists("data.tokens", saved.tensors),
+            strict=True,
         )
     ]
 

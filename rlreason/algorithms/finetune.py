@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from rlreason.algorithms.batching import (
     Example,
-    micro_batches,
     response_token_count,
     shuffled_batches,
 )
@@ -37,7 +36,7 @@ from rlreason.algorithms.optim import (
 )
 from rlreason.algorithms.recorder import NullRecorder, Recorder
 from rlreason.policy.load import Policy
-from rlreason.policy.logprobs import token_logprobs
+from rlreason.policy.logprobs import micro_batches, token_logprobs
 from rlreason.settings import Settings
 
 AnyExample = TypeVar("AnyExample", bound=Example)

@@ -51,7 +51,13 @@ from rlreason.algorithms.finetune import (
     restore_training,
     save_training,
 )
-from rlreason.algorithms.recorder import Checkpoint, NullRecorder, Recorder
+from rlreason.algorithms.recorder import (
+    Checkpoint,
+    NullRecorder,
+    Recorder,
+    pack_lists,
+    unpack_lists,
+)
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
@@ -331,36 +337,27 @@ def _pack(data, tensors, state) -> tuple[dict[str, Tensor], dict[str, Any]]:
     examples = [*data.train, *data.held_out]
     prompts = {e.problem_id: e.prompt_tokens for e in examples}
     index = {problem_id: i for i, problem_id in enumerate(prompts)}
-
-    def flat(lists) -> Tensor:
-        return torch.tensor([token for tokens in lists for token in tokens])
-
-    responses = [e.tokens for e in examples]
     packed = {
         "data.question": torch.tensor([index[e.problem_id] for e in examples]),
         "data.right": torch.tensor([e.right for e in examples]),
-        "data.length": torch.tensor([len(tokens) for tokens in responses]),
-        "data.tokens": flat(responses),
-        "data.prompt_length": torch.tensor([len(p) for p in prompts.values()]),
-        "data.prompt_tokens": flat(prompts.values()),
+        **pack_lists("data.tokens", [e.tokens for e in examples]),
+        **pack_lists("data.prompts", prompts.values()),
     }
     more = {"questions": list(prompts), "train": len(data.train)}
     return tensors | packed, state | more
 
 
 def _unpack(saved: Checkpoint) -> OrmData:
-    def lists(tokens: str, length: str) -> list[tuple[int, ...]]:
-        lengths = saved.tensors[f"data.{length}"].tolist()
-        return [
-            tuple(part.tolist())
-            for part in saved.tensors[f"data.{tokens}"].split(lengths)
-        ]
-
-    prompts = lists("prompt_tokens", "prompt_length")
-    columns = (saved.tensors[f"data.{name}"].tolist() for name in ("question", "right"))
+    prompts = unpack_lists("data.prompts", saved.tensors)
+    columns = zip(
+        saved.tensors["data.question"].tolist(),
+        saved.tensors["data.right"].tolist(),
+        unpack_lists("data.tokens", saved.tensors),
+        strict=True,
+    )
     examples = [
         LabelledExample(prompts[i], tokens, saved.state["questions"][i], right)
-        for i, right, tokens in zip(*columns, lists("tokens", "length"), strict=True)
+        for i, right, tokens in columns
     ]
     count = saved.state["train"]
     return OrmData(examples[:count], examples[count:])

@@ -29,7 +29,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rlreason.algorithms.batching import micro_batches
 from rlreason.algorithms.curriculum import (
     CurriculumSettings,
     QuestionSampler,
@@ -45,6 +44,7 @@ from rlreason.algorithms.optim import (
 )
 from rlreason.algorithms.recorder import NullRecorder, Recorder
 from rlreason.policy.load import Policy
+from rlreason.policy.logprobs import micro_batches
 from rlreason.policy.lora import (
     adapters_off,
     load_trainable_tensors,

@@ -41,7 +41,13 @@ from rlreason.algorithms.finetune import (
     new_adamw,
 )
 from rlreason.algorithms.optim import load_optimizer_tensors, optimizer_tensors
-from rlreason.algorithms.recorder import Checkpoint, NullRecorder, Recorder
+from rlreason.algorithms.recorder import (
+    Checkpoint,
+    NullRecorder,
+    Recorder,
+    pack_lists,
+    unpack_lists,
+)
 from rlreason.mdp import Span, Tokens, step_spans
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import token_logprobs
@@ -552,7 +558,7 @@ def sample_conditioned(
             still = [row for row in live if row.room and not row.finished]
             bar.update(len(live) - len(still))
             live, turn = still, turn + 1
-    texts = policy.decode_batch([row.tokens for row in rows]) if rows else []
+    texts = policy.decode_batch([row.tokens for row in rows])
     return [
         Rollout(
             problem_id=problems[row.problem].id,
@@ -592,9 +598,10 @@ def _save(recorder, data: _Data, model=None, optimizer=None, updates: int = 0) -
     tensors |= {
         "data.problem": torch.tensor([s.problem for s in data.solutions]),
         "data.sample": torch.tensor([r.sample for r in rollouts]),
-        "data.length": torch.tensor([len(r.tokens) for r in rollouts]),
-        "data.tokens": torch.tensor([t for r in rollouts for t in r.tokens]),
-        "data.logprobs": torch.tensor([x for r in rollouts for x in r.logprobs]),
+        **pack_lists("data.tokens", [r.tokens for r in rollouts]),
+        **pack_lists(
+            "data.logprobs", [r.logprobs for r in rollouts], dtype=torch.float32
+        ),
     }
     state = {
         "sampled": data.sampled,
@@ -609,15 +616,13 @@ def _save(recorder, data: _Data, model=None, optimizer=None, updates: int = 0) -
 
 def _unpack(saved: Checkpoint, expert: Policy, problems) -> _Data:
     """Undo ``_save``; prompts and texts are made anew from the tokens."""
-    lengths = saved.tensors["data.length"].tolist()
-    tokens = [t.tolist() for t in saved.tensors["data.tokens"].split(lengths)]
-    logprobs = [x.tolist() for x in saved.tensors["data.logprobs"].split(lengths)]
+    tokens = unpack_lists("data.tokens", saved.tensors)
     columns = zip(
         saved.tensors["data.problem"].tolist(),
         saved.tensors["data.sample"].tolist(),
         tokens,
-        logprobs,
-        expert.decode_batch(tokens) if tokens else [],
+        unpack_lists("data.logprobs", saved.tensors),
+        expert.decode_batch(tokens),
         saved.state["right"],
         saved.state["good"],
         strict=True,
@@ -625,9 +630,7 @@ def _unpack(saved: Checkpoint, expert: Policy, problems) -> _Data:
     solutions = []
     for i, number, ids, logps, text, right, good in columns:
         prompt = tuple(expert.encode_prompt(format_prompt(problems[i])))
-        rollout = Rollout(
-            problems[i].id, number, prompt, tuple(ids), tuple(logps), text, True
-        )
+        rollout = Rollout(problems[i].id, number, prompt, ids, logps, text, True)
         solutions.append(LabelledSolution(i, rollout, right, tuple(good)))
     counts = (saved.state[name] for name in ("sampled", "labelled", "rollouts"))
     return _Data(*counts, solutions)

@@ -20,10 +20,12 @@ undisturbed one to the bit:
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -40,6 +42,31 @@ class Checkpoint:
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+
+
+def pack_lists(
+    name: str,
+    lists: Iterable[Sequence[float]],
+    *,
+    dtype: torch.dtype = torch.int64,
+) -> dict[str, Tensor]:
+    """N lists of unlike length as tensors of a checkpoint: ``unpack_lists`` undoes it.
+
+    Returns:
+        All numbers one after the other under ``name``, and under ``name`` with
+        ``.length`` how many of them belong to each list, (N,).
+    """
+    lists = list(lists)
+    return {
+        name: torch.tensor([x for values in lists for x in values], dtype=dtype),
+        f"{name}.length": torch.tensor([len(v) for v in lists], dtype=torch.int64),
+    }
+
+
+def unpack_lists(name: str, tensors: Mapping[str, Tensor]) -> list[tuple]:
+    """The lists that ``pack_lists`` put under ``name``, as tuples of numbers."""
+    lengths = tensors[f"{name}.length"].tolist()
+    return [tuple(part.tolist()) for part in tensors[name].split(lengths)]
 
 
 @runtime_checkable

@@ -13,21 +13,25 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from rlreason.algorithms import ppo as algorithm
 from rlreason.algorithms.ppo import PpoSettings, ppo
 from rlreason.algorithms.recorder import NullRecorder
 from rlreason.experiments.profiles import load_recipe
 from rlreason.experiments.train import train_sft
 from rlreason.policy.logprobs import trunk_of
 from rlreason.policy.rollout import Rollout
+from rlreason.rewards.base import RewardFunction
+from rlreason.rewards.sparse import sparse_token_rewards
+from rlreason.tasks.problem import Problem
 
 STAGES = ("sampling", "scoring", "learning")
 
@@ -77,9 +81,8 @@ class _Meter(NullRecorder):
             self.phases.append(self.now)
             self.begin()
 
-    def see(self, _, args: tuple, kwargs: dict) -> None:
-        """Before a forward pass of a trunk's first layer."""
-        hidden = args[0] if args else kwargs["hidden_states"]  # (B, L, H)
+    def see(self, hidden: Tensor) -> None:
+        """Count a forward pass by what enters its first layer, (B, L, H)."""
         if self.stage is not None:
             self.now[self.stage]["calls"] += 1
             self.now[self.stage]["computed"] += hidden.shape[0] * hidden.shape[1]
@@ -102,8 +105,14 @@ def bench_ppo(
         update={"phases": phases + 1, "max_new_tokens": recipe.max_new_tokens}
     )
     meter = _Meter()
-    with _watched(meter), _counted(meter, chosen):
-        ppo(start, recipe.questions(), chosen, recorder=meter)
+    with _watched(start.model, meter):
+        ppo(
+            start,
+            recipe.questions(),
+            chosen,
+            reward=_counting(sparse_token_rewards, meter, chosen),
+            recorder=meter,
+        )
     middle = {
         stage: {
             name: median(phase[stage][name] for phase in meter.phases[1:])
@@ -119,26 +128,19 @@ def bench_ppo(
 
 
 @contextmanager
-def _watched(meter: _Meter) -> Iterator[None]:
-    """See every forward pass of every model that a learner makes, its copies too."""
-    build, hooks = algorithm._Learner.__init__, []
+def _watched(model: PreTrainedModel, meter: _Meter) -> Iterator[None]:
+    """See every forward pass of the model, and of copies that are made of it."""
 
-    def built(self, *args) -> None:
-        build(self, *args)
-        for policy in (self.policy, self.reference.copy):
-            if policy is not None:
-                first = _first_layer(trunk_of(policy.model))
-                hooks.append(
-                    first.register_forward_pre_hook(meter.see, with_kwargs=True)
-                )
+    # A function: a copy of a model copies the object of a method that hooks it.
+    def see(_, args: tuple, kwargs: dict[str, Any]) -> None:
+        meter.see(args[0] if args else kwargs["hidden_states"])  # (B, L, H)
 
-    algorithm._Learner.__init__ = built
+    layer = _first_layer(trunk_of(model))
+    handle = layer.register_forward_pre_hook(see, with_kwargs=True)
     try:
         yield
     finally:
-        algorithm._Learner.__init__ = build
-        for hook in hooks:
-            hook.remove()
+        handle.remove()
 
 
 def _first_layer(trunk: torch.nn.Module) -> torch.nn.Module:
@@ -146,26 +148,24 @@ def _first_layer(trunk: torch.nn.Module) -> torch.nn.Module:
     return next(lists)[0]
 
 
-@contextmanager
-def _counted(meter: _Meter, settings: PpoSettings) -> Iterator[None]:
-    """Note what each phase's rollouts need."""
-    score = algorithm._Learner.score
+def _counting(
+    reward: RewardFunction, meter: _Meter, settings: PpoSettings
+) -> RewardFunction:
+    """``reward``, noting beside it what each phase's rollouts need."""
 
-    def noted(self, rollouts: list[Rollout]):
+    def counted(
+        rollouts: Sequence[Rollout], problems: Sequence[Problem]
+    ) -> list[tuple[float, ...]]:
         whole = sum(len(r.prompt_tokens) + len(r.tokens) for r in rollouts)
         prompts = sum(len(r.prompt_tokens) for r in rollouts[:: settings.n])
         drawn = sum(len(r.tokens) - 1 for r in rollouts)
         meter.now["sampling"]["needed"] = prompts + drawn
-        passes = 2 if self.reference.needed else 1
+        passes = 2 if settings.measures_kl else 1
         meter.now["scoring"]["needed"] = passes * whole
         meter.now["learning"]["needed"] = settings.epochs * whole
-        return score(self, rollouts)
+        return reward(rollouts, problems)
 
-    algorithm._Learner.score = noted
-    try:
-        yield
-    finally:
-        algorithm._Learner.score = score
+    return counted
 
 
 def format_ppo_benchmark(stages: list[Stage]) -> str:

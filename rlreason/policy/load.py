@@ -93,6 +93,8 @@ class Policy:
 
     def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
         """Texts of many sequences of token ids, special tokens left out."""
+        if not batch:  # a tokenizer takes it for one sequence without tokens
+            return []
         return self.tokenizer.batch_decode(
             [list(ids) for ids in batch],
             skip_special_tokens=True,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 # exp of it is 0 in float64 too, and it times 0 is 0, which minus infinity would not be.
 _LOWEST_LOGPROB = -1e4
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,29 @@ class PaddedBatch:
         """Lay N values, one a response token, out as (B, T), with 0 elsewhere."""
         out = values.new_zeros(self.response_mask.shape)
         return out.masked_scatter(self.response_mask, values)
+
+
+def micro_batches(
+    batch: Sequence[Item], *, max_tokens: int, size: Callable[[Item], int] = len
+) -> Iterator[list[Item]]:
+    """Cut a batch, sorted by length, so that rows times longest row fits the budget.
+
+    Items of like length go together: padding is computed and thrown away.
+
+    Args:
+        batch: Examples of one update, or whatever ``size`` tells the length of.
+        max_tokens: Budget in tokens, padding included. A single longer example still
+            makes a micro-batch of its own.
+        size: Tokens of an item, prompt and response.
+    """
+    mb: list[Item] = []
+    for item in sorted(batch, key=size, reverse=True):
+        if mb and size(mb[0]) * (len(mb) + 1) > max_tokens:
+            yield mb
+            mb = []
+        mb.append(item)
+    if mb:
+        yield mb
 
 
 def pad_batch(

@@ -87,8 +87,7 @@ def sample(
         ValueError: If a setting is out of range, the sequence does not fit the model,
             or the budget does not hold one row.
     """
-    groups: list[list[Rollout]] = [[] for _ in problems]
-    for index, rollouts in sample_groups(
+    groups = sample_groups(
         policy,
         problems,
         k=k,
@@ -98,9 +97,8 @@ def sample(
         shots=shots,
         byte_budget=byte_budget,
         progress=progress,
-    ):
-        groups[index] = rollouts
-    return [rollout for group in groups for rollout in group]
+    )
+    return _in_order(groups)
 
 
 def sample_groups(
@@ -161,8 +159,7 @@ def sample_prompts(
     The other arguments, what is returned and what is raised are as in ``sample``.
     """
     _check_settings(k, temperature, max_new_tokens)
-    groups: list[list[Rollout]] = [[] for _ in prompts]
-    for index, rollouts in _sample_groups(
+    groups = _sample_groups(
         policy,
         prompts,
         k=k,
@@ -172,9 +169,13 @@ def sample_prompts(
         stop_ids=tuple(stop_ids),
         byte_budget=byte_budget,
         progress=progress,
-    ):
-        groups[index] = rollouts
-    return [rollout for group in groups for rollout in group]
+    )
+    return _in_order(groups)
+
+
+def _in_order(groups: Iterator[tuple[int, list[Rollout]]]) -> list[Rollout]:
+    """All rollouts, those of group 0 first."""
+    return [rollout for _, group in sorted(groups) for rollout in group]
 
 
 def _sample_groups(

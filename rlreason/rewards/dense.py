@@ -35,9 +35,7 @@ from rlreason.rewards.base import RewardFunction, problems_of
 from rlreason.rewards.sparse import sparse_token_rewards
 from rlreason.tasks.answers import canonical_number, parse_solution
 from rlreason.tasks.problem import Problem
-
-# How ``tasks.prompts.format_prompt`` ends; after it, a prompt holds a prefix or nothing
-RESPONSE_BEGINS = "\nA:"
+from rlreason.tasks.prompts import RESPONSE_BEGINS
 
 
 def dense_reward(policy: Policy, *, bound: float = 0.5) -> RewardFunction:
@@ -104,34 +102,29 @@ def stated_shares(
     Each text is decoded whole, so that no character or annotation is cut by a boundary
     between tokens. ``given`` is the start of the response that the prompt holds.
     """
-    texts = _decode(policy, [tokens[:end] for end in ends])
+    texts = policy.decode_batch([tokens[:end] for end in ends])
     return [share_stated(given + text, problem) for text in ("", *texts)]
 
 
 def token_pieces(policy: Policy, rollouts: Sequence[Rollout]) -> dict[int, str]:
     """The text of every token that occurs in the responses, each decoded once."""
     ids = sorted({token for rollout in rollouts for token in rollout.tokens})
-    return dict(zip(ids, _decode(policy, [[i] for i in ids]), strict=True))
+    return dict(zip(ids, policy.decode_batch([[i] for i in ids]), strict=True))
 
 
 def given_texts(policy: Policy, rollouts: Sequence[Rollout]) -> list[str]:
     """The start of a response that each rollout's prompt holds; often there is none.
 
-    It is what follows the last ``A:`` that opens a line, the place where
+    It is what follows the last ``RESPONSE_BEGINS``, with which
     ``tasks.prompts.format_prompt`` ends. A prompt of another format holds none.
     """
     prompts = list(dict.fromkeys(rollout.prompt_tokens for rollout in rollouts))
-    texts = dict(zip(prompts, _decode(policy, prompts), strict=True))
+    texts = dict(zip(prompts, policy.decode_batch(prompts), strict=True))
     given = {p: text.rpartition(RESPONSE_BEGINS) for p, text in texts.items()}
     return [
         after if mark else ""
         for _, mark, after in (given[rollout.prompt_tokens] for rollout in rollouts)
     ]
-
-
-def _decode(policy: Policy, batch: Sequence[Sequence[int]]) -> list[str]:
-    """The texts of a batch that may be empty, which a tokenizer takes for one text."""
-    return policy.decode_batch(batch) if batch else []
 
 
 @lru_cache(maxsize=4096)  # a reference is read for every step of every sample

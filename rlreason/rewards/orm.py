@@ -29,7 +29,7 @@ on. Training is ``rlreason.algorithms.orm``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -41,6 +41,7 @@ from rlreason.policy.logprobs import (
     PaddedBatch,
     first_call,
     logprobs_of,
+    micro_batches,
     pad_batch,
     response_logits,
     trunk_of,
@@ -219,7 +220,7 @@ def score_tokens(
         places.setdefault((response.prompt_tokens, response.tokens), []).append(i)
     scores: list[tuple[float, ...]] = [()] * len(responses)
     distinct = [responses[where[0]] for where in places.values()]
-    for mb in _cut(distinct, micro_tokens):
+    for mb in micro_batches(distinct, max_tokens=micro_tokens, size=_length):
         logits, _ = orm.logits(mb)
         lengths = [len(response.tokens) for response in mb]
         rows = logits.sigmoid().cpu().split(lengths)
@@ -275,17 +276,5 @@ def dense_orm_reward(orm: OutcomeRewardModel) -> RewardFunction:
     return reward
 
 
-def _cut(responses: Sequence[Response], micro_tokens: int) -> Iterator[list[Response]]:
-    """Responses of like length together, so that each padded batch fits the budget."""
-
-    def length(response: Response) -> int:
-        return len(response.prompt_tokens) + len(response.tokens)
-
-    mb: list[Response] = []
-    for response in sorted(responses, key=length, reverse=True):
-        if mb and length(mb[0]) * (len(mb) + 1) > micro_tokens:
-            yield mb
-            mb = []
-        mb.append(response)
-    if mb:
-        yield mb
+def _length(response: Response) -> int:
+    return len(response.prompt_tokens) + len(response.tokens)

@@ -27,6 +27,8 @@ from collections.abc import Sequence
 
 from rlreason.tasks.problem import Problem
 
+RESPONSE_BEGINS = "\nA:"  # the end of every prompt; no space: see above
+
 
 def format_prompt(problem: Problem, shots: Sequence[Problem] = ()) -> str:
     """The text before the response; it ends in ``A:`` without a space behind.
@@ -51,4 +53,4 @@ def format_response(solution: str) -> str:
 
 
 def _ask(problem: Problem) -> str:
-    return f"Q: {problem.question}\nA:"
+    return f"Q: {problem.question}{RESPONSE_BEGINS}"
