@@ -11,8 +11,11 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -257,14 +260,51 @@ def test_a_failed_run_says_so_and_goes_on(tmp_path, undisturbed):
     assert run_toy(tmp_path).metrics == undisturbed.metrics
 
 
-def test_two_writers_of_one_run_are_refused_and_the_first_is_named(tmp_path):
-    with (
-        RunFolder("toy", ToySettings(), root=tmp_path),
-        pytest.raises(RunFolderError, match=f"process {os.getpid()}"),
-        RunFolder("toy", ToySettings(), root=tmp_path),
-    ):
-        pass
-    run_toy(tmp_path)  # the lock went with the block that held it
+def both_at_once(root: Path, monkeypatch, **hooks) -> tuple[RunFolder, list[str]]:
+    """Write a run while a second writer waits for it; returns that one and its words.
+
+    What interrupts the first writer goes no further.
+    """
+    told, waits = [], Event()
+    monkeypatch.setattr(module, "tell", lambda line: (told.append(line), waits.set()))
+    with ThreadPoolExecutor(1) as pool:
+        with (
+            suppress(KeyboardInterrupt),
+            RunFolder("toy", ToySettings(), root=root) as first,
+        ):
+            second = pool.submit(run_toy, root)
+            second.add_done_callback(lambda _: waits.set())  # did not wait: it failed
+            waits.wait()
+            train_toy(ToySettings(), first, **hooks)
+        return second.result(), told
+
+
+def test_a_second_writer_waits_for_the_first_and_loads_what_it_made(
+    tmp_path, undisturbed, monkeypatch
+):
+    second, told = both_at_once(tmp_path, monkeypatch)
+    assert told == [
+        f"waiting for process {os.getpid()}, which is writing {second.path}"
+    ]
+    assert second.done
+    assert second.metrics == undisturbed.metrics
+    sessions = json.loads((second.path / "environment.json").read_text())
+    assert len(sessions) == 1  # nothing was trained twice
+
+
+def test_a_second_writer_goes_on_where_the_first_was_stopped(
+    tmp_path, undisturbed, monkeypatch
+):
+    def stop(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    second, told = both_at_once(tmp_path, monkeypatch, at_step=stop)
+    assert len(told) == 1
+    assert second.done
+    assert second.metrics == undisturbed.metrics
+    weights = undisturbed.restore().tensors["weights"]
+    assert torch.equal(second.restore().tensors["weights"], weights)
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path):

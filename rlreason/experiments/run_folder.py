@@ -17,7 +17,7 @@ experiment and the hash of its settings, so that a run that is done is not run t
         checkpoints/000012/ weights.safetensors, state.json, bookmark.json
         environment.json    versions, device, commit, threads, for every session
         status.json         running, done or failed; seconds
-        lock                held by the process that writes
+        lock                held by the process that writes; others wait for it
 
 A killed run leaves complete checkpoints and some rows too many. The next one cuts
 ``metrics.jsonl`` back to where the last complete checkpoint was taken and goes on from
@@ -48,11 +48,12 @@ from torch import Tensor
 
 from rlreason.algorithms.recorder import Checkpoint
 from rlreason.experiments.environment import environment, runs_root, source_digest
+from rlreason.policy.progress import tell
 from rlreason.settings import canonical_json, settings_hash
 
 
 class RunFolderError(ValueError):
-    """A run folder that cannot be used: in use, of other settings, or damaged."""
+    """A run folder that cannot be used: of other settings, or damaged."""
 
 
 class RunFolder:
@@ -83,7 +84,7 @@ class RunFolder:
         self.settings = settings
         self._keep = keep
         self._save_every = save_every
-        self._lock = FileLock(self.path / "lock", timeout=0)
+        self._lock = FileLock(self.path / "lock")
         self._metrics: BinaryIO | None = None
         self._timing: BinaryIO | None = None
         self._stages: dict[str, float] = {}
@@ -125,21 +126,22 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         """Take the folder for this process and wind it back; leave it if it is done.
 
+        Where another process is writing this run, wait for it: then the run is done, or
+        is taken up where that process was stopped.
+
         Raises:
-            RunFolderError: Another process is writing this run, or the folder holds a
-                run of other settings.
+            RunFolderError: The folder holds a run of other settings.
         """
         self._check_what_is_there()
         if self.done:
             return self
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire()
+            self._lock.acquire(timeout=0)
         except Timeout:
-            raise RunFolderError(
-                f"{self.path} is being written by process {self.status.get('pid')}; "
-                "wait for it or stop it, then run again"
-            ) from None
+            pid = self.status.get("pid", "(starting)")
+            tell(f"waiting for process {pid}, which is writing {self.path}")
+            self._lock.acquire()
         if self.done:  # finished between the look and the lock
             self._lock.release()
         else:

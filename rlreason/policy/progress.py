@@ -26,6 +26,12 @@ def is_watched() -> bool:
     return sys.stderr.isatty() or in_notebook()
 
 
+def tell(line: str) -> None:
+    """Write a line to stderr, also where it is a log; not with ``RLREASON_QUIET=1``."""
+    if not os.environ.get("RLREASON_QUIET"):
+        print(line, file=sys.stderr, flush=True)
+
+
 def in_notebook() -> bool:
     """Whether this runs in a Jupyter kernel."""
     try:
