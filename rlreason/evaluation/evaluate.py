@@ -45,6 +45,8 @@ Array = NDArray[np.float64]
 
 # Scores the K samples of one problem, one number each, the higher the better
 Scorer = Callable[[Problem, Sequence[Rollout]], Sequence[float]]
+# Draws the answers, see ``answer_groups``
+Sampler = Callable[..., Iterator[tuple[int, list[Rollout]]]]
 
 TRUNCATED_LIMIT = 0.02  # a larger share of cut samples lowers the scores noticeably
 
@@ -288,6 +290,39 @@ class Report:
         return interval(values, level=self.level, seed=self.seed)
 
 
+def answer_groups(
+    policy: Policy,
+    problems: Sequence[Problem],
+    *,
+    k: int,
+    shots: Sequence[Problem] = (),
+    label: str | None = None,
+    **settings: Any,
+) -> Iterator[tuple[int, list[Rollout]]]:
+    """Sample ``k`` answers to each problem, plainly or after a forced label.
+
+    Args:
+        settings: What ``sample`` takes beside these.
+
+    Yields:
+        The index of a problem and its answers, in the order of finishing.
+
+    Raises:
+        ValueError: A label and shots, which have none.
+    """
+    if label is None:
+        yield from sample_groups(policy, problems, k=k, shots=shots, **settings)
+        return
+    if shots:
+        raise ValueError("worked examples have no labels: give shots or a label")
+    stride = max(1, 4096 // k)  # answers held in memory at once
+    for first in range(0, len(problems), stride):
+        part = problems[first : first + stride]
+        rollouts = sample_conditioned(policy, part, label=label, k=k, **settings)
+        for i in range(len(part)):
+            yield first + i, rollouts[i * k : (i + 1) * k]
+
+
 def evaluate(
     policy: Policy,
     problems: Sequence[Problem],
@@ -302,6 +337,7 @@ def evaluate(
     level: float = 0.95,
     byte_budget: int | None = None,
     progress: bool | None = None,
+    sampler: Sampler = answer_groups,
 ) -> Report:
     """Sample a policy on problems and report how often it is right.
 
@@ -318,6 +354,7 @@ def evaluate(
         level: Coverage of the intervals over problems.
         byte_budget: As in ``sample``.
         progress: As in ``sample``.
+        sampler: Draws the answers, or knows them: is called as ``answer_groups``.
 
     Raises:
         ValueError: There are no problems, or two with one id; or a label and shots,
@@ -325,20 +362,17 @@ def evaluate(
     """
     problems = list(problems)
     _check_problems(problems)
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "byte_budget": byte_budget,
-        "progress": progress,
-    }
-    if label is None:
-        groups = partial(sample_groups, policy, problems, shots=shots, **settings)
-    elif shots:
-        raise ValueError("worked examples have no labels: give shots or a label")
-    else:
-        groups = partial(
-            _sample_conditioned_groups, policy, problems, label=label, **settings
-        )
+    groups = partial(
+        sampler,
+        policy,
+        problems,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        shots=shots,
+        label=label,
+        byte_budget=byte_budget,
+        progress=progress,
+    )
     results = {}
     for i, (rollout,) in groups(k=1, temperature=0.0):
         results[i] = judge_greedy(problems[i], rollout)
@@ -356,18 +390,6 @@ def evaluate(
     )
     _warn_of_truncation(report)
     return report
-
-
-def _sample_conditioned_groups(
-    policy: Policy, problems: Sequence[Problem], *, k: int, **settings: Any
-) -> Iterator[tuple[int, list[Rollout]]]:
-    """``sample_conditioned``, in the form of ``sample_groups``."""
-    stride = max(1, 4096 // k)
-    for first in range(0, len(problems), stride):
-        part = problems[first : first + stride]
-        rollouts = sample_conditioned(policy, part, k=k, **settings)
-        for i in range(len(part)):
-            yield first + i, rollouts[i * k : (i + 1) * k]
 
 
 def judge_greedy(problem: Problem, rollout: Rollout) -> ProblemResult:

@@ -5,9 +5,11 @@ checked against the notebook's cell tagged ``parameters`` (papermill passes on w
 it is given), a failure is told once with its cell and traceback, the output appears
 only when it is whole, and a record beside it says what was run and how long it took.
 
-A notebook names the notebooks that must run before it in its metadata::
+A notebook trains what it needs, or loads it where another one has done so, or waits
+where another one is at it. So that no core sits and waits for a long training, it names
+the notebooks that are to run before it in its metadata::
 
-    "rlreason": {"needs": ["03_model_and_sft"]}
+    "rlreason": {"needs": ["05_expert_iteration"]}
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Notebook:
 
     Attributes:
         path: The file.
-        needs: Names of the notebooks that must have run before.
+        needs: Names of the notebooks that are to run before.
         parameters: Name to default, in the order of the parameters cell; ``REQUIRED``
             where the default is no literal.
     """

@@ -33,7 +33,14 @@ from rlreason.algorithms.ppo import PpoSettings, ppo
 from rlreason.algorithms.rcrl import BAD, GOOD, RcrlSettings, rcrl
 from rlreason.algorithms.sft import sft
 from rlreason.evaluation.classifier import judge_scores
-from rlreason.evaluation.evaluate import Report, evaluate
+from rlreason.evaluation.evaluate import (
+    Report,
+    Sampler,
+    Scorer,
+    answer_groups,
+    evaluate,
+)
+from rlreason.experiments.answers import kept_answers
 from rlreason.experiments.environment import cores
 from rlreason.experiments.recipes import Recipe, RewardSettings, TaskSettings
 from rlreason.experiments.run_folder import (
@@ -364,14 +371,18 @@ def evaluate_recipe(
     greedy_only: bool = False,
     prompted: bool = False,
     label: str | None = None,
-    orm: OutcomeRewardModel | None = None,
+    orm: Scorer | None = None,
+    sampler: Sampler = kept_answers,
 ) -> Report:
     """Judge a policy as the recipe says: maj@1 alone, or with K samples a problem.
+
+    The answers are kept in a run folder: asked for again, they are not sampled again.
 
     Args:
         prompted: Put the recipe's shots before each question (for the base).
         label: Force it before every step (for return-conditioned policies).
         orm: Scores the samples for rerank@K.
+        sampler: As in ``evaluate``.
     """
     chosen = recipe.evaluation
     shots = recipe.shot_problems() if prompted else []
@@ -389,6 +400,7 @@ def evaluate_recipe(
         shots=shots,
         label=label,
         orm=orm,
+        sampler=sampler,
     )
 
 
@@ -468,6 +480,7 @@ def _validate(recipe: Recipe, policy: Policy, prompted: bool = False) -> dict[st
         split="validation",
         greedy_only=True,
         prompted=prompted,
+        sampler=answer_groups,  # a policy on its way is not asked again
     )
     return {"validation_maj_1": report.maj_1.mean}
 
