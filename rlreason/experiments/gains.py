@@ -111,16 +111,18 @@ def format_gain(row: Gain) -> str:
 
 
 def write_gains(rows: Sequence[Gain], path: Path) -> None:
-    """Put rows into a table; those of the same algorithm and metric are replaced."""
-    new = {(row.algorithm, row.metric): _as_text(row) for row in rows}
-    kept = {(r["algorithm"], r["metric"]): r for r in read_gains(path)}
+    """Put rows into a table, in place of all that it has of the same algorithms."""
+    new = {row.algorithm for row in rows}
+    kept = [row for row in read_gains(path) if row["algorithm"] not in new]
+    table = [*kept, *map(_as_text, rows)]
+    table.sort(key=lambda row: list(ALGORITHMS).index(row["algorithm"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".partial")
     with draft.open("w", newline="") as file:
         names = [field.name for field in fields(Gain)]
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows((kept | new).values())
+        writer.writerows(table)
     draft.replace(path)
 
 

@@ -91,6 +91,11 @@ class EvaluationSettings(Settings):
     k: int = Field(96, ge=1, description="Samples a problem.")
     temperature: float = Field(0.7, gt=0, description="Of these samples.")
 
+    @property
+    def looks(self) -> int | None:
+        """Validation problems of a look during training; None: the whole split."""
+        return self.validation_problems or self.problems
+
 
 class Recipe(Settings):
     """Everything a profile's experiments need. Defaults are the paper's."""

@@ -80,6 +80,7 @@ class ExpertIterationRun(Settings):
     task: TaskSettings
     shots: int
     orm: OrmRun | None
+    looks: int | None
     algorithm: ExpertIterationSettings
 
 
@@ -102,6 +103,7 @@ class PpoRun(Settings):
     reward: RewardSettings
     orm: OrmRun | None
     validate_every: int
+    looks: int | None
     algorithm: PpoSettings
 
 
@@ -197,6 +199,7 @@ def expert_iteration_run(
         task=recipe.task,
         shots=0 if from_sft else recipe.shots,
         orm=orm_run(judge, seed) if filtered else None,
+        looks=recipe.evaluation.looks,
         algorithm=recipe.expert_iteration.model_copy(update=update),
     )
 
@@ -227,6 +230,7 @@ def ppo_run(recipe: Recipe, seed: int, *, from_sft: bool = True) -> PpoRun:
         reward=recipe.reward,
         orm=orm_run(recipe, seed) if recipe.reward.learned else None,
         validate_every=recipe.validate_every,
+        looks=recipe.evaluation.looks,
         algorithm=recipe.ppo.model_copy(update=update),
     )
 
@@ -471,9 +475,7 @@ def _reward_function(recipe: Recipe, seed: int, policy: Policy) -> RewardFunctio
 
 def _validate(recipe: Recipe, policy: Policy, prompted: bool = False) -> dict[str, Any]:
     """What is looked at in between: greedy accuracy on the validation split."""
-    limit = recipe.evaluation.validation_problems or recipe.evaluation.problems
-    few = {"problems": limit}
-    look = recipe.evaluation.model_copy(update=few)
+    look = recipe.evaluation.model_copy(update={"problems": recipe.evaluation.looks})
     report = evaluate_recipe(
         recipe.model_copy(update={"evaluation": look}),
         policy,
