@@ -236,7 +236,9 @@ class Report:
         cut = f"truncated: greedy {self.truncated_greedy:.1%}"
         if self.k:
             cut += f", sampled {self.truncated_sampled:.1%}"
-        samples = f"K={self.k}, T={self.temperature:g}, " if self.k else "greedy only, "
+        samples = "greedy only, "
+        if self.k:
+            samples = f"K={self.k}, temperature {self.temperature:g}, "
         return (
             f"{self.policy}, {len(self.results)} problems, {samples}"
             f"seed {self.seed}; {cut}"
