@@ -273,6 +273,8 @@ def test_several_seeds_are_trained_elsewhere_and_loaded_here(tmp_path, monkeypat
         ("sft", "3"),
     ]
     assert threads == [1, 1]
+    train.train_seeds(recipe, "sft", [3, 7])
+    assert len(elsewhere) == 2  # what is done is loaded, and no process started
 
 
 def test_a_seed_that_fails_elsewhere_says_why(tmp_path, monkeypatch):

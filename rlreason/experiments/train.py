@@ -433,6 +433,8 @@ def load_trained(name: str | Path) -> Policy:
 def train_seeds(recipe: Recipe, algorithm: str, seeds: Sequence[int]) -> list[Trained]:
     """Train several seeds at once, one single-threaded process a core.
 
+    Those that are done are loaded.
+
     Args:
         algorithm: "sft", "expert-iteration", "ppo", "orm" or "rcrl", as in
             ``rlreason train``.
@@ -440,14 +442,27 @@ def train_seeds(recipe: Recipe, algorithm: str, seeds: Sequence[int]) -> list[Tr
     Raises:
         RuntimeError: A process failed; holds the end of what it printed.
     """
+    missing = [s for s in seeds if not _run_folder(recipe, algorithm, s).done]
     with (
         tempfile.TemporaryDirectory() as folder,
-        ThreadPoolExecutor(max_workers=max(1, min(cores(), len(seeds)))) as pool,
+        ThreadPoolExecutor(max_workers=cores()) as pool,
     ):
         path = Path(folder) / "recipe.json"
         path.write_text(recipe.model_dump_json())
-        list(pool.map(lambda seed: _train_elsewhere(path, algorithm, seed), seeds))
+        list(pool.map(lambda seed: _train_elsewhere(path, algorithm, seed), missing))
     return [TRAIN[algorithm](recipe, seed) for seed in seeds]
+
+
+def _run_folder(recipe: Recipe, algorithm: str, seed: int) -> RunFolder:
+    """The folder that ``TRAIN[algorithm]`` writes."""
+    settings = {
+        "sft": sft_run,
+        "expert-iteration": expert_iteration_run,
+        "ppo": ppo_run,
+        "orm": orm_run,
+        "rcrl": rcrl_run,
+    }
+    return RunFolder(algorithm, settings[algorithm](recipe, seed))
 
 
 def _train_elsewhere(recipe_file: Path, algorithm: str, seed: int) -> None:
