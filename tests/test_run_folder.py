@@ -354,7 +354,8 @@ def test_results_of_another_version_of_the_source_bring_a_warning(tmp_path):
 
 def test_the_environment_of_every_session_is_written(tmp_path):
     session = json.loads((run_toy(tmp_path).path / "environment.json").read_text())[0]
-    assert session["packages"]["torch"] == torch.__version__
+    # A build is named by the module alone: 2.13.0+cu130
+    assert torch.__version__.startswith(session["packages"]["torch"])
     assert {"commit", "device", "threads", "started", "source"} <= set(session)
 
 
