@@ -351,7 +351,8 @@ def evaluate(
     """Judge a policy by maj@1, maj@k and pass@k.
 
     POLICY is a run folder, nano, a folder, a hub name or a GGUF file. The task, the
-    number of problems and K come from the profile's recipe.
+    number of problems and K come from the profile's recipe. Answers are kept in run
+    folders: the same evaluation is not sampled twice.
     """
     from rlreason.experiments.train import evaluate_recipe, load_trained
 

@@ -429,7 +429,7 @@ class _Learner:
                     scores = self._score(mb, value=False, policy=reference)
                     width = scores.response_mask.shape[1]
                     ref_logprobs[rows, :width] = scores.logprobs
-        else:  # no penalty: the policy is its own reference
+        else:  # neither penalty nor limit: the policy is its own reference
             ref_logprobs = logprobs
         return Experience(
             tuple(rollouts),

@@ -34,7 +34,7 @@ from rlreason.settings import Settings
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt
 
-_OF_NO_WEIGHT = ("_name_or_path", "transformers_version")
+_PROVENANCE = ("_name_or_path", "transformers_version")  # not what is computed
 
 
 class AnswersRun(Settings):
@@ -115,7 +115,7 @@ def kept_answers(
 def weights_digest(policy: Policy) -> str:
     """Name what a policy computes: its weights and the configuration of its model."""
     config = policy.model.config.to_diff_dict()
-    for name in _OF_NO_WEIGHT:
+    for name in _PROVENANCE:
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in policy.model.state_dict().items():
