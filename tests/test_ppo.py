@@ -198,6 +198,28 @@ def test_p22_whitening_is_over_the_mask_alone():
     assert abs((white + values[MASK].mean())[MASK].mean()) > 1
 
 
+@pytest.mark.parametrize("kind", ["gae", "rloo"])
+def test_p22_credit_is_given_and_whitened_over_all_before_the_best_are_kept(
+    kind, monkeypatch
+):
+    select, seen = algorithm._kept, []
+
+    def noted(experience, paid, settings):
+        kept = select(experience, paid, settings)
+        seen.append([(e.advantages[e.response_mask]) for e in (experience, kept)])
+        return kept
+
+    monkeypatch.setattr(algorithm, "_kept", noted)
+    changes = {} if kind == "gae" else {"credit": BaselineSettings(kind=kind)}
+    run(settings=quick(phases=1, rollouts=24, n=4, keep=1, **changes))
+    ((everything, best),) = seen
+    assert everything.mean().item() == pytest.approx(0, abs=1e-4)
+    assert everything.std().item() == pytest.approx(1, abs=1e-2)
+    # The wrong version whitens the best alone: then they are nothing special
+    assert len(best) < len(everything)
+    assert best.mean() > 0.1
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_p22_equal_values_whiten_to_zero(count):
     mask = torch.arange(5) < count

@@ -218,7 +218,7 @@ class PpoSettings(Settings):
             )
         if self.keep is not None and self.keep > self.n:
             raise ValueError(f"keep={self.keep} is more than n={self.n}")
-        if self.credit.kind in ("rloo", "grpo") and (self.keep or self.n) < 2:
+        if self.credit.kind in ("rloo", "grpo") and self.n < 2:
             raise ValueError(
                 f"{self.credit.kind} compares responses: set n to 2 or more"
             )
