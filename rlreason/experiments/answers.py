@@ -78,31 +78,26 @@ def kept_answers(
         for problem in problems
     ]
     named = [[problem.id, p] for problem, p in zip(problems, prompts, strict=True)]
+    sampling = {
+        "label": label,
+        "k": k,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed if temperature else 0,  # greedy answers need no random number
+    }
     settings = AnswersRun(
         weights=weights_digest(policy),
-        prompts=_digest(json.dumps(named).encode()),
-        label=label,
-        k=k,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed if temperature else 0,  # greedy answers need no random number
+        prompts=hashlib.sha256(json.dumps(named).encode()).hexdigest(),
+        **sampling,
     )
     with RunFolder("answers", settings, keep=1) as run:
         groups = _unpack(run.restore(), k)
         if not run.done:
             missing = [i for i in range(len(problems)) if i not in groups]
-            for place, rollouts in answer_groups(
-                policy,
-                [problems[i] for i in missing],
-                k=k,
-                temperature=temperature,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                shots=shots,
-                label=label,
-                byte_budget=byte_budget,
-                progress=progress,
-            ):
+            asked = [problems[i] for i in missing]
+            how = {"byte_budget": byte_budget, "progress": progress}
+            drawn = answer_groups(policy, asked, shots=shots, **sampling, **how)
+            for place, rollouts in drawn:
                 groups[missing[place]] = _pack_group(rollouts)
                 if run.due():
                     run.save(_pack(groups), {})
@@ -123,10 +118,6 @@ def weights_digest(policy: Policy) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _metrics(groups: dict[int, _Group]) -> dict[str, float]:
