@@ -16,6 +16,7 @@ from rlreason.experiments import gains
 from rlreason.experiments.gains import (
     ALGORITHMS,
     format_gain,
+    gains_table,
     measure_gains,
     read_gains,
     write_gains,
@@ -60,6 +61,7 @@ def test_every_algorithm_has_its_row(measured):
         ("grpo", "maj@1"),
         ("rcrl", "maj@1 of [GOOD] against [BAD]"),
         ("orm", "rerank@4 against maj@4"),
+        ("orm", "rerank@4 against the likelihood's"),
         ("orm", "AUC on held-out questions"),
     ]
     assert {row.algorithm for row in rows} == set(ALGORITHMS)
@@ -101,7 +103,7 @@ def test_rows_are_written_replaced_and_read(measured, tmp_path):
     assert path.read_bytes() == again
     assert b"\r" not in again
     # Measured anew with another K: the rows of the old one would be out of date
-    other = replace(rows[-2], metric="rerank@9 against maj@9")
+    other = replace(rows[-3], metric="rerank@9 against maj@9")
     write_gains([other, rows[-1]], path)
     found = {row["metric"] for row in read_gains(path) if row["algorithm"] == "orm"}
     assert found == {other.metric, rows[-1].metric}
@@ -163,7 +165,8 @@ def scripted(monkeypatch, tmp_path):
         first, second = BEFORE[number], AFTER[number]
         values = {"maj@1": first if kind == "sft" or label == BAD else second}
         if orm is not None:
-            values = {"maj@4": first, "rerank@4": second}
+            by = {"orm": second, "likelihood": BEFORE[number][::-1]}
+            values = {"maj@4": first, "rerank@4": by[orm[0]]}
         return SimpleNamespace(k=4, values=values.__getitem__)
 
     monkeypatch.setattr(
@@ -175,6 +178,9 @@ def scripted(monkeypatch, tmp_path):
         gains, "train_sft", lambda recipe, seed: trained(("sft", seed), seed)
     )
     monkeypatch.setattr(gains, "evaluate_recipe", evaluate)
+    monkeypatch.setattr(
+        gains, "likelihood_judge", lambda recipe, seed: ("likelihood", seed)
+    )
     return toy_recipe(tmp_path, seeds=SEEDS), asked
 
 
@@ -226,12 +232,17 @@ def test_good_is_compared_with_bad_of_the_same_policy(scripted):
 
 def test_reranking_is_compared_with_the_vote_of_the_same_samples(scripted):
     recipe, asked = scripted
-    rerank, auc = measure_gains(recipe, ["orm"], report=lambda _: None)
+    rerank, likelihood, auc = measure_gains(recipe, ["orm"], report=lambda _: None)
     assert numbers(rerank) == limits(AFTER - BEFORE)
     assert rerank.metric == "rerank@4 against maj@4"
-    # One report a seed, of SFT's samples, scored by the model of that seed
+    # What training has added to the judge that it started from
+    assert numbers(likelihood) == limits(AFTER - BEFORE[:, ::-1])
+    assert likelihood.metric == "rerank@4 against the likelihood's"
+    # One report a seed and judge, of SFT's samples, scored by the judge of that seed
     assert asked == [
-        (("sft", seed), False, seed, None, ("orm", seed)) for seed in range(SEEDS)
+        (("sft", seed), False, seed, None, (judge, seed))
+        for judge in ("orm", "likelihood")
+        for seed in range(SEEDS)
     ]
     expected = seed_interval([0.7, 0.8, 0.9])
     assert auc.after == expected.mean == pytest.approx(0.8)
@@ -258,4 +269,39 @@ def test_a_line_says_what_was_gained(scripted):
     assert format_gain(row) == (
         f"ppo: maj@1 {row.before:.1%} -> {row.after:.1%}, +7.5 points {interval}, "
         "3 seeds, 2.0 minutes a seed"
+    )
+
+
+def test_a_chapter_shows_what_is_recorded_beside_its_own_run(
+    scripted, tmp_path, monkeypatch
+):
+    recipe, _ = scripted
+    path = tmp_path / "gains.csv"
+    monkeypatch.setattr(gains, "gains_path", lambda profile: path)
+    same, other = (SimpleNamespace(path=Path(f"x-{h}")) for h in ("abc0", "abc9"))
+    missing = gains_table("tiny", ["ppo"], same)
+    assert missing.startswith("Nothing is recorded for profile tiny yet")
+
+    rows = measure_gains(recipe, ["ppo", "rloo", "orm"], report=lambda _: None)
+    worse = replace(rows[1], gain=-0.1, low=-0.2, high=-0.05)
+    open_ = replace(rows[2], low=-0.01)
+    write_gains([rows[0], worse, open_, *rows[3:]], path)
+    shown = gains_table("tiny", ["ppo", "rloo"], same)
+    _, _, first, second = shown.split("\n\n")[0].splitlines()
+    gained = f"+7.5 [{100 * rows[0].low:+.1f}, {100 * rows[0].high:+.1f}] points"
+    assert first == (
+        f"| ppo | maj@1 | 3 | {BEFORE.mean():.1%} | {AFTER.mean():.1%} | {gained} "
+        "| a gain |"
+    )
+    assert second.endswith("| -10.0 [-20.0, -5.0] points | a loss |")
+    assert shown.endswith(f"\n\nRecorded at profile tiny, {rows[0].date}.")
+    assert "orm" not in shown
+
+    _, _, vote, _, auc = gains_table("tiny", ["orm"], other).splitlines()[:5]
+    assert vote.endswith("| inconclusive |")
+    # An AUC is no share, and what it has to beat is a guess
+    assert "| 0.50 | 0.80 | +0.30 [" in auc
+    assert "points" not in auc
+    assert "with other settings than the run above" in gains_table(
+        "tiny", ["orm"], other
     )

@@ -8,8 +8,9 @@ stand; that the gain is no luck of a seed is shown here, once, and recorded.
 expert-iteration     maj@1 on test, minus that of the SFT policy it starts from
 ppo and baselines    likewise
 rcrl                 maj@1 with [GOOD] forced before every step, minus that with [BAD]
-orm                  rerank@K minus maj@K, both of one set of samples of SFT; and the
-                     AUC on training questions that were held out
+orm                  rerank@K minus maj@K, both of one set of samples of SFT; minus
+                     rerank@K by the likelihood alone, which needs no training; and
+                     the AUC on training questions that were held out
 ===================  =================================================================
 """
 
@@ -27,7 +28,7 @@ import numpy as np
 
 from rlreason.algorithms.ppo import BaselineSettings
 from rlreason.algorithms.rcrl import BAD, GOOD
-from rlreason.evaluation.evaluate import Report
+from rlreason.evaluation.evaluate import Report, Scorer
 from rlreason.evaluation.intervals import (
     Interval,
     hierarchical_interval,
@@ -35,7 +36,13 @@ from rlreason.evaluation.intervals import (
 )
 from rlreason.experiments.environment import commit, environment, project_root
 from rlreason.experiments.recipes import Recipe
-from rlreason.experiments.train import evaluate_recipe, train_seeds, train_sft
+from rlreason.experiments.run_folder import RunFolder
+from rlreason.experiments.train import (
+    evaluate_recipe,
+    likelihood_judge,
+    train_seeds,
+    train_sft,
+)
 
 BASELINES = ("reinforce", "rloo", "grpo")
 ALGORITHMS = ("expert-iteration", "ppo", *BASELINES, "rcrl", "orm")
@@ -134,6 +141,48 @@ def read_gains(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def gains_table(profile: str, algorithms: Sequence[str], run: RunFolder) -> str:
+    """What is recorded of some algorithms, as a table in Markdown for a chapter.
+
+    Args:
+        run: Of the first algorithm, made by the chapter; the text under the table says
+            whether the record is of the same settings.
+    """
+    table = read_gains(gains_path(profile))
+    rows = [row for row in table if row["algorithm"] in algorithms]
+    if not rows:
+        return (
+            f"Nothing is recorded for profile {profile} yet; `rlreason gains` does it. "
+            "Until then one seed is an anecdote."
+        )
+    lines = [
+        "| | measured | seeds | before | after | gain, 95% interval | |",
+        "|---|---|--:|--:|--:|---|---|",
+        *map(_table_line, rows),
+    ]
+    recorded = {r["settings"] for r in rows if r["algorithm"] == algorithms[0]}
+    same = _settings_of(run) in recorded
+    when = ", ".join(sorted({row["date"] for row in rows}))
+    note = "" if same else ", with other settings than the run above"
+    return "\n".join(lines) + f"\n\nRecorded at profile {profile}, {when}{note}."
+
+
+def _table_line(row: dict[str, str]) -> str:
+    """One row in points; an AUC as it is, beside that of a guess."""
+    gain, low, high = (float(row[name]) for name in ("gain", "low", "high"))
+    word = "inconclusive"
+    if low > 0 or high < 0:
+        word = "a gain" if gain > 0 else "a loss"
+    if row["before"]:
+        before, after = (f"{float(row[name]):.1%}" for name in ("before", "after"))
+        change = f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] points"
+    else:
+        before, after = f"{CHANCE:.2f}", f"{float(row['after']):.2f}"
+        change = f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]"
+    cells = (row["algorithm"], row["metric"], row["seeds"], before, after, change, word)
+    return f"| {' | '.join(cells)} |"
+
+
 def gains_path(profile: str) -> Path:
     """Where the gains of a profile are recorded."""
     return project_root() / "book" / "results" / Path(profile).stem / "gains.csv"
@@ -165,34 +214,46 @@ def _of_rcrl(recipe: Recipe, name: str) -> list[Gain]:
 def _of_orm(recipe: Recipe, name: str) -> list[Gain]:
     seeds = range(recipe.seeds)
     trained = train_seeds(recipe, name, seeds)
-    reports = [
-        evaluate_recipe(recipe, train_sft(recipe, seed).policy, orm=run.orm, seed=seed)
-        for seed, run in zip(seeds, trained, strict=True)
-    ]
-    k = reports[0].k
-    rerank = _row(
+    policies = [train_sft(recipe, seed).policy for seed in seeds]
+
+    def reports(judges: Sequence[Scorer]) -> list[Report]:
+        return [
+            evaluate_recipe(recipe, policy, orm=judge, seed=seed)
+            for policy, judge, seed in zip(policies, judges, seeds, strict=True)
+        ]
+
+    by_model = reports([run.orm for run in trained])
+    by_likelihood = reports([likelihood_judge(recipe, seed) for seed in seeds])
+    k = by_model[0].k
+    rerank, vote = f"rerank@{k}", f"maj@{k}"
+    against_vote = _row(
         name,
-        f"rerank@{k} against maj@{k}",
-        reports,
-        reports,
+        f"{rerank} against {vote}",
+        by_model,
+        by_model,
         trained,
-        metrics=(f"maj@{k}", f"rerank@{k}"),
+        metrics=(vote, rerank),
+    )
+    against_likelihood = _row(
+        name,
+        f"{rerank} against the likelihood's",
+        by_likelihood,
+        by_model,
+        trained,
+        metrics=(rerank, rerank),
     )
     aucs = [run.held_out[-1]["auc"] for run in trained]
     interval = seed_interval(aucs)
-    common = _common(name, trained, len(seeds), 0)
-    return [
-        rerank,
-        Gain(
-            metric="AUC on held-out questions",
-            before=None,
-            after=interval.mean,
-            gain=interval.mean - CHANCE,
-            low=interval.low - CHANCE,
-            high=interval.high - CHANCE,
-            **common,
-        ),
-    ]
+    auc = Gain(
+        metric="AUC on held-out questions",
+        before=None,
+        after=interval.mean,
+        gain=interval.mean - CHANCE,
+        low=interval.low - CHANCE,
+        high=interval.high - CHANCE,
+        **_common(name, trained, len(seeds), 0),
+    )
+    return [against_vote, against_likelihood, auc]
 
 
 def _greedy(recipe: Recipe, policy, **options: Any) -> Report:
@@ -231,11 +292,16 @@ def _common(name: str, trained: Sequence[Any], seeds: int, problems: int) -> dic
         "seeds": seeds,
         "problems": problems,
         "minutes": fmean(run.seconds for run in trained) / 60,
-        "settings": trained[0].run.path.name.rsplit("-", 1)[-1],
+        "settings": _settings_of(trained[0].run),
         "commit": commit() or "",
         "device": environment()["device"],
         "date": date.today().isoformat(),
     }
+
+
+def _settings_of(run: RunFolder) -> str:
+    """The hash in the name of a run's folder."""
+    return run.path.name.rsplit("-", 1)[-1]
 
 
 def _as_text(row: Gain) -> dict[str, str]:

@@ -295,16 +295,32 @@ def train_reward_model(recipe: Recipe, seed: int = 0) -> TrainedRewardModel:
     base = recipe.base()
     with RunFolder("orm", orm_run(recipe, seed)) as run:
         if not _trained(run):
-            train = {"sft": train_sft, "expert-iteration": train_expert_iteration}
-            sampler = train[recipe.orm_samples](recipe, seed).policy
             settings = run.settings.algorithm
             orm = train_orm(
-                sampler, recipe.questions(), settings, run, judge=judge_scores
+                _judged_policy(recipe, seed),
+                recipe.questions(),
+                settings,
+                run,
+                judge=judge_scores,
             )
             run.save(orm.tensors(), {"finished": True})
     orm = OutcomeRewardModel(base, likelihood=recipe.orm.likelihood)
     orm.load_tensors(run.restore().tensors)
     return TrainedRewardModel(orm, run)
+
+
+def likelihood_judge(recipe: Recipe, seed: int = 0) -> OutcomeRewardModel:
+    """Score by how likely the policy finds it from which the reward model learns.
+
+    The judge that a reward model has to beat, since it needs no training.
+    """
+    return OutcomeRewardModel(_judged_policy(recipe, seed), likelihood=True)
+
+
+def _judged_policy(recipe: Recipe, seed: int) -> Policy:
+    """Whose samples the reward model learns from, and whose weights it starts from."""
+    train = {"sft": train_sft, "expert-iteration": train_expert_iteration}
+    return train[recipe.orm_samples](recipe, seed).policy
 
 
 def train_ppo(recipe: Recipe, seed: int = 0, *, from_sft: bool = True) -> Trained:
