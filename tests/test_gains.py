@@ -253,6 +253,26 @@ def test_reranking_is_compared_with_the_vote_of_the_same_samples(scripted):
     assert format_gain(auc) == f"orm: {shown}"
 
 
+def test_reranking_is_recorded_on_more_problems_than_a_chapter_takes(
+    scripted, monkeypatch
+):
+    recipe, _ = scripted
+    sizes, evaluate = [], gains.evaluate_recipe
+
+    def note(recipe, *args, **options):
+        sizes.append(recipe.evaluation.sampled_problems)
+        return evaluate(recipe, *args, **options)
+
+    monkeypatch.setattr(gains, "evaluate_recipe", note)
+    for recorded, expected in ((None, 6), (9, 9)):
+        sizes.clear()
+        size = {"sampled_problems": 6, "recorded_problems": recorded}
+        chosen = recipe.evaluation.model_copy(update=size)
+        one = recipe.model_copy(update={"evaluation": chosen, "seeds": 1})
+        measure_gains(one, ["orm"], report=lambda _: None)
+        assert sizes == [expected, expected]
+
+
 def test_one_seed_bounds_nothing(scripted, tmp_path):
     recipe, _ = scripted
     one = recipe.model_copy(update={"seeds": 1})

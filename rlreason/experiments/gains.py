@@ -215,10 +215,13 @@ def _of_orm(recipe: Recipe, name: str) -> list[Gain]:
     seeds = range(recipe.seeds)
     trained = train_seeds(recipe, name, seeds)
     policies = [train_sft(recipe, seed).policy for seed in seeds]
+    chosen = recipe.evaluation
+    many = {"sampled_problems": chosen.recorded_problems or chosen.sampled_problems}
+    judged = recipe.model_copy(update={"evaluation": chosen.model_copy(update=many)})
 
     def reports(judges: Sequence[Scorer]) -> list[Report]:
         return [
-            evaluate_recipe(recipe, policy, orm=judge, seed=seed)
+            evaluate_recipe(judged, policy, orm=judge, seed=seed)
             for policy, judge, seed in zip(policies, judges, seeds, strict=True)
         ]
 

@@ -88,6 +88,12 @@ class EvaluationSettings(Settings):
     sampled_problems: int | None = Field(
         None, ge=1, description="Problems for maj@k and pass@k; None: the whole split."
     )
+    recorded_problems: int | None = Field(
+        None,
+        ge=1,
+        description="The same in `rlreason gains`, which may take its time; None: as "
+        "many as sampled_problems.",
+    )
     k: int = Field(96, ge=1, description="Samples a problem.")
     temperature: float = Field(0.7, gt=0, description="Of these samples.")
 
