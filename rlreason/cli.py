@@ -338,6 +338,7 @@ def train_rcrl_command(profile: str, seed: int, changes, labels_from_orm: bool) 
     metavar="LABEL",
     help="[GOOD] or [BAD] before every step, for return-conditioned policies.",
 )
+@click.option("--orm", help="Run folder of a reward model: adds rerank@k.")
 def evaluate(
     policy: str,
     profile: str,
@@ -347,6 +348,7 @@ def evaluate(
     prompted: bool,
     greedy: bool,
     label: str | None,
+    orm: str | None,
 ) -> None:
     """Judge a policy by maj@1, maj@k and pass@k.
 
@@ -354,8 +356,14 @@ def evaluate(
     number of problems and K come from the profile's recipe. Answers are kept in run
     folders: the same evaluation is not sampled twice.
     """
-    from rlreason.experiments.train import evaluate_recipe, load_trained
+    from rlreason.experiments.train import (
+        evaluate_recipe,
+        load_reward_model,
+        load_trained,
+    )
 
+    if greedy and orm:
+        raise click.UsageError("--orm chooses among samples, and --greedy draws none")
     recipe = _recipe(profile, changes)
     report = evaluate_recipe(
         recipe,
@@ -365,6 +373,7 @@ def evaluate(
         greedy_only=greedy,
         prompted=prompted,
         label=label,
+        orm=load_reward_model(orm) if orm else None,
     )
     click.echo(str(report))
 
@@ -376,8 +385,15 @@ def evaluate(
 def gains(algorithms: tuple[str, ...], profile: str, changes) -> None:
     """Train all seeds and record what each algorithm gains.
 
-    It is judged on the test split. ALGORITHMS are expert-iteration, ppo, reinforce,
-    rloo, grpo, rcrl and orm; all by default. The table is written to
+    It is judged on the test split. ALGORITHMS are these, all by default, where a name
+    with ppo- is PPO with one thing changed:
+
+    \b
+      expert-iteration  ppo  reinforce  rloo  grpo  rcrl  orm
+      ppo-dense  ppo-shaped  ppo-sparse-orm  ppo-dense-orm
+      ppo-backtracking  ppo-replay  ppo-best-half
+
+    The table is written to
     book/results/PROFILE/gains.csv, unless settings are changed.
     """
     from rlreason.experiments.gains import (

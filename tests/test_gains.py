@@ -15,6 +15,7 @@ from rlreason.evaluation.intervals import hierarchical_interval, seed_interval
 from rlreason.experiments import gains
 from rlreason.experiments.gains import (
     ALGORITHMS,
+    VARIANTS,
     format_gain,
     gains_table,
     measure_gains,
@@ -59,6 +60,7 @@ def test_every_algorithm_has_its_row(measured):
         ("reinforce", "maj@1"),
         ("rloo", "maj@1"),
         ("grpo", "maj@1"),
+        *((name, "maj@1 against ppo") for name in VARIANTS if name[:3] == "ppo"),
         ("rcrl", "maj@1 of [GOOD] against [BAD]"),
         ("orm", "rerank@4 against maj@4"),
         ("orm", "rerank@4 against the likelihood's"),
@@ -79,7 +81,8 @@ def test_every_algorithm_has_its_row(measured):
         path.name.split("-")[0] for path in root.iterdir() if "answers" not in path.name
     ]
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
-    assert counts == {"sft": 2, "expert": 2, "ppo": 8, "rcrl": 2, "orm": 2}
+    variants = 2 * (1 + len(VARIANTS))
+    assert counts == {"sft": 2, "expert": 2, "ppo": variants, "rcrl": 2, "orm": 2}
     hashes = {path.name.rsplit("-", 1)[-1] for path in root.iterdir()}
     assert {row.settings for row in rows} <= hashes
     assert len({row.settings for row in rows}) == len(ALGORITHMS)
@@ -310,7 +313,7 @@ def test_a_chapter_shows_what_is_recorded_beside_its_own_run(
     _, _, first, second = shown.split("\n\n")[0].splitlines()
     gained = f"+7.5 [{100 * rows[0].low:+.1f}, {100 * rows[0].high:+.1f}] points"
     assert first == (
-        f"| ppo | maj@1 | 3 | {BEFORE.mean():.1%} | {AFTER.mean():.1%} | {gained} "
+        f"| ppo | maj@1 | 3 | 40 | {BEFORE.mean():.1%} | {AFTER.mean():.1%} | {gained} "
         "| a gain |"
     )
     assert second.endswith("| -10.0 [-20.0, -5.0] points | a loss |")

@@ -261,6 +261,28 @@ def test_p29_a_group_of_equals_or_of_one_teaches_nothing(kind):
     assert not response_advantages(totals, groups, kind).any()
 
 
+def test_p29_grpo_does_not_blow_up_the_penalty_where_all_rewards_are_equal():
+    rewards = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    penalties = torch.tensor([0.010, 0.012, 0.011, 0.013, 0.010, 0.012, 0.011, 0.013])
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    found = response_advantages(rewards, groups, "grpo", penalties=penalties)
+    centred = penalties[:4].mean() - penalties[:4]
+    assert torch.allclose(found[:4], centred, atol=1e-6)  # as dear as it is, no more
+    alone = response_advantages(rewards, groups, "grpo")
+    assert torch.allclose(found[4:], alone[4:] + centred, atol=1e-6)
+    # Wrong: the whole return over its deviation. A question that taught nothing weighs
+    # as much as one that was solved once
+    wrong = response_advantages(rewards - penalties, groups, "grpo")
+    assert float(wrong[:4].abs().max()) > 1
+    assert float(found[:4].abs().max()) < 0.01
+    # The others have no divisor, and take the return as it is
+    for kind in ("reinforce", "rloo"):
+        assert torch.allclose(
+            response_advantages(rewards, groups, kind, penalties=penalties),
+            response_advantages(rewards - penalties, groups, kind),
+        )
+
+
 def test_p29_two_questions_of_one_text_are_two_groups():
     def rollout(problem_id):
         return Rollout(problem_id, 0, (1, 2), (3,), (0.0,), "", True)
@@ -444,10 +466,8 @@ def test_the_fixture_has_cut_and_ended_and_right_and_wrong_ones(scored):
 
 
 def test_p19_the_reward_stands_on_the_last_token_and_nowhere_else(scored):
-    learner, experience, paid = scored
-    task = experience.rewards + learner.kl_coef * kl_estimate(
-        experience.logprobs, experience.ref_logprobs, "k1"
-    )
+    _, experience, paid = scored
+    task = experience.rewards
     for row, (rollout, numbers) in enumerate(
         zip(experience.rollouts, paid, strict=True)
     ):

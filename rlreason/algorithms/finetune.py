@@ -28,6 +28,7 @@ from rlreason.algorithms.batching import (
     shuffled_batches,
 )
 from rlreason.algorithms.optim import (
+    adamw,
     clip_gradients,
     cosine_lr,
     load_optimizer_tensors,
@@ -143,7 +144,7 @@ def fit(
                 total=total,
                 warmup=math.ceil(settings.warmup * total),
                 peak=settings.lr,
-                floor=settings.lr_floor,
+                floor=min(settings.lr_floor, settings.lr),
             )
             set_lr(optimizer, lr)
             tokens = count(batch)
@@ -209,13 +210,12 @@ def new_adamw(
     parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     settings: FinetuneSettings,
 ) -> torch.optim.AdamW:
-    """AdamW over parameters, or groups of them, in one fused step."""
-    return torch.optim.AdamW(
+    """AdamW over parameters, or groups of them."""
+    return adamw(
         parameters,
         lr=settings.lr,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
-        fused=True,
     )
 
 
@@ -236,7 +236,20 @@ def restore_training(recorder, model, optimizer) -> int:
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load the tensors named ``model.*`` and refuse a partial set."""
-    own = model.state_dict()
+    """Load the tensors named ``model.*``.
+
+    Raises:
+        ValueError: Not exactly the model's weights; it is left as it was.
+    """
+    own = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    given = {k: t.shape for k, t in tensors.items() if k.startswith("model.")}
+    if shapes != given:
+        wrong = sorted({name for name, _ in shapes.items() ^ given.items()})
+        raise ValueError(
+            f"{len(given)} tensors for {len(own)} weights of {type(model).__name__}; "
+            f"missing, unknown or of another shape: {', '.join(wrong[:5])}. Load what "
+            "was saved from the same model"
+        )
     for name, target in own.items():
-        target.copy_(tensors[f"model.{name}"])
+        target.copy_(tensors[name])

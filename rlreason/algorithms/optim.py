@@ -7,6 +7,8 @@ safetensors file and a resumed run continues to the bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +48,73 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW that keeps float32 weights beside those of a model in half precision.
+
+    A bfloat16 has 8 significant bits: an update below 1/256 of a weight is rounded
+    away, and with the learning rates of fine-tuning nearly all are. So the update is
+    made to a float32 weight, with float32 moments, and the model gets it rounded.
+    Weights that are float32 are updated where they are.
+
+    Attributes:
+        masters: The float32 weights, by the index of their parameter.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        self.masters: dict[int, Tensor] = {}
+        self._rounded: list[tuple[Tensor, Tensor]] = []
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        index = 0
+        for group in groups:
+            for i, weight in enumerate(group["params"]):
+                if weight.dtype != torch.float32:
+                    master = weight.detach().float()
+                    self.masters[index] = group["params"][i] = master
+                    self._rounded.append((weight, master))
+                index += 1
+        super().__init__(groups, **options)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update from the gradients of the model's own weights."""
+        for weight, master in self._rounded:
+            master.grad = None if weight.grad is None else weight.grad.float()
+        super().step()
+        for weight, master in self._rounded:
+            weight.copy_(master)
+            master.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the model's own weights."""
+        super().zero_grad(set_to_none)
+        for weight, _ in self._rounded:
+            weight.grad = None
+
+
+def adamw(
+    groups: Iterable[nn.Parameter] | Iterable[dict[str, Any]], **options: Any
+) -> torch.optim.AdamW:
+    """AdamW in one fused step; with float32 masters of weights that are coarser."""
+    groups = list(groups)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    weights = [weight for group in groups for weight in group["params"]]
+    coarse = any(weight.dtype != torch.float32 for weight in weights)
+    kind = MasterAdamW if coarse else torch.optim.AdamW
+    return kind(groups, fused=True, **options)
+
+
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, prefix: str
 ) -> dict[str, Tensor]:
     """The optimiser's state as named tensors, e.g. ``"adamw.0.exp_avg"``."""
+    masters = getattr(optimizer, "masters", {})
     return {
         f"{prefix}.{i}.{key}": torch.as_tensor(value)
         for i, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
-    }
+    } | {f"{prefix}.{i}.master": master for i, master in masters.items()}
 
 
 def load_optimizer_tensors(
@@ -65,7 +125,10 @@ def load_optimizer_tensors(
     for name, value in tensors.items():
         if name.startswith(prefix + "."):
             index, key = name[len(prefix) + 1 :].split(".", 1)
-            state.setdefault(int(index), {})[key] = value
+            if key == "master":
+                optimizer.masters[int(index)].copy_(value)
+            else:
+                state.setdefault(int(index), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -37,6 +37,7 @@ from rlreason.algorithms.curriculum import (
     learning_scores,
 )
 from rlreason.algorithms.optim import (
+    adamw,
     cosine_lr,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -90,19 +91,20 @@ class GaeSettings(Settings):
     bootstrap: bool = Field(
         False,
         description="What a cut response gets at its end: V of where it was cut, in "
-        "place of the task's reward for its text. Safe with gamma < 1: undiscounted, V "
-        "of a response that never ends can hold itself up.",
+        "place of all that its last token was paid. Safe with gamma < 1: undiscounted, "
+        "V of a response that never ends can hold itself up.",
     )
 
 
 class BaselineSettings(Settings):
     """Credit without a value function: every token gets its response's advantage.
 
-    The return R of a response is the sum of its rewards, KL included.
+    The return R of a response is the sum of its rewards, KL penalty included.
 
     - reinforce: R minus the mean of the batch;
     - rloo: R minus the mean of the question's other responses (Ahmadian et al. 2024);
-    - grpo: R minus the question's mean, divided by its deviation (Shao et al. 2024).
+    - grpo: what the task paid minus the question's mean, divided by its deviation
+      (Shao et al. 2024); then the KL penalty, less its mean, is taken off undivided.
     """
 
     kind: Literal["reinforce", "rloo", "grpo"]
@@ -250,7 +252,8 @@ class Experience:
             where it is not asked.
         values: V before each token, (B, T); 0 without a value function.
         last_values: V after the last token, (B,).
-        rewards: Per token, KL penalty included, (B, T).
+        rewards: What the task paid per token, (B, T).
+        penalties: The price of the KL per token, (B, T), to be taken off.
         advantages: (B, T).
         returns: What V is to become, (B, T).
 
@@ -264,6 +267,7 @@ class Experience:
     values: Tensor
     last_values: Tensor
     rewards: Tensor
+    penalties: Tensor
     advantages: Tensor
     returns: Tensor
 
@@ -390,20 +394,21 @@ class _Learner:
             weights = [p for p in self.value_function.parameters() if p.requires_grad]
             scale = settings.gae.value_lr_scale
             groups.append({"params": weights, "lr_scale": scale})
-        self.optimizer = torch.optim.AdamW(
+        self.trained = [group["params"] for group in groups]
+        self.optimizer = adamw(
             groups,
             lr=settings.lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
-            fused=True,
         )
         self.kl_coef = settings.kl.coef
-        model = self.policy.model
-        if settings.gradient_checkpointing:
-            _checkpointing(model, "enable")({"use_reentrant": False})
-        # Only in training mode are activations computed again. The mode changes nothing
-        # else: dropout is off for good, what is scored is what is sampled
-        model.train(settings.gradient_checkpointing)
+        body = self.value_function and self.value_function.body
+        for model in filter(None, (self.policy.model, body)):
+            if settings.gradient_checkpointing:
+                _checkpointing(model, "enable")({"use_reentrant": False})
+            # Only in training mode are activations computed again. The mode changes
+            # nothing else: dropout is off for good, what is scored is what is sampled
+            model.train(settings.gradient_checkpointing)
 
     # Score
 
@@ -439,6 +444,7 @@ class _Learner:
             values=values,
             last_values=last_values,
             rewards=zeros,
+            penalties=zeros,
             advantages=zeros,
             returns=zeros,
         )
@@ -470,7 +476,7 @@ class _Learner:
     def pay(
         self, experience: Experience, paid: Sequence[tuple[float, ...]]
     ) -> Experience:
-        """Lay the task's rewards out as (B, T) and take the KL penalty off them."""
+        """Lay out as (B, T) what the task paid, and the price of the KL."""
         rewards = torch.zeros(experience.logprobs.shape)  # (B, T)
         for row, numbers in enumerate(paid):
             rewards[row, : len(numbers)] = torch.tensor(numbers)
@@ -480,11 +486,11 @@ class _Learner:
                 if self.settings.gae is not None and self.settings.gae.bootstrap:
                     rewards[row, len(numbers) - 1] = 0.0
                 rewards[row, len(numbers) - 1] -= self.settings.truncation_penalty
-        penalty = kl_estimate(
+        kl = kl_estimate(
             experience.logprobs, experience.ref_logprobs, self.settings.kl.estimator
         )
-        rewards = rewards.to(penalty.device) - self.kl_coef * penalty
-        return replace(experience, rewards=rewards * experience.response_mask)
+        penalties = self.kl_coef * kl * experience.response_mask
+        return replace(experience, rewards=rewards.to(kl.device), penalties=penalties)
 
     def adapt_kl(self, kl: float) -> None:
         """Move beta towards the KL that is wanted (Ziegler et al. 2019, eq. 2.2)."""
@@ -497,6 +503,7 @@ class _Learner:
     def credit(self, experience: Experience) -> Experience:
         """Turn rewards into advantages, and into returns where there is a V."""
         rewards, mask = experience.rewards, experience.response_mask
+        penalties = experience.penalties
         if (chosen := self.settings.gae) is not None:
             if chosen.bootstrap:
                 cut = [not rollout.finished for rollout in experience.rollouts]
@@ -508,12 +515,20 @@ class _Learner:
                     gamma=chosen.gamma,
                 )
             advantages, returns = gae(
-                rewards, experience.values, mask, chosen.gamma, chosen.lam
+                rewards - penalties,
+                experience.values,
+                mask,
+                chosen.gamma,
+                chosen.lam,
             )
         else:
-            totals = rewards.sum(1)  # (B,)
             groups = _group_ids(experience.rollouts).to(rewards.device)
-            baselined = response_advantages(totals, groups, self.settings.credit.kind)
+            baselined = response_advantages(
+                rewards.sum(1),
+                groups,
+                self.settings.credit.kind,
+                penalties=penalties.sum(1),
+            )
             advantages, returns = baselined[:, None] * mask, experience.returns
         return replace(experience, advantages=advantages, returns=returns)
 
@@ -576,8 +591,7 @@ class _Learner:
         """Clip policy and value function each for itself; the policy's norm before."""
         most = self.settings.max_grad_norm
         norms = [
-            float(nn.utils.clip_grad_norm_(group["params"], most))
-            for group in self.optimizer.param_groups
+            float(nn.utils.clip_grad_norm_(weights, most)) for weights in self.trained
         ]
         return norms[0] if math.isfinite(sum(norms)) else math.nan
 
@@ -729,27 +743,39 @@ def gae(
     return advantages, returns
 
 
-def response_advantages(totals: Tensor, groups: Tensor, kind: str) -> Tensor:
+def response_advantages(
+    rewards: Tensor, groups: Tensor, kind: str, *, penalties: Tensor | None = None
+) -> Tensor:
     """Advantage of whole responses against a baseline, (B,); see BaselineSettings.
 
     Args:
-        totals: Return of each response, (B,).
+        rewards: What the task paid for each response, (B,).
         groups: A number for each response that says which question it answers, (B,),
             in any order. A group of one, or of equal returns, gets 0 under rloo/grpo.
         kind: "reinforce", "rloo" or "grpo".
+        penalties: What each response's KL costs, (B,); None: nothing. GRPO divides the
+            rewards alone by their deviation: where all rewards are equal, the tiny
+            differences of the penalties would be blown up to advantages of size 1.
     """
+    if penalties is None:
+        penalties = torch.zeros_like(rewards)
+    totals = rewards - penalties  # (B,)
     if kind == "reinforce":
         return totals - totals.mean()
     _, group = groups.unique(return_inverse=True)  # (B,)
     size = torch.bincount(group).to(totals)  # (G,)
-    sums = torch.zeros_like(size).index_add_(0, group, totals)
-    centred = totals - (sums / size)[group]
+
+    def means(values: Tensor) -> Tensor:
+        """The mean over its question, for each response: (B,)."""
+        return (torch.zeros_like(size).index_add_(0, group, values) / size)[group]
+
+    others = (size / (size - 1).clamp(min=1))[group]  # n / (n - 1)
     if kind == "rloo":
         # R - mean of the others = (R - mean of all) * n / (n - 1)
-        return centred * (size / (size - 1).clamp(min=1))[group]
-    squares = torch.zeros_like(size).index_add_(0, group, centred.square())
-    deviation = (squares / (size - 1).clamp(min=1)).sqrt()
-    return centred / (deviation[group] + 1e-6)
+        return (totals - means(totals)) * others
+    centred = rewards - means(rewards)
+    deviation = (means(centred.square()) * others).sqrt()
+    return centred / (deviation + 1e-6) - (penalties - means(penalties))
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
@@ -875,7 +901,8 @@ def _phase_metrics(experience, paid, kl_coef, settings) -> dict[str, float]:
     total = sum(sum(numbers) for numbers in paid) / len(paid)
     metrics = {
         "reward": total,
-        "penalised_reward": float(experience.rewards.sum()) / len(experience.rollouts),
+        "penalised_reward": float((experience.rewards - experience.penalties).sum())
+        / len(rollouts),
         "response_length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
         "response_tokens": tokens,
         "truncated": sum(not r.finished for r in rollouts) / len(rollouts),

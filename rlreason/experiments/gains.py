@@ -7,6 +7,8 @@ stand; that the gain is no luck of a seed is shown here, once, and recorded.
 ===================  =================================================================
 expert-iteration     maj@1 on test, minus that of the SFT policy it starts from
 ppo and baselines    likewise
+ppo-...              one thing changed: the reward, or what is asked and kept; maj@1
+                     minus that of ppo, whose settings it has otherwise
 rcrl                 maj@1 with [GOOD] forced before every step, minus that with [BAD]
 orm                  rerank@K minus maj@K, both of one set of samples of SFT; minus
                      rerank@K by the likelihood alone, which needs no training; and
@@ -26,7 +28,6 @@ from typing import Any
 
 import numpy as np
 
-from rlreason.algorithms.ppo import BaselineSettings
 from rlreason.algorithms.rcrl import BAD, GOOD
 from rlreason.evaluation.evaluate import Report, Scorer
 from rlreason.evaluation.intervals import (
@@ -43,9 +44,24 @@ from rlreason.experiments.train import (
     train_seeds,
     train_sft,
 )
+from rlreason.settings import load_settings
 
-BASELINES = ("reinforce", "rloo", "grpo")
-ALGORITHMS = ("expert-iteration", "ppo", *BASELINES, "rcrl", "orm")
+BASELINES = {
+    kind: {"ppo": {"credit": {"kind": kind}}} for kind in ("reinforce", "rloo", "grpo")
+}
+REWARDS = {
+    f"ppo-{kind}": {"reward": {"kind": kind}}
+    for kind in ("dense", "shaped", "sparse-orm", "dense-orm")
+}
+CURRICULA = {
+    "ppo-backtracking": {"ppo": {"curriculum": {"kind": "backtracking"}}},
+    "ppo-replay": {"ppo": {"curriculum": {"kind": "replay"}}},
+}
+BEST = "ppo-best-half"
+VARIANTS = BASELINES | REWARDS | CURRICULA | {BEST: {}}
+"""What each variant of PPO changes in a recipe; ``BEST`` depends on the recipe's n."""
+
+ALGORITHMS = ("expert-iteration", "ppo", *VARIANTS, "rcrl", "orm")
 CHANCE = 0.5  # the AUC of a guess
 
 
@@ -90,7 +106,9 @@ def measure_gains(
     check_algorithms(algorithms)
     rows = []
     for name in algorithms:
-        measure = {"orm": _of_orm, "rcrl": _of_rcrl}.get(name, _of_policy)
+        of_ppo = name in VARIANTS and name not in BASELINES
+        usual = _of_variant if of_ppo else _of_policy
+        measure = {"orm": _of_orm, "rcrl": _of_rcrl}.get(name, usual)
         for row in measure(recipe, name):
             report(format_gain(row))
             rows.append(row)
@@ -156,8 +174,8 @@ def gains_table(profile: str, algorithms: Sequence[str], run: RunFolder) -> str:
             "Until then one seed is an anecdote."
         )
     lines = [
-        "| | measured | seeds | before | after | gain, 95% interval | |",
-        "|---|---|--:|--:|--:|---|---|",
+        "| | measured | seeds | problems | before | after | gain, 95% interval | |",
+        "|---|---|--:|--:|--:|--:|---|---|",
         *map(_table_line, rows),
     ]
     recorded = {r["settings"] for r in rows if r["algorithm"] == algorithms[0]}
@@ -179,8 +197,10 @@ def _table_line(row: dict[str, str]) -> str:
     else:
         before, after = f"{CHANCE:.2f}", f"{float(row['after']):.2f}"
         change = f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]"
-    cells = (row["algorithm"], row["metric"], row["seeds"], before, after, change, word)
-    return f"| {' | '.join(cells)} |"
+    told = [row[name] for name in ("algorithm", "metric", "seeds", "problems")]
+    if row["problems"] == "0":  # the questions held out differ from seed to seed
+        told[-1] = ""
+    return f"| {' | '.join([*told, before, after, change, word])} |"
 
 
 def gains_path(profile: str) -> Path:
@@ -188,18 +208,39 @@ def gains_path(profile: str) -> Path:
     return project_root() / "book" / "results" / Path(profile).stem / "gains.csv"
 
 
+def variant_of(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with what a variant of PPO changes."""
+    values = recipe.model_dump(mode="json")
+    for part, changes in VARIANTS[name].items():
+        values[part] = (values[part] if part == "ppo" else {}) | changes
+    if name == BEST:  # half of the responses, in as many updates
+        n, batch = recipe.ppo.n, recipe.ppo.batch_size
+        values["ppo"] |= {"keep": max(1, n // 2), "batch_size": max(1, batch // 2)}
+    return load_settings(Recipe, values)
+
+
 def _of_policy(recipe: Recipe, name: str) -> list[Gain]:
     """maj@1 against the SFT policy of the same seed."""
-    algorithm = name
     if name in BASELINES:
-        credit = BaselineSettings(kind=name)
-        ppo = recipe.ppo.model_copy(update={"credit": credit})
-        recipe, algorithm = recipe.model_copy(update={"ppo": ppo}), "ppo"
+        recipe = variant_of(recipe, name)
+    algorithm = "ppo" if name in BASELINES else name
     seeds = range(recipe.seeds)
     trained = train_seeds(recipe, algorithm, seeds)
     before = [_greedy(recipe, train_sft(recipe, seed).policy) for seed in seeds]
     after = [_greedy(recipe, run.policy) for run in trained]
     return [_row(name, "maj@1", before, after, trained)]
+
+
+def _of_variant(recipe: Recipe, name: str) -> list[Gain]:
+    """maj@1 against PPO of the same seed."""
+    plain, changed = (
+        train_seeds(each, "ppo", range(recipe.seeds))
+        for each in (recipe, variant_of(recipe, name))
+    )
+    before, after = (
+        [_greedy(recipe, run.policy) for run in runs] for runs in (plain, changed)
+    )
+    return [_row(name, "maj@1 against ppo", before, after, changed)]
 
 
 def _of_rcrl(recipe: Recipe, name: str) -> list[Gain]:

@@ -68,6 +68,11 @@ class RewardSettings(Settings):
             raise ValueError(
                 f"size means nothing to a {self.kind} reward: leave it out"
             )
+        if self.kind == "dense" and self.size is not None and self.size >= 1:
+            raise ValueError(
+                f"size={self.size}: the steps together must earn less than the final "
+                "answer's 1"
+            )
         return self
 
     @property
@@ -117,6 +122,12 @@ class Recipe(Settings):
     )
     ppo: PpoSettings = Field(default_factory=PpoSettings)
     reward: RewardSettings = Field(default_factory=RewardSettings)
+    ppo_temperature_from_base: float | None = Field(
+        None,
+        gt=0,
+        description="PPO's temperature where it starts from the prompted base; None: "
+        "ppo.temperature.",
+    )
     validate_every: int = Field(
         10, ge=1, description="Phases of PPO from one look at validation to the next."
     )
@@ -126,6 +137,28 @@ class Recipe(Settings):
     )
     rcrl: RcrlSettings = Field(default_factory=RcrlSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+    @model_validator(mode="after")
+    def _what_holds_for_all_is_said_once(self) -> Recipe:
+        """Every run takes its seed from outside, and the recipe's length limit."""
+        for name in ("sft", "expert_iteration", "ppo", "orm", "rcrl"):
+            part = getattr(self, name)
+            for field, own in (
+                ("seed", 0),
+                ("max_new_tokens", self.max_new_tokens),
+            ):
+                default = type(part).model_fields.get(field)
+                if default is None or getattr(part, field) in (own, default.default):
+                    continue
+                raise ValueError(
+                    f"{name}.{field} would be overwritten: "
+                    + (
+                        "give the seed to the command"
+                        if field == "seed"
+                        else f"set the recipe's {field}, which holds for all"
+                    )
+                )
+        return self
 
     def base(self) -> Policy:
         """The pretrained policy."""

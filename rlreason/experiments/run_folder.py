@@ -144,20 +144,26 @@ class RunFolder:
             self._lock.acquire()
         if self.done:  # finished between the look and the lock
             self._lock.release()
-        else:
+            return self
+        try:
             self._begin()
+        except BaseException:  # `__exit__` is not called then
+            self._lock.release()
+            raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         """Write the outcome, done or failed, and let the folder go."""
         if self._metrics is None:
             return
-        self._close_logs()
-        if error is None:
-            self._write_status("done")
-        else:
-            self._write_status("failed", error=f"{kind.__name__}: {error}")
-        self._lock.release()
+        try:
+            self._close_logs()
+            if error is None:
+                self._write_status("done")
+            else:
+                self._write_status("failed", error=f"{kind.__name__}: {error}")
+        finally:
+            self._lock.release()
 
     def log(self, **metrics: Any) -> None:
         """Append one row to ``metrics.jsonl``; NaN and infinity are written as null.
@@ -186,8 +192,12 @@ class RunFolder:
             self._stages[stage] = spent
 
     def due(self) -> bool:
-        """True when ``save_every`` seconds have passed since the last checkpoint."""
-        return time.monotonic() - self._saved_at >= self._save_every
+        """True when ``save_every`` seconds have passed since the last checkpoint.
+
+        More where writing one takes long: it shall cost 5% of the time at most.
+        """
+        wait = max(self._save_every, 20 * self._save_took)
+        return time.monotonic() - self._saved_at >= wait
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint, wholly or not at all, and drop the oldest.
@@ -197,6 +207,7 @@ class RunFolder:
             state: JSON values; tuples become lists.
         """
         self._require_open()
+        began = time.monotonic()
         bookmark = {
             "metrics_bytes": _force(self._metrics),
             "timing_bytes": _force(self._timing),
@@ -219,6 +230,8 @@ class RunFolder:
         for old in self._complete()[: -self._keep]:
             shutil.rmtree(old, ignore_errors=True)
         self._saved_at = time.monotonic()
+        # 0: whoever asks for every checkpoint gets it
+        self._save_took = self._saved_at - began if self._save_every else 0.0
 
     @property
     def _checkpoints(self) -> Path:
@@ -262,6 +275,7 @@ class RunFolder:
         )
         self._seconds_before = bookmark.get("seconds", 0.0)
         self._started_at = self._saved_at = time.monotonic()
+        self._save_took = 0.0
         _write_atomically(self.path / "settings.json", self._settings_bytes())
         sessions = _read_json(self.path / "environment.json") or []
         _write_json(self.path / "environment.json", [*sessions, environment()])

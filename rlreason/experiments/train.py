@@ -4,7 +4,7 @@
 trained policy with its run, ``train_reward_model`` a reward model with its. A run that
 is done is loaded, one that was killed goes on, so notebooks simply ask for what they
 need, and a run that starts from another one sees to it that it exists. ``train_seeds``
-trains several seeds, a single-threaded process a core.
+trains several seeds, a single-threaded process a core, or one a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import torch
@@ -140,6 +141,24 @@ class Trained:
         return [row for row in self.run.metrics if row.get("phase") == "phase"]
 
     @property
+    def throughput(self) -> list[dict[str, float]]:
+        """Response tokens a second in each stage of each phase of PPO.
+
+        ``sampling`` draws them, ``scoring`` reads each twice (policy, reference),
+        ``learning`` once an epoch: all are of the same tokens.
+        """
+        pairs = zip(self.run.metrics, self.run.timing, strict=True)
+        return [
+            {
+                stage: row["response_tokens"] / seconds
+                for stage, seconds in timing.items()
+                if stage in ("sampling", "scoring", "learning") and seconds
+            }
+            for row, timing in pairs
+            if row.get("phase") == "phase"
+        ]
+
+    @property
     def updates(self) -> list[dict[str, Any]]:
         """The metrics of each optimiser step."""
         return [row for row in self.run.metrics if "loss" in row]
@@ -222,6 +241,8 @@ def ppo_run(recipe: Recipe, seed: int, *, from_sft: bool = True) -> PpoRun:
     ``from_sft=False`` starts from the base, with the recipe's shots in every prompt.
     """
     update = {"seed": seed, "max_new_tokens": recipe.max_new_tokens}
+    if not from_sft and recipe.ppo_temperature_from_base is not None:
+        update["temperature"] = recipe.ppo_temperature_from_base
     return PpoRun(
         start=sft_run(recipe, seed) if from_sft else None,
         policy=recipe.policy,
@@ -267,14 +288,16 @@ def train_expert_iteration(
     is trained on samples of SFT, since its judgement is needed before there is more.
     """
     settings = expert_iteration_run(recipe, seed, from_sft=from_sft)
-    base = recipe.base()
-    with RunFolder("expert-iteration", settings) as run:
+    base = start = recipe.base()
+    run, orm = RunFolder("expert-iteration", settings), None
+    if not run.done:  # before its clock runs
+        if from_sft:
+            start = train_sft(recipe, seed).policy
+        if settings.orm is not None:
+            judge = recipe.model_copy(update={"orm_samples": "sft"})
+            orm = partial(score, train_reward_model(judge, seed).orm)
+    with run:
         if not _trained(run):
-            start = train_sft(recipe, seed).policy if from_sft else base
-            orm = None
-            if settings.orm is not None:
-                judge = recipe.model_copy(update={"orm_samples": "sft"})
-                orm = partial(score, train_reward_model(judge, seed).orm)
             policy = expert_iteration(
                 start,
                 base,
@@ -293,15 +316,13 @@ def train_expert_iteration(
 def train_reward_model(recipe: Recipe, seed: int = 0) -> TrainedRewardModel:
     """Train the recipe's outcome reward model, or load that run."""
     base = recipe.base()
-    with RunFolder("orm", orm_run(recipe, seed)) as run:
+    run = RunFolder("orm", orm_run(recipe, seed))
+    judged = None if run.done else _judged_policy(recipe, seed)
+    with run:
         if not _trained(run):
             settings = run.settings.algorithm
             orm = train_orm(
-                _judged_policy(recipe, seed),
-                recipe.questions(),
-                settings,
-                run,
-                judge=judge_scores,
+                judged, recipe.questions(), settings, run, judge=judge_scores
             )
             run.save(orm.tensors(), {"finished": True})
     orm = OutcomeRewardModel(base, likelihood=recipe.orm.likelihood)
@@ -326,8 +347,13 @@ def _judged_policy(recipe: Recipe, seed: int) -> Policy:
 def train_ppo(recipe: Recipe, seed: int = 0, *, from_sft: bool = True) -> Trained:
     """Run the recipe's PPO from SFT or from the prompted base, or load that run."""
     settings = ppo_run(recipe, seed, from_sft=from_sft)
-    base = recipe.base()
-    with RunFolder("ppo", settings) as run:
+    base = start = recipe.base()
+    run, reward = RunFolder("ppo", settings), None
+    if not run.done:
+        if from_sft:
+            start = train_sft(recipe, seed).policy
+        reward = _reward_function(recipe, seed, base)
+    with run:
         if not _trained(run):
 
             def look(phase: int, policy: Policy) -> dict[str, Any]:
@@ -335,12 +361,11 @@ def train_ppo(recipe: Recipe, seed: int = 0, *, from_sft: bool = True) -> Traine
                 last = phase == settings.algorithm.phases
                 return _validate(recipe, policy, not from_sft) if due or last else {}
 
-            start = train_sft(recipe, seed).policy if from_sft else base
             policy = ppo(
                 start,
                 recipe.questions(),
                 settings.algorithm,
-                reward=_reward_function(recipe, seed, base),
+                reward=reward,
                 shots=() if from_sft else recipe.shot_problems(),
                 recorder=run,
                 on_phase=look,
@@ -355,13 +380,15 @@ def train_rcrl(
     """Run the recipe's return-conditioned RL on its expert's samples, or load it."""
     settings = rcrl_run(recipe, seed, labels_from_orm=labels_from_orm)
     base = recipe.base()
-    with RunFolder("rcrl", settings) as run:
+    run, expert, orm = RunFolder("rcrl", settings), None, None
+    if not run.done:
+        expert = train_expert_iteration(recipe, seed).policy
+        if labels_from_orm:
+            orm = partial(score_tokens, train_reward_model(recipe, seed).orm)
+    with run:
         if not _trained(run):
-            orm = None
-            if labels_from_orm:
-                orm = partial(score_tokens, train_reward_model(recipe, seed).orm)
             policy = rcrl(
-                train_expert_iteration(recipe, seed).policy,
+                expert,
                 base,
                 recipe.questions(),
                 settings.algorithm,
@@ -446,8 +473,25 @@ def load_trained(name: str | Path) -> Policy:
     return policy
 
 
+def load_reward_model(name: str | Path) -> OutcomeRewardModel:
+    """A reward model by its run folder.
+
+    Raises:
+        ValueError: It is no such run, or the run has not come to its end.
+    """
+    settings, checkpoint = read_settings(Path(name)), read_checkpoint(Path(name))
+    if settings is None or "held_out" not in settings.get("algorithm", {}):
+        raise ValueError(f"{name} is no run folder of `rlreason train orm`")
+    if checkpoint is None or "finished" not in checkpoint.state:
+        raise ValueError(f"{name} is not finished; run its `rlreason train` to the end")
+    likelihood = settings["algorithm"]["likelihood"]
+    orm = OutcomeRewardModel(load_policy(settings["policy"]), likelihood=likelihood)
+    orm.load_tensors(checkpoint.tensors)
+    return orm
+
+
 def train_seeds(recipe: Recipe, algorithm: str, seeds: Sequence[int]) -> list[Trained]:
-    """Train several seeds at once, one single-threaded process a core.
+    """Train several seeds at once, one single-threaded process a core, or a GPU.
 
     Those that are done are loaded.
 
@@ -459,13 +503,28 @@ def train_seeds(recipe: Recipe, algorithm: str, seeds: Sequence[int]) -> list[Tr
         RuntimeError: A process failed; holds the end of what it printed.
     """
     missing = [s for s in seeds if not _run_folder(recipe, algorithm, s).done]
+    gpus = torch.cuda.device_count()
+    if gpus and missing:
+        torch.cuda.empty_cache()  # what this process does not use, the others may
+    places = [str(i) for i in range(gpus)] or [None] * cores()
+    free: Queue[str | None] = Queue()
+    for place in places:
+        free.put(place)
+
+    def train_somewhere(seed: int) -> None:
+        place = free.get()
+        try:
+            _train_elsewhere(path, algorithm, seed, gpu=place)
+        finally:
+            free.put(place)
+
     with (
         tempfile.TemporaryDirectory() as folder,
-        ThreadPoolExecutor(max_workers=cores()) as pool,
+        ThreadPoolExecutor(max_workers=len(places)) as pool,
     ):
         path = Path(folder) / "recipe.json"
         path.write_text(recipe.model_dump_json())
-        list(pool.map(lambda seed: _train_elsewhere(path, algorithm, seed), missing))
+        list(pool.map(train_somewhere, missing))
     return [TRAIN[algorithm](recipe, seed) for seed in seeds]
 
 
@@ -481,9 +540,15 @@ def _run_folder(recipe: Recipe, algorithm: str, seed: int) -> RunFolder:
     return RunFolder(algorithm, settings[algorithm](recipe, seed))
 
 
-def _train_elsewhere(recipe_file: Path, algorithm: str, seed: int) -> None:
+def _train_elsewhere(
+    recipe_file: Path, algorithm: str, seed: int, *, gpu: str | None
+) -> None:
     command = [sys.executable, "-m", __name__, algorithm, str(recipe_file), str(seed)]
     single = os.environ | {"OMP_NUM_THREADS": "1", "RLREASON_QUIET": "1"}
+    if gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        named = visible.split(",")[int(gpu)] if visible else gpu
+        single["CUDA_VISIBLE_DEVICES"] = named
     done = subprocess.run(command, env=single, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"seed {seed} of {algorithm} failed:\n{done.stderr[-2000:]}")

@@ -407,9 +407,11 @@ class _Engine:
         while self.queue:
             request = self.queue[0]
             free -= self.costs.of_request(width, len(request.keys))
-            if requests and free < 0:
+            if (requests or self.cohorts) and free < 0:
                 break
             requests.append(self.queue.popleft())
+        if not requests:  # the others must end first
+            return
         cohort = _Cohort(requests, limit=self.limit, device=self.device)
         self.prefill(cohort)
         self.cohorts.append(cohort)
@@ -597,7 +599,11 @@ class _Costs:
 def _default_budget(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free // 2
+        # What PyTorch has set aside and does not use is taken only on paper
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )
+        return (free + cached) // 2
     return 2**30
 
 
