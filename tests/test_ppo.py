@@ -1001,3 +1001,30 @@ def test_a_run_away_from_the_reference_is_stopped():
         DivergedError, match=r"phase [23]: .*max_kl=0.001.*Raise kl.coef"
     ):
         run(Memory(), settings=settings)
+
+
+def test_p33_what_is_handed_back_is_what_was_trained_in_half_precision_too():
+    start = toy_policy()
+    start.model.bfloat16()
+    lora = {"rank": 4, "alpha": 4.0, "targets": "all-linear"}
+    learner = algorithm._Learner(start, quick(lora=algorithm.LoraSettings(**lora)))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in learner.policy.model.named_parameters():
+        if "lora_B" in name:  # about what the paper's rate leaves after some updates
+            weight.data.normal_(std=2e-4, generator=generator)
+    adapters = {
+        name.replace(".base_layer", "").removeprefix("base_model.model."): module
+        for name, module in learner.policy.model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    learned = {n: m.get_delta_weight("default").detach() for n, m in adapters.items()}
+    finished = learner.finished().model
+    before = start.model.state_dict()
+    assert finished.dtype == torch.float32
+    for name, delta in learned.items():
+        old = before[f"{name}.weight"].float()
+        merged = finished.state_dict()[f"{name}.weight"] - old
+        assert torch.allclose(merged, delta.float(), atol=1e-6)
+        # Wrong: merged in bfloat16
+        rounded = (old + delta).bfloat16().float() - old
+        assert float((rounded - delta).norm() / delta.norm()) > 0.5

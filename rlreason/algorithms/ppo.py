@@ -20,6 +20,7 @@ be validated through ``on_phase``, the last one is returned), and several proces
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -224,6 +225,12 @@ class PpoSettings(Settings):
             raise ValueError(
                 f"{self.credit.kind} compares responses: set n to 2 or more"
             )
+        if self.kl.target is not None and self.rollouts >= 5 * self.kl.horizon:
+            raise ValueError(
+                f"kl.horizon={self.kl.horizon}: one phase of {self.rollouts} rollouts "
+                "could turn the adaptive coefficient negative; set it above "
+                f"{self.rollouts // 5}"
+            )
         return self
 
     @property
@@ -315,7 +322,8 @@ def ppo(
       ``kl_token``: k3 a token; ``kl_coef``: beta in this phase.
     - ``penalised_reward``: reward - KL penalty.
     - ``ratio_error``: largest abs(ratio - 1) between the sampler's probabilities and
-      those of the scoring pass. Below 1e-4 in float32, or the two disagree.
+      those of the scoring pass. Below 1e-4 in float32, or the two disagree; far above
+      it there is a warning.
     - ``explained_variance``: 1 - Var(returns - values) / Var(returns); ``value``.
     - ``entropy``, ``policy_loss``, ``value_loss``, ``grad_norm``, ``clip_fraction``,
       ``stop_kl``: means over the phase's updates; the last is k3 a token from the
@@ -354,6 +362,7 @@ def ppo(
         right = sparse_rewards(rollouts, problems)
         metrics["accuracy"] = sum(right) / len(right)
         _check(metrics, phase, settings, saved, recorder)
+        _warn_of_mismatch(metrics["ratio_error"], learner.policy, phase)
         surprise = learning_scores(experience.advantages, experience.response_mask)
         questions.update([r.problem_id for r in rollouts], surprise.tolist())
         with recorder.clock("learning"):
@@ -606,10 +615,16 @@ class _Learner:
         )
 
     def finished(self) -> Policy:
-        """The policy alone, adapters merged into its weights."""
+        """The policy alone, adapters merged into its weights.
+
+        Where these are half precision they become float32 first: an update of a few
+        thousandths of a weight would be lost in rounding.
+        """
         if self.settings.gradient_checkpointing:
             _checkpointing(self.policy.model, "disable")()
         self.policy.model.eval()
+        if self.settings.lora is not None:
+            self.policy.model.float()
         return merge_adapters(self.policy)
 
 
@@ -954,6 +969,18 @@ def _check(metrics, phase: int, settings: PpoSettings, saved: int, recorder) -> 
             f"phase {phase + 1}: the policy is {metrics['kl_token']:.2f} nats a token "
             f"from the reference, more than max_kl={settings.max_kl:g}; {last}. Raise "
             f"kl.coef (now {settings.kl.coef:g}), or lower lr (now {settings.lr:g})"
+        )
+
+
+def _warn_of_mismatch(ratio_error: float, policy: Policy, phase: int) -> None:
+    """Warn where the sampler and the scoring pass are clearly not one distribution."""
+    limit = 1e-3 if policy.model.dtype == torch.float32 else 0.2
+    if ratio_error > limit:
+        warnings.warn(
+            f"phase {phase + 1}: sampler and scoring pass disagree by "
+            f"{ratio_error:.1e} on the probability of a token, more than {limit:g}: "
+            "what is trained is not what sampled",
+            stacklevel=3,
         )
 
 

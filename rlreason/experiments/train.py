@@ -469,8 +469,7 @@ def load_trained(name: str | Path) -> Policy:
     weights = {f"model.{key}" for key in policy.model.state_dict()}
     if weights - checkpoint.tensors.keys():
         raise ValueError(f"{name} holds a reward model, not a policy: it cannot answer")
-    load_model_tensors(policy.model, checkpoint.tensors)
-    return policy
+    return _with_weights(policy, checkpoint.tensors)
 
 
 def load_reward_model(name: str | Path) -> OutcomeRewardModel:
@@ -596,8 +595,14 @@ def _trained(run: RunFolder) -> bool:
 
 
 def _load_policy(run: RunFolder, base: Policy) -> Policy:
-    policy = base.clone()
-    load_model_tensors(policy.model, run.restore().tensors)
+    return _with_weights(base.clone(), run.restore().tensors)
+
+
+def _with_weights(policy: Policy, tensors: dict[str, torch.Tensor]) -> Policy:
+    """Load trained weights, in float32 where they were saved so."""
+    if any(tensor.dtype == torch.float32 for tensor in tensors.values()):
+        policy.model.float()
+    load_model_tensors(policy.model, tensors)
     return policy
 
 
