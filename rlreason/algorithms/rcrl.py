@@ -3,7 +3,7 @@
 Havrilla et al. (2024), section 3; the idea of the decision transformer: maximise
 log pi(a_t | s_t, g_t), where g_t says what comes of it, and then ask for the good.
 
-1. *Sample* solutions of every question from the best policy of expert iteration, and
+1. *Sample* solutions of every question from the last policy of expert iteration, and
    drop repeats. A truncated solution is dropped too: it has no end to learn.
 2. *Balance*: so many right solutions for a wrong one.
 3. *Label* every step S_i, a line, by what becomes of the prefix P_i = (S_1 .. S_i) that
@@ -18,8 +18,10 @@ log pi(a_t | s_t, g_t), where g_t says what comes of it, and then ask for the go
    and so on. With ``[BAD]`` in its place the same policy must be right less often; that
    gap is the evidence that the labels mean something to it.
 
-Left out against the paper: the check that verifying rollouts use the results of the
-prefix, and labels balanced by the length of the prefix (its appendix on step labels).
+Left out against the paper: the choice of the best policy of expert iteration, from
+which it samples (from memory; here it is the last round's); and, of its appendix on
+step labels, the check that verifying rollouts use the results of the prefix, good
+labels handed on to the steps before, and labels balanced by the length of the prefix.
 """
 
 from __future__ import annotations
