@@ -4,7 +4,7 @@ The exploration curricula of the paper's appendix (Havrilla et al., 2024), for
 algorithms that sample in phases:
 
 - *Uniform*, the default: every question once before any twice.
-- *Backtracking*: some rows start from a state (Q, P_i), with P_i a prefix of the
+- *Backtracking*: some rows start from a state (x, P_i), with P_i a prefix of the
   reference solution that ends with a step. Early in training little is left to do;
   the prefix shrinks to nothing as training goes on.
 - *Prioritized level replay* (Jiang, Grefenstette and Rocktaeschel, 2021): questions are

@@ -48,13 +48,16 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
 class MasterAdamW(torch.optim.AdamW):
     """AdamW that keeps float32 weights beside those of a model in half precision.
 
     A bfloat16 has 8 significant bits: an update below 1/256 of a weight is rounded
     away, and with the learning rates of fine-tuning nearly all are. So the update is
     made to a float32 weight, with float32 moments, and the model gets it rounded.
-    Weights that are float32 are updated where they are.
+    Other weights are updated where they are.
 
     Attributes:
         masters: The float32 weights, by the index of their parameter.
@@ -67,7 +70,7 @@ class MasterAdamW(torch.optim.AdamW):
         index = 0
         for group in groups:
             for i, weight in enumerate(group["params"]):
-                if weight.dtype != torch.float32:
+                if weight.dtype in HALF:
                     master = weight.detach().float()
                     self.masters[index] = group["params"][i] = master
                     self._rounded.append((weight, master))
@@ -94,14 +97,14 @@ class MasterAdamW(torch.optim.AdamW):
 def adamw(
     groups: Iterable[nn.Parameter] | Iterable[dict[str, Any]], **options: Any
 ) -> torch.optim.AdamW:
-    """AdamW in one fused step; with float32 masters of weights that are coarser."""
+    """AdamW in one fused step; with float32 masters of weights in half precision."""
     groups = list(groups)
     if groups and not isinstance(groups[0], dict):
         groups = [{"params": groups}]
     groups = [{**group, "params": list(group["params"])} for group in groups]
     weights = [weight for group in groups for weight in group["params"]]
-    coarse = any(weight.dtype != torch.float32 for weight in weights)
-    kind = MasterAdamW if coarse else torch.optim.AdamW
+    half = any(weight.dtype in HALF for weight in weights)
+    kind = MasterAdamW if half else torch.optim.AdamW
     return kind(groups, fused=True, **options)
 
 

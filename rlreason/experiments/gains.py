@@ -215,7 +215,9 @@ def variant_of(recipe: Recipe, name: str) -> Recipe:
         values[part] = (values[part] if part == "ppo" else {}) | changes
     if name == BEST:  # half of the responses, in as many updates
         n, batch = recipe.ppo.n, recipe.ppo.batch_size
-        values["ppo"] |= {"keep": max(1, n // 2), "batch_size": max(1, batch // 2)}
+        if n % 2 or batch % 2:
+            raise ValueError(f"{BEST} halves ppo.n={n} and ppo.batch_size={batch}")
+        values["ppo"] |= {"keep": n // 2, "batch_size": batch // 2}
     return load_settings(Recipe, values)
 
 

@@ -148,6 +148,7 @@ class RunFolder:
         try:
             self._begin()
         except BaseException:  # `__exit__` is not called then
+            self._close_logs()
             self._lock.release()
             raise
         return self
@@ -282,10 +283,11 @@ class RunFolder:
         self._write_status("running")
 
     def _close_logs(self) -> None:
-        for file in (self._metrics, self._timing):
+        files = [file for file in (self._metrics, self._timing) if file is not None]
+        self._metrics = self._timing = None
+        for file in files:
             _force(file)
             file.close()
-        self._metrics = self._timing = None
 
     def _seconds(self) -> float:
         """Seconds of work that this run's present state took, over all sessions."""
