@@ -62,9 +62,13 @@ def examples_of(
     ]
 
 
-@lru_cache(maxsize=1)
 def toy_policy() -> Policy:
-    """Gives 2 and 3 with about equal chances, whatever is asked. Not to be changed."""
+    """Gives 2 and 3 with about equal chances, whatever is asked. A copy each time."""
+    return _toy_policy().clone()
+
+
+@lru_cache(maxsize=1)
+def _toy_policy() -> Policy:
     policy = tiny_policy()
     examples = [
         example
