@@ -703,6 +703,7 @@ def test_p52_it_learns_to_tell_right_from_wrong_on_questions_it_never_saw():
 
 
 def test_p52_flipped_labels_would_rank_the_wrong_ones_first(monkeypatch):
+    right, _ = learned()  # before the labels are flipped
     whole = module.sparse_rewards
     monkeypatch.setattr(
         module, "sparse_rewards", lambda *given: [1 - r for r in whole(*given)]
@@ -711,7 +712,7 @@ def test_p52_flipped_labels_would_rank_the_wrong_ones_first(monkeypatch):
     rollouts = sample(toy_policy(), NEW, k=8, max_new_tokens=24, seed=5)
     labels = [paid == 1.0 for paid in sparse_rewards(rollouts, NEW)]
     assert auc(score(orm, rollouts), labels) < 0.2
-    assert auc(score(learned()[0], rollouts), labels) > 0.9
+    assert auc(score(right, rollouts), labels) > 0.9
 
 
 # The likelihood in the logit

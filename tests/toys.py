@@ -120,7 +120,9 @@ class Memory:
             return None
         tensors, state, rows = self.saved
         del self.rows[rows:]
-        return Checkpoint(tensors, json.loads(state))
+        # As from the disk: an optimiser goes on in the very tensors that it is given
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        return Checkpoint(own, json.loads(state))
 
 
 def weights(policy: Policy) -> dict[str, Tensor]:
