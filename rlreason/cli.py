@@ -291,22 +291,16 @@ def train_orm_command(profile: str, seed: int, changes) -> None:
 @profile_option
 @seed_option
 @set_option
-@click.option(
-    "--labels-from-orm",
-    is_flag=True,
-    help="Let the reward model label the steps, instead of rollouts.",
-)
-def train_rcrl_command(profile: str, seed: int, changes, labels_from_orm: bool) -> None:
+def train_rcrl_command(profile: str, seed: int, changes) -> None:
     """Return-conditioned RL: learn labels, ask for good steps.
 
     The policy of expert iteration samples solutions; each of their steps is labelled
-    [GOOD] or [BAD], by rollouts that go on from it. Compare both with
-    rlreason evaluate --label.
+    [GOOD] or [BAD], by rollouts that go on from it, or by the reward model with
+    --set rcrl_labels orm. Compare both labels with rlreason evaluate --label.
     """
     from rlreason.experiments.train import train_rcrl
 
-    recipe = _recipe(profile, changes)
-    trained = train_rcrl(recipe, seed, labels_from_orm=labels_from_orm)
+    trained = train_rcrl(_recipe(profile, changes), seed)
     for row in trained.run.metrics:
         if row.get("phase") == "label":
             click.echo(
@@ -385,13 +379,16 @@ def evaluate(
 def gains(algorithms: tuple[str, ...], profile: str, changes) -> None:
     """Train all seeds and record what each algorithm gains.
 
-    It is judged on the test split. ALGORITHMS are these, all by default, where a name
-    with ppo- is PPO with one thing changed:
+    It is judged on the test split. ALGORITHMS are these, all by default, where a longer
+    name is the algorithm before it with one thing changed:
 
     \b
-      expert-iteration  ppo  reinforce  rloo  grpo  rcrl  orm
-      ppo-dense  ppo-shaped  ppo-sparse-orm  ppo-dense-orm
-      ppo-backtracking  ppo-replay  ppo-best-half
+      expert-iteration  expert-iteration-orm
+      ppo  ppo-dense  ppo-shaped  ppo-sparse-orm  ppo-dense-orm
+           ppo-backtracking  ppo-replay  ppo-best-half
+      reinforce  rloo  grpo
+      rcrl  rcrl-orm  rcrl-10  rcrl-100
+      orm
 
     The table is written to
     book/results/PROFILE/gains.csv, unless settings are changed.

@@ -54,7 +54,7 @@ def test_the_help_of_a_training_run_tells_its_choices():
     for kind in ("reinforce", "grpo", "dense", "shaped", "sparse-orm", "dense-orm"):
         assert kind in ppo
     assert "--from-base" in ppo
-    assert "--labels-from-orm" in page("train", "rcrl")
+    assert "--set rcrl_labels orm" in page("train", "rcrl")
     assert "rlreason evaluate --label" in page("train", "rcrl")
     assert "--label LABEL [GOOD] or [BAD] before every step" in page("evaluate")
     for algorithm in gains.ALGORITHMS:
@@ -95,7 +95,7 @@ def test_public_names_are_there_and_others_are_not():
         (["train", "ppo", "--set", "reward.size", "1.0"], "size means nothing to a sp"),
         (["train", "orm", "--set", "orm_samples", "ppo"], "'sft' or 'expert-iteration"),
         (["train", "rcrl", "--set", "rcrl.k", "few"], "rcrl.k: Input should be a val"),
-        (["gains", "sft"], "no algorithm 'sft'; there are expert-iteration, ppo"),
+        (["gains", "sft"], "no algorithm 'sft'; there are expert-iteration, exp"),
         (["evaluate", "nano", "--label", "[GOOD]"], "has no token '[GOOD]'"),
         (["bench", "ppo", "--profile", "big"], "no profile 'big'"),
     ],
@@ -240,7 +240,7 @@ def test_return_conditioned_rl_is_trained_and_judged_by_its_labels(
         assert "6 problems, greedy only" in caption
         assert [line.split()[0] for line in metrics] == ["maj@1"]
     assert seen == ["[GOOD]", "[BAD]"]
-    from_orm = shown("train", "rcrl", "--labels-from-orm", "--set", "rcrl.samples", "4")
+    from_orm = shown("train", "rcrl", "--set", "rcrl_labels", "orm")
     settings = train.read_settings(train.Path(from_orm[-1].partition(" took ")[0]))
     assert settings["orm"]["start"]["policy"] == settings["policy"]
 

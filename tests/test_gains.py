@@ -15,7 +15,8 @@ from rlreason.evaluation.intervals import hierarchical_interval, seed_interval
 from rlreason.experiments import gains
 from rlreason.experiments.gains import (
     ALGORITHMS,
-    VARIANTS,
+    LABELLED,
+    OF_PPO,
     format_gain,
     gains_table,
     measure_gains,
@@ -56,12 +57,18 @@ def test_every_algorithm_has_its_row(measured):
     rows, lines, root = measured
     assert [(row.algorithm, row.metric) for row in rows] == [
         ("expert-iteration", "maj@1"),
+        ("expert-iteration-orm", "maj@1 against expert-iteration"),
         ("ppo", "maj@1"),
         ("reinforce", "maj@1"),
         ("rloo", "maj@1"),
         ("grpo", "maj@1"),
-        *((name, "maj@1 against ppo") for name in VARIANTS if name[:3] == "ppo"),
+        *((name, "maj@1 against ppo") for name in OF_PPO if name[:3] == "ppo"),
         ("rcrl", "maj@1 of [GOOD] against [BAD]"),
+        *(
+            (name, f"maj@1 of [GOOD] against {other}")
+            for name in ("rcrl-orm", "rcrl-10", "rcrl-100")
+            for other in ("[BAD]", "rcrl")
+        ),
         ("orm", "rerank@4 against maj@4"),
         ("orm", "rerank@4 against the likelihood's"),
         ("orm", "AUC on held-out questions"),
@@ -81,8 +88,13 @@ def test_every_algorithm_has_its_row(measured):
         path.name.split("-")[0] for path in root.iterdir() if "answers" not in path.name
     ]
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
-    variants = 2 * (1 + len(VARIANTS))
-    assert counts == {"sft": 2, "expert": 2, "ppo": variants, "rcrl": 2, "orm": 2}
+    assert counts == {
+        "sft": 2,
+        "expert": 2 * 2,
+        "ppo": 2 * (1 + len(OF_PPO)),
+        "rcrl": 2 * 4,
+        "orm": 2,  # one judges for all: it learns from samples of SFT
+    }
     hashes = {path.name.rsplit("-", 1)[-1] for path in root.iterdir()}
     assert {row.settings for row in rows} <= hashes
     assert len({row.settings for row in rows}) == len(ALGORITHMS)
@@ -222,6 +234,57 @@ def test_a_baseline_is_the_recipe_with_another_credit_alone(scripted, monkeypatc
         credit = {"credit": recipe.ppo.credit}
         ppo = changed.ppo.model_copy(update=credit)
         assert changed.model_copy(update={"ppo": ppo}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm", "label"),
+    [
+        ("ppo-dense", "ppo", None),
+        ("ppo-best-half", "ppo", None),
+        ("expert-iteration-orm", "expert-iteration", None),
+        ("rcrl-orm", "rcrl", GOOD),
+        ("rcrl-100", "rcrl", GOOD),
+    ],
+)
+def test_a_variant_is_compared_with_what_it_varies(
+    name, algorithm, label, scripted, monkeypatch
+):
+    recipe, asked = scripted
+    train, trained = gains.train_seeds, []
+
+    def note(given, algorithm, seeds):
+        trained.append(algorithm)
+        # What the toy knows by the name of SFT does worse
+        return train(given, "sft" if given == recipe else algorithm, seeds)
+
+    monkeypatch.setattr(gains, "train_seeds", note)
+    row = measure_gains(recipe, [name], report=lambda _: None)[-1]
+    assert set(trained) == {algorithm}
+    assert numbers(row) == limits(AFTER - BEFORE)
+    assert row.metric == " ".join(
+        ["maj@1", *(["of", label] if label else []), "against", algorithm]
+    )
+    runs = ("sft", algorithm)
+    assert [(policy, given) for policy, _, _, given, _ in asked[-2 * SEEDS :]] == [
+        ((run, seed), label) for run in runs for seed in range(SEEDS)
+    ]
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labels_of_another_kind_show_their_gap_first(name, scripted, monkeypatch):
+    recipe, _ = scripted
+    train, varied = gains.train_seeds, []
+
+    def note(given, algorithm, seeds):
+        varied.append(given != recipe)
+        return train(given, algorithm, seeds)
+
+    monkeypatch.setattr(gains, "train_seeds", note)
+    gap, against = measure_gains(recipe, [name], report=lambda _: None)
+    assert gap.metric == "maj@1 of [GOOD] against [BAD]"
+    assert numbers(gap) == limits(AFTER - BEFORE)
+    assert (gap.algorithm, against.algorithm) == (name, name)
+    assert varied == [True, False, True]  # the gap, and then both
 
 
 def test_good_is_compared_with_bad_of_the_same_policy(scripted):

@@ -50,7 +50,7 @@ from rlreason.algorithms.ppo import GaeSettings, PpoSettings, ppo
 from rlreason.algorithms.rcrl import BAD, GOOD, RcrlSettings, rcrl
 from rlreason.experiments import gains, run_folder, train
 from rlreason.experiments.profiles import load_recipe
-from rlreason.experiments.recipes import RewardSettings
+from rlreason.experiments.recipes import Recipe, RewardSettings
 from rlreason.experiments.run_folder import RunFolder, RunFolderError
 from rlreason.policy.load import Policy
 from rlreason.policy.lora import merge_adapters, trainable_tensors, with_lora
@@ -235,7 +235,7 @@ def test_labels_from_orm_hand_over_a_score_for_every_token(folder, starts, monke
 
     monkeypatch.setattr(train, "rcrl", note)
     command = ["train", "rcrl", "--profile", str(folder / "toy.yaml")]
-    for options in (["--labels-from-orm"], []):
+    for options in (["--set", "rcrl_labels", "orm"], []):
         shown = CliRunner().invoke(cli.app, [*command, *options])
         assert shown.exit_code == 0, shown.output
     assert starts == ["expert-iteration", "orm", "expert-iteration"]
@@ -761,13 +761,13 @@ def test_the_time_of_a_run_is_its_own(name, folder, starts, clock, monkeypatch):
         folder,
         reward={"kind": "sparse-orm"},
         expert_iteration={"orm_threshold": 0.5, "finetune": UPDATE},
+        rcrl_labels="orm",
     )
-    options = {"labels_from_orm": True} if name == "rcrl" else {}
-    trained = TRAIN[name](recipe, 0, **options)
+    trained = TRAIN[name](recipe, 0)
     assert starts == STARTS[name]
     assert clock.now > 5000 + 3600  # which would count, were they made within the run
     assert trained.seconds == 7
-    assert TRAIN[name](recipe, 0, **options).seconds == 7
+    assert TRAIN[name](recipe, 0).seconds == 7
     assert starts == STARTS[name]  # a run that is done asks for nothing
 
 
@@ -993,13 +993,36 @@ def test_a_variant_changes_what_it_names_and_nothing_else(name, profile):
         assert found.pop("ppo.curriculum.kind") == ("uniform", kind)
         assert all(path.startswith("ppo.curriculum.") for path in found)
         assert type(changed.ppo.curriculum)() == changed.ppo.curriculum
+    elif name in gains.FILTERED:
+        assert found == {"expert_iteration.orm_threshold": (None, 0.5)}
+    elif name == "rcrl-orm":
+        assert found == {"rcrl_labels": ("rollouts", "orm")}
+    elif name in gains.LABELLED:
+        ratio = float(name.removeprefix("rcrl-"))
+        assert found == {"rcrl.positive_ratio": (1.0, ratio)}
     else:
         batch = recipe.ppo.batch_size
         assert found == {
             "ppo.keep": (None, recipe.ppo.n // 2),
             "ppo.batch_size": (batch, batch // 2),
         }
-    assert train.ppo_run(changed, 0) != train.ppo_run(recipe, 0)
+    # It reaches the runs of its algorithm, and those that start from them at most
+    first, second = (settings_of(name, each, 0) for each in (recipe, changed))
+    assert first != second
+    untouched = {"ppo", "expert-iteration"} - {gains.algorithm_of(name)}
+    for other in untouched:
+        assert settings_of(other, recipe, 0) == settings_of(other, changed, 0)
+
+
+def settings_of(name: str, recipe: Recipe, seed: int) -> Settings:
+    """What decides a run of an algorithm or of a variant of it."""
+    runs = {
+        "expert-iteration": train.expert_iteration_run,
+        "orm": train.orm_run,
+        "ppo": train.ppo_run,
+        "rcrl": train.rcrl_run,
+    }
+    return runs[gains.algorithm_of(name)](recipe, seed)
 
 
 def test_a_reward_of_another_kind_takes_no_size_along(folder):
@@ -1060,15 +1083,11 @@ def test_what_the_book_claims_is_recorded():
 
 def test_what_is_recorded_is_of_the_settings_as_they_are():
     recipe = load_recipe("tiny")
-    runs = {
-        "expert-iteration": train.expert_iteration_run,
-        "orm": train.orm_run,
-        "rcrl": train.rcrl_run,
-    }
     for row in RECORDED:
         name = row["algorithm"]
         own = gains.variant_of(recipe, name) if name in gains.VARIANTS else recipe
-        settings = runs.get(name, train.ppo_run)(own, 0)
-        path = RunFolder(name, settings).path
+        path, other = (
+            RunFolder(name, settings_of(name, own, seed)).path for seed in (0, 1)
+        )
         assert path.name == f"{name}-{row['settings']}", name
-        assert RunFolder(name, runs.get(name, train.ppo_run)(own, 1)).path != path
+        assert other != path

@@ -7,9 +7,10 @@ stand; that the gain is no luck of a seed is shown here, once, and recorded.
 ===================  =================================================================
 expert-iteration     maj@1 on test, minus that of the SFT policy it starts from
 ppo and baselines    likewise
-ppo-...              one thing changed: the reward, or what is asked and kept; maj@1
-                     minus that of ppo, whose settings it has otherwise
 rcrl                 maj@1 with [GOOD] forced before every step, minus that with [BAD]
+<algorithm>-...      one thing changed, such as the reward, what is asked and kept, or
+                     how steps are labelled; maj@1 (with [GOOD]) minus that of the
+                     algorithm as it is
 orm                  rerank@K minus maj@K, both of one set of samples of SFT; minus
                      rerank@K by the likelihood alone, which needs no training; and
                      the AUC on training questions that were held out
@@ -58,10 +59,22 @@ CURRICULA = {
     "ppo-replay": {"ppo": {"curriculum": {"kind": "replay"}}},
 }
 BEST = "ppo-best-half"
-VARIANTS = BASELINES | REWARDS | CURRICULA | {BEST: {}}
-"""What each variant of PPO changes in a recipe; ``BEST`` depends on the recipe's n."""
+OF_PPO = BASELINES | REWARDS | CURRICULA | {BEST: {}}
+FILTERED = {"expert-iteration-orm": {"expert_iteration": {"orm_threshold": 0.5}}}
+LABELLED = {
+    "rcrl-orm": {"rcrl_labels": "orm"},
+    "rcrl-10": {"rcrl": {"positive_ratio": 10.0}},
+    "rcrl-100": {"rcrl": {"positive_ratio": 100.0}},
+}
+VARIANTS = OF_PPO | FILTERED | LABELLED
+"""What each variant changes in a recipe; ``BEST`` depends on the recipe's n."""
 
-ALGORITHMS = ("expert-iteration", "ppo", *VARIANTS, "rcrl", "orm")
+ALGORITHMS = (
+    *("expert-iteration", *FILTERED),
+    *("ppo", *OF_PPO),
+    *("rcrl", *LABELLED),
+    "orm",
+)
 CHANCE = 0.5  # the AUC of a guess
 
 
@@ -105,11 +118,10 @@ def measure_gains(
     """
     check_algorithms(algorithms)
     rows = []
+    measures = {"orm": _of_orm, "rcrl": _of_rcrl} | dict.fromkeys(LABELLED, _of_labels)
+    measures |= dict.fromkeys((*REWARDS, *CURRICULA, BEST, *FILTERED), _of_variant)
     for name in algorithms:
-        of_ppo = name in VARIANTS and name not in BASELINES
-        usual = _of_variant if of_ppo else _of_policy
-        measure = {"orm": _of_orm, "rcrl": _of_rcrl}.get(name, usual)
-        for row in measure(recipe, name):
+        for row in measures.get(name, _of_policy)(recipe, name):
             report(format_gain(row))
             rows.append(row)
     return rows
@@ -208,11 +220,20 @@ def gains_path(profile: str) -> Path:
     return project_root() / "book" / "results" / Path(profile).stem / "gains.csv"
 
 
+def algorithm_of(name: str) -> str:
+    """Whose variant it is, as in ``rlreason train``."""
+    whole = ("expert-iteration", "rcrl", "orm")
+    return next((each for each in whole if name.startswith(each)), "ppo")
+
+
 def variant_of(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with what a variant of PPO changes."""
+    """The recipe with what a variant changes."""
     values = recipe.model_dump(mode="json")
     for part, changes in VARIANTS[name].items():
-        values[part] = (values[part] if part == "ppo" else {}) | changes
+        # A reward of another kind has no use for the size of this one
+        if isinstance(changes, dict) and part != "reward":
+            changes = values[part] | changes
+        values[part] = changes
     if name == BEST:  # half of the responses, in as many updates
         n, batch = recipe.ppo.n, recipe.ppo.batch_size
         if n % 2 or batch % 2:
@@ -225,28 +246,36 @@ def _of_policy(recipe: Recipe, name: str) -> list[Gain]:
     """maj@1 against the SFT policy of the same seed."""
     if name in BASELINES:
         recipe = variant_of(recipe, name)
-    algorithm = "ppo" if name in BASELINES else name
     seeds = range(recipe.seeds)
-    trained = train_seeds(recipe, algorithm, seeds)
+    trained = train_seeds(recipe, algorithm_of(name), seeds)
     before = [_greedy(recipe, train_sft(recipe, seed).policy) for seed in seeds]
     after = [_greedy(recipe, run.policy) for run in trained]
     return [_row(name, "maj@1", before, after, trained)]
 
 
-def _of_variant(recipe: Recipe, name: str) -> list[Gain]:
-    """maj@1 against PPO of the same seed."""
+def _of_variant(recipe: Recipe, name: str, *, label: str | None = None) -> list[Gain]:
+    """maj@1 against the same algorithm and seed with nothing changed."""
+    algorithm = algorithm_of(name)
     plain, changed = (
-        train_seeds(each, "ppo", range(recipe.seeds))
+        train_seeds(each, algorithm, range(recipe.seeds))
         for each in (recipe, variant_of(recipe, name))
     )
     before, after = (
-        [_greedy(recipe, run.policy) for run in runs] for runs in (plain, changed)
+        [_greedy(recipe, run.policy, label=label) for run in runs]
+        for runs in (plain, changed)
     )
-    return [_row(name, "maj@1 against ppo", before, after, changed)]
+    metric = f"maj@1 of {label}" if label else "maj@1"
+    return [_row(name, f"{metric} against {algorithm}", before, after, changed)]
+
+
+def _of_labels(recipe: Recipe, name: str) -> list[Gain]:
+    """What its labels are worth, and what it is worth itself."""
+    gap = _of_rcrl(variant_of(recipe, name), name)
+    return gap + _of_variant(recipe, name, label=GOOD)
 
 
 def _of_rcrl(recipe: Recipe, name: str) -> list[Gain]:
-    trained = train_seeds(recipe, name, range(recipe.seeds))
+    trained = train_seeds(recipe, "rcrl", range(recipe.seeds))
     bad, good = (
         [_greedy(recipe, run.policy, label=label) for run in trained]
         for label in (BAD, GOOD)

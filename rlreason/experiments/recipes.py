@@ -136,6 +136,11 @@ class Recipe(Settings):
         "expert-iteration", description="Whose samples the reward model learns from."
     )
     rcrl: RcrlSettings = Field(default_factory=RcrlSettings)
+    rcrl_labels: Literal["rollouts", "orm"] = Field(
+        "rollouts",
+        description="Who labels the steps: rcrl.k rollouts from each, or the reward "
+        "model.",
+    )
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
 
     @model_validator(mode="after")

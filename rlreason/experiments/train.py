@@ -256,14 +256,14 @@ def ppo_run(recipe: Recipe, seed: int, *, from_sft: bool = True) -> PpoRun:
     )
 
 
-def rcrl_run(recipe: Recipe, seed: int, *, labels_from_orm: bool = False) -> RcrlRun:
+def rcrl_run(recipe: Recipe, seed: int) -> RcrlRun:
     """The part of a recipe that decides its return-conditioned RL."""
     update = {"seed": seed, "max_new_tokens": recipe.max_new_tokens}
     return RcrlRun(
         expert=expert_iteration_run(recipe, seed),
         policy=recipe.policy,
         task=recipe.task,
-        orm=orm_run(recipe, seed) if labels_from_orm else None,
+        orm=orm_run(recipe, seed) if recipe.rcrl_labels == "orm" else None,
         algorithm=recipe.rcrl.model_copy(update=update),
     )
 
@@ -374,16 +374,14 @@ def train_ppo(recipe: Recipe, seed: int = 0, *, from_sft: bool = True) -> Traine
     return Trained(_load_policy(run, base), run)
 
 
-def train_rcrl(
-    recipe: Recipe, seed: int = 0, *, labels_from_orm: bool = False
-) -> Trained:
+def train_rcrl(recipe: Recipe, seed: int = 0) -> Trained:
     """Run the recipe's return-conditioned RL on its expert's samples, or load it."""
-    settings = rcrl_run(recipe, seed, labels_from_orm=labels_from_orm)
+    settings = rcrl_run(recipe, seed)
     base = recipe.base()
     run, expert, orm = RunFolder("rcrl", settings), None, None
     if not run.done:
         expert = train_expert_iteration(recipe, seed).policy
-        if labels_from_orm:
+        if settings.orm is not None:
             orm = partial(score_tokens, train_reward_model(recipe, seed).orm)
     with run:
         if not _trained(run):
