@@ -379,8 +379,8 @@ def evaluate(
 def gains(algorithms: tuple[str, ...], profile: str, changes) -> None:
     """Train all seeds and record what each algorithm gains.
 
-    It is judged on the test split. ALGORITHMS are these, all by default, where a longer
-    name is the algorithm before it with one thing changed:
+    It is judged on the test split. ALGORITHMS are these, all by default. A longer name
+    is the first of its line with one thing changed:
 
     \b
       expert-iteration  expert-iteration-orm
