@@ -380,25 +380,29 @@ def gains(algorithms: tuple[str, ...], profile: str, changes) -> None:
     """Train all seeds and record what each algorithm gains.
 
     It is judged on the test split. ALGORITHMS are these, all by default. A longer name
-    is the first of its line with one thing changed:
+    is the first of its line with one thing changed (ppo-weak-orm: a judge that knows
+    little, and no KL penalty):
 
     \b
       expert-iteration  expert-iteration-orm
       ppo  ppo-dense  ppo-shaped  ppo-sparse-orm  ppo-dense-orm
-           ppo-backtracking  ppo-replay  ppo-best-half
+           ppo-backtracking  ppo-replay  ppo-best-half  ppo-weak-orm
       reinforce  rloo  grpo
       rcrl  rcrl-orm  rcrl-10  rcrl-100
       orm
 
-    The table is written to
-    book/results/PROFILE/gains.csv, unless settings are changed.
+    The table is written to book/results/PROFILE/gains.csv, and what each phase of PPO
+    was paid to phases.csv beside it, unless settings are changed.
     """
     from rlreason.experiments.gains import (
         ALGORITHMS,
         check_algorithms,
         gains_path,
         measure_gains,
+        measure_phases,
+        phases_path,
         write_gains,
+        write_phases,
     )
 
     recipe = _recipe(profile, changes)
@@ -407,6 +411,7 @@ def gains(algorithms: tuple[str, ...], profile: str, changes) -> None:
         rows = measure_gains(recipe, [algorithm], report=click.echo)
         if not changes:  # after each one, so that what was measured is kept
             write_gains(rows, gains_path(profile))
+            write_phases(measure_phases(recipe, algorithm), phases_path(profile))
     if not changes:
         click.echo(f"written to {gains_path(profile)}")
 

@@ -275,7 +275,12 @@ def test_gains_are_written_one_by_one_and_only_for_a_profile_as_it_is(
         names = {field.name: "" for field in fields(gains.Gain)}
         return [gains.Gain(**names | {"algorithm": algorithms[0]})]
 
+    def phases(recipe, algorithm):
+        rows = [{"algorithm": algorithm, "phase": number} for number in (1, 2)]
+        return rows if algorithm == "ppo" else []
+
     monkeypatch.setattr(gains, "measure_gains", measure)
+    monkeypatch.setattr(gains, "measure_phases", phases)
     monkeypatch.setattr(gains, "project_root", lambda: tmp_path)
     table = tmp_path / "book" / "results" / "toy" / "gains.csv"
     shown = {"monkeypatch": monkeypatch, "capsys": capsys}
@@ -285,11 +290,16 @@ def test_gains_are_written_one_by_one_and_only_for_a_profile_as_it_is(
     lines = told(toy, "gains", "ppo", "orm", **shown)
     assert lines == ["ppo: a line", "orm: a line", f"written to {table}"]
     assert asked[0] != asked[1] == asked[2] == settings_hash(toy_recipe(toy))
+    beside = gains.read_table(table.with_name("phases.csv"))
+    assert [(row["algorithm"], row["phase"]) for row in beside] == [
+        ("ppo", "1"),
+        ("ppo", "2"),
+    ]
     # What was measured before an interruption is kept; by default all are measured
     table.unlink()
     with pytest.raises(AssertionError):
         told(toy, "gains", **shown)  # the exit code of an interruption
-    kept = [row["algorithm"] for row in gains.read_gains(table)]
+    kept = [row["algorithm"] for row in gains.read_table(table)]
     assert kept == list(gains.ALGORITHMS[: gains.ALGORITHMS.index("rcrl")])
 
 

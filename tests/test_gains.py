@@ -20,7 +20,7 @@ from rlreason.experiments.gains import (
     format_gain,
     gains_table,
     measure_gains,
-    read_gains,
+    read_table,
     write_gains,
 )
 from rlreason.experiments.train import TRAIN
@@ -93,7 +93,7 @@ def test_every_algorithm_has_its_row(measured):
         "expert": 2 * 2,
         "ppo": 2 * (1 + len(OF_PPO)),
         "rcrl": 2 * 4,
-        "orm": 2,  # one judges for all: it learns from samples of SFT
+        "orm": 2 * 2,  # the one that knows little, and one for all others
     }
     hashes = {path.name.rsplit("-", 1)[-1] for path in root.iterdir()}
     assert {row.settings for row in rows} <= hashes
@@ -103,11 +103,11 @@ def test_every_algorithm_has_its_row(measured):
 def test_rows_are_written_replaced_and_read(measured, tmp_path):
     rows, _, _ = measured
     path = tmp_path / "results" / "tiny" / "gains.csv"
-    assert read_gains(path) == []
+    assert read_table(path) == []
     write_gains(rows[:2], path)
     better = replace(rows[1], after=0.75, seeds=9)
     write_gains([better, *rows[2:]], path)
-    read = read_gains(path)
+    read = read_table(path)
     assert [row["algorithm"] for row in read] == [row.algorithm for row in rows]
     assert (read[1]["after"], read[1]["seeds"]) == ("0.7500", "9")
     assert read[0]["gain"] == f"{rows[0].gain:.4f}"
@@ -120,8 +120,47 @@ def test_rows_are_written_replaced_and_read(measured, tmp_path):
     # Measured anew with another K: the rows of the old one would be out of date
     other = replace(rows[-3], metric="rerank@9 against maj@9")
     write_gains([other, rows[-1]], path)
-    found = {row["metric"] for row in read_gains(path) if row["algorithm"] == "orm"}
+    found = {row["metric"] for row in read_table(path) if row["algorithm"] == "orm"}
     assert found == {other.metric, rows[-1].metric}
+
+
+def test_the_phases_of_every_seed_are_as_the_runs_wrote_them(scripted, monkeypatch):
+    recipe, _ = scripted
+    train = gains.train_seeds
+
+    def with_phases(given, algorithm, seeds):
+        assert given == gains.variant_of(recipe, "ppo-sparse-orm")
+        runs = train(given, algorithm, seeds)
+        for seed, run in enumerate(runs):
+            kl = {"kl": 0.25} if seed else {}
+            run.phases = [
+                {"number": number, "reward": seed + 0.5, "accuracy": 1 / 3} | kl
+                for number in (1, 2)
+            ]
+        return runs
+
+    monkeypatch.setattr(gains, "train_seeds", with_phases)
+    rows = gains.measure_phases(recipe, "ppo-sparse-orm")
+    assert [(row["seed"], row["phase"]) for row in rows] == [
+        (seed, phase) for seed in range(SEEDS) for phase in (1, 2)
+    ]
+    assert [row["reward"] for row in rows[::2]] == ["0.5000", "1.5000", "2.5000"]
+    assert [row["kl"] for row in rows[::2]] == ["", "0.2500", "0.2500"]
+    assert {row["accuracy"] for row in rows} == {"0.3333"}
+    assert rows[0]["settings"] == "abc0"
+    for name in ("expert-iteration", "rcrl", "orm", "rcrl-10"):
+        assert gains.measure_phases(recipe, name) == []
+
+
+def test_phases_are_kept_of_other_algorithms_and_replaced_of_the_same(tmp_path):
+    path = tmp_path / "results" / "phases.csv"
+    old = [{"algorithm": "ppo", "phase": n} for n in (1, 2, 3)]
+    gains.write_phases([{"algorithm": "rloo", "phase": 1}], path)
+    gains.write_phases(old, path)
+    gains.write_phases(old[:2], path)
+    gains.write_phases([], path)
+    read = [(row["algorithm"], row["phase"]) for row in read_table(path)]
+    assert read == [("ppo", "1"), ("ppo", "2"), ("rloo", "1")]
 
 
 def test_the_table_of_a_profile_lies_with_the_results_of_the_book():
@@ -345,7 +384,7 @@ def test_one_seed_bounds_nothing(scripted, tmp_path):
     rows = measure_gains(one, ["ppo", "orm"], report=lambda _: None)
     assert all((row.low, row.high) == (-np.inf, np.inf) for row in rows)
     write_gains(rows, tmp_path / "gains.csv")
-    assert {row["high"] for row in read_gains(tmp_path / "gains.csv")} == {"inf"}
+    assert {row["high"] for row in read_table(tmp_path / "gains.csv")} == {"inf"}
 
 
 def test_a_line_says_what_was_gained(scripted):

@@ -1000,6 +1000,16 @@ def test_a_variant_changes_what_it_names_and_nothing_else(name, profile):
     elif name in gains.LABELLED:
         ratio = float(name.removeprefix("rcrl-"))
         assert found == {"rcrl.positive_ratio": (1.0, ratio)}
+    elif name == gains.WEAK:
+        judge = changed.orm
+        assert {path.partition(".")[0] for path in found} == {
+            *("orm", "orm_samples", "reward", "ppo"),
+        } - ({"orm_samples"} if recipe.orm_samples == "sft" else set())
+        assert (judge.likelihood, changed.orm_samples) == (False, "sft")
+        assert (judge.lr, judge.lr_floor) == (recipe.sft.lr, recipe.sft.lr_floor)
+        assert changed.reward.kind == "sparse-orm"
+        assert {path for path in found if path[:4] == "ppo."} == {"ppo.kl.coef"}
+        assert changed.ppo.kl.coef == 0
     else:
         batch = recipe.ppo.batch_size
         assert found == {
@@ -1052,7 +1062,7 @@ def test_the_best_half_makes_as_many_updates(folder):
     assert counts == [4, 4, 2]
 
 
-RECORDED = gains.read_gains(gains.gains_path("tiny"))
+RECORDED = gains.read_table(gains.gains_path("tiny"))
 
 
 def recorded(algorithm: str, metric: str) -> dict[str, float]:
@@ -1083,7 +1093,9 @@ def test_what_the_book_claims_is_recorded():
 
 def test_what_is_recorded_is_of_the_settings_as_they_are():
     recipe = load_recipe("tiny")
-    for row in RECORDED:
+    phases = gains.read_table(gains.phases_path("tiny"))
+    assert [int(row["phase"]) for row in phases[:16]] == list(range(1, 17))
+    for row in [*RECORDED, *(row for row in phases if row["seed"] == "0")]:
         name = row["algorithm"]
         own = gains.variant_of(recipe, name) if name in gains.VARIANTS else recipe
         path, other = (

@@ -1,8 +1,9 @@
 """``rlreason gains``: what each algorithm gains over its start, over seeds.
 
 One row an algorithm and metric, with its interval over seeds and problems, written to
-``book/results/<profile>/gains.csv``. The book's chapters train one seed where they
-stand; that the gain is no luck of a seed is shown here, once, and recorded.
+``book/results/<profile>/gains.csv``, and beside it ``phases.csv``, what each phase of
+PPO was paid. The book's chapters train one seed where they stand; that the gain is no
+luck of a seed is shown here, once, and recorded.
 
 ===================  =================================================================
 expert-iteration     maj@1 on test, minus that of the SFT policy it starts from
@@ -10,7 +11,8 @@ ppo and baselines    likewise
 rcrl                 maj@1 with [GOOD] forced before every step, minus that with [BAD]
 <algorithm>-...      one thing changed, such as the reward, what is asked and kept, or
                      how steps are labelled; maj@1 (with [GOOD]) minus that of the
-                     algorithm as it is
+                     algorithm as it is. Of ppo-weak-orm two: paid by a judge that
+                     knows little, and kept near its start by nothing
 orm                  rerank@K minus maj@K, both of one set of samples of SFT; minus
                      rerank@K by the likelihood alone, which needs no training; and
                      the AUC on training questions that were held out
@@ -59,7 +61,8 @@ CURRICULA = {
     "ppo-replay": {"ppo": {"curriculum": {"kind": "replay"}}},
 }
 BEST = "ppo-best-half"
-OF_PPO = BASELINES | REWARDS | CURRICULA | {BEST: {}}
+WEAK = "ppo-weak-orm"
+OF_PPO = BASELINES | REWARDS | CURRICULA | {BEST: {}, WEAK: {}}
 FILTERED = {"expert-iteration-orm": {"expert_iteration": {"orm_threshold": 0.5}}}
 LABELLED = {
     "rcrl-orm": {"rcrl_labels": "orm"},
@@ -67,7 +70,7 @@ LABELLED = {
     "rcrl-100": {"rcrl": {"positive_ratio": 100.0}},
 }
 VARIANTS = OF_PPO | FILTERED | LABELLED
-"""What each variant changes in a recipe; ``BEST`` depends on the recipe's n."""
+"""What each variant changes in a recipe; in ``BEST`` and ``WEAK`` by what it has."""
 
 ALGORITHMS = (
     *("expert-iteration", *FILTERED),
@@ -118,8 +121,10 @@ def measure_gains(
     """
     check_algorithms(algorithms)
     rows = []
-    measures = {"orm": _of_orm, "rcrl": _of_rcrl} | dict.fromkeys(LABELLED, _of_labels)
-    measures |= dict.fromkeys((*REWARDS, *CURRICULA, BEST, *FILTERED), _of_variant)
+    measures = dict.fromkeys(VARIANTS, _of_variant)
+    measures |= dict.fromkeys(BASELINES, _of_policy)
+    measures |= dict.fromkeys(LABELLED, _of_labels)
+    measures |= {"rcrl": _of_rcrl, "orm": _of_orm}
     for name in algorithms:
         for row in measures.get(name, _of_policy)(recipe, name):
             report(format_gain(row))
@@ -149,26 +154,66 @@ def format_gain(row: Gain) -> str:
 
 def write_gains(rows: Sequence[Gain], path: Path) -> None:
     """Put rows into a table, in place of all that it has of the same algorithms."""
-    new = {row.algorithm for row in rows}
-    kept = [row for row in read_gains(path) if row["algorithm"] not in new]
-    table = [*kept, *map(_as_text, rows)]
+    _replace(path, [_as_text(row) for row in rows], [f.name for f in fields(Gain)])
+
+
+def _replace(path: Path, rows: Sequence[dict[str, Any]], names: list[str]) -> None:
+    new = {row["algorithm"] for row in rows}
+    kept = [row for row in read_table(path) if row["algorithm"] not in new]
+    table = [*kept, *rows]
     table.sort(key=lambda row: list(ALGORITHMS).index(row["algorithm"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".partial")
     with draft.open("w", newline="") as file:
-        names = [field.name for field in fields(Gain)]
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
     draft.replace(path)
 
 
-def read_gains(path: Path) -> list[dict[str, str]]:
-    """The rows of a table as text; none where there is no table."""
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a recorded table as text; none where there is no table."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def measure_phases(recipe: Recipe, name: str) -> list[dict[str, Any]]:
+    """What each phase of PPO was paid and how often it was right, of every seed.
+
+    ``reward`` is the mean pay of a response without the KL penalty, ``accuracy`` the
+    share that is right by the answer key, ``kl`` nats a response, "" where it is not
+    measured. Each phase asks other questions. Of what is no PPO: no rows.
+    """
+    if algorithm_of(name) != "ppo":
+        return []
+    chosen = variant_of(recipe, name) if name in VARIANTS else recipe
+    runs = train_seeds(chosen, "ppo", range(recipe.seeds))
+    return [
+        {
+            "algorithm": name,
+            "seed": seed,
+            "phase": row["number"],
+            "reward": f"{row['reward']:.4f}",
+            "accuracy": f"{row['accuracy']:.4f}",
+            "kl": f"{row['kl']:.4f}" if "kl" in row else "",
+            "settings": _settings_of(run.run),
+        }
+        for seed, run in enumerate(runs)
+        for row in run.phases
+    ]
+
+
+def write_phases(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Put rows into a table, in place of all that it has of the same algorithms."""
+    if rows:
+        _replace(path, rows, list(rows[0]))
+
+
+def phases_path(profile: str) -> Path:
+    """Where the phases of a profile's PPO runs are recorded."""
+    return gains_path(profile).with_name("phases.csv")
 
 
 def gains_table(profile: str, algorithms: Sequence[str], run: RunFolder) -> str:
@@ -178,7 +223,7 @@ def gains_table(profile: str, algorithms: Sequence[str], run: RunFolder) -> str:
         run: Of the first algorithm, made by the chapter; the text under the table says
             whether the record is of the same settings.
     """
-    table = read_gains(gains_path(profile))
+    table = read_table(gains_path(profile))
     rows = [row for row in table if row["algorithm"] in algorithms]
     if not rows:
         return (
@@ -239,6 +284,11 @@ def variant_of(recipe: Recipe, name: str) -> Recipe:
         if n % 2 or batch % 2:
             raise ValueError(f"{BEST} halves ppo.n={n} and ppo.batch_size={batch}")
         values["ppo"] |= {"keep": n // 2, "batch_size": batch // 2}
+    if name == WEAK:  # a head alone, which learns slowly, from the samples of SFT
+        rates = {"lr": recipe.sft.lr, "lr_floor": recipe.sft.lr_floor}
+        values["orm"] |= rates | {"likelihood": False, "epochs": 4, "head_lr_scale": 10}
+        values |= {"orm_samples": "sft", "reward": {"kind": "sparse-orm"}}
+        values["ppo"]["kl"]["coef"] = 0.0
     return load_settings(Recipe, values)
 
 
