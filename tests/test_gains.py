@@ -15,6 +15,7 @@ from rlreason.evaluation.intervals import hierarchical_interval, seed_interval
 from rlreason.experiments import gains
 from rlreason.experiments.gains import (
     ALGORITHMS,
+    JUDGED,
     LABELLED,
     OF_PPO,
     format_gain,
@@ -24,6 +25,11 @@ from rlreason.experiments.gains import (
     write_gains,
 )
 from rlreason.experiments.train import TRAIN
+
+OF_JUDGE = (
+    "score by its judge, against SFT",
+    "right, of the same answers, against SFT",
+)
 
 # Through everything, with the toy
 
@@ -62,7 +68,12 @@ def test_every_algorithm_has_its_row(measured):
         ("reinforce", "maj@1"),
         ("rloo", "maj@1"),
         ("grpo", "maj@1"),
-        *((name, "maj@1 against ppo") for name in OF_PPO if name[:3] == "ppo"),
+        *(
+            (name, metric)
+            for name in OF_PPO
+            if name[:3] == "ppo"
+            for metric in ("maj@1 against ppo", *(OF_JUDGE if name in JUDGED else ()))
+        ),
         ("rcrl", "maj@1 of [GOOD] against [BAD]"),
         *(
             (name, f"maj@1 of [GOOD] against {other}")
@@ -307,6 +318,49 @@ def test_a_variant_is_compared_with_what_it_varies(
     assert [(policy, given) for policy, _, _, given, _ in asked[-2 * SEEDS :]] == [
         ((run, seed), label) for run in runs for seed in range(SEEDS)
     ]
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_what_is_paid_and_what_is_right_are_of_the_same_answers(
+    name, scripted, monkeypatch
+):
+    recipe, _ = scripted
+    made = []
+
+    def answer(policy, problems, *, k, temperature, max_new_tokens, seed):
+        assert (k, temperature) == (1, recipe.ppo.temperature)
+        assert max_new_tokens == recipe.max_new_tokens
+        assert problems == recipe.task.load("test", recipe.evaluation.problems)
+        made.append((policy, seed))
+        return policy
+
+    def judge(changed, seed):
+        assert changed == gains.variant_of(recipe, name)
+        return SimpleNamespace(orm=("judge", seed))
+
+    def judged(judge, policy):
+        assert judge == ("judge", policy[1])  # that of its own seed
+        table = BEFORE if policy[0] == "sft" else AFTER
+        return list(table[policy[1]] / 2)
+
+    def right(policy, problems):
+        return list((AFTER if policy[0] == "sft" else BEFORE)[policy[1]])
+
+    monkeypatch.setattr(gains, "sample", answer)
+    monkeypatch.setattr(gains, "train_reward_model", judge)
+    monkeypatch.setattr(gains, "score", judged)
+    monkeypatch.setattr(gains, "sparse_rewards", right)
+    rows = measure_gains(recipe, [name], report=lambda _: None)
+    assert [row.metric for row in rows] == ["maj@1 against ppo", *OF_JUDGE]
+    _, paid, true = rows
+    assert made == [
+        ((policy, seed), seed) for policy in ("sft", "ppo") for seed in range(SEEDS)
+    ]
+    # It rises, and what it should stand for falls
+    assert numbers(paid) == limits((AFTER - BEFORE) / 2)
+    assert numbers(true) == limits(BEFORE - AFTER)
+    assert (paid.before, paid.after) == (BEFORE.mean() / 2, AFTER.mean() / 2)
+    assert paid.low > 0 > true.high
 
 
 @pytest.mark.parametrize("name", LABELLED)

@@ -13,6 +13,8 @@ rcrl                 maj@1 with [GOOD] forced before every step, minus that with
                      how steps are labelled; maj@1 (with [GOOD]) minus that of the
                      algorithm as it is. Of ppo-weak-orm two: paid by a judge that
                      knows little, and kept near its start by nothing
+ppo-...-orm          besides, what the judge finds of the answers, minus what it found
+                     of SFT's; and the share that is right, likewise
 orm                  rerank@K minus maj@K, both of one set of samples of SFT; minus
                      rerank@K by the likelihood alone, which needs no training; and
                      the AUC on training questions that were held out
@@ -44,9 +46,14 @@ from rlreason.experiments.run_folder import RunFolder
 from rlreason.experiments.train import (
     evaluate_recipe,
     likelihood_judge,
+    train_reward_model,
     train_seeds,
     train_sft,
 )
+from rlreason.policy.load import Policy
+from rlreason.policy.sampler import sample
+from rlreason.rewards.orm import score
+from rlreason.rewards.sparse import sparse_rewards
 from rlreason.settings import load_settings
 
 BASELINES = {
@@ -69,6 +76,7 @@ LABELLED = {
     "rcrl-10": {"rcrl": {"positive_ratio": 10.0}},
     "rcrl-100": {"rcrl": {"positive_ratio": 100.0}},
 }
+JUDGED = ("ppo-sparse-orm", "ppo-dense-orm", WEAK)
 VARIANTS = OF_PPO | FILTERED | LABELLED
 """What each variant changes in a recipe; in ``BEST`` and ``WEAK`` by what it has."""
 
@@ -123,7 +131,7 @@ def measure_gains(
     rows = []
     measures = dict.fromkeys(VARIANTS, _of_variant)
     measures |= dict.fromkeys(BASELINES, _of_policy)
-    measures |= dict.fromkeys(LABELLED, _of_labels)
+    measures |= dict.fromkeys(LABELLED, _of_labels) | dict.fromkeys(JUDGED, _of_judge)
     measures |= {"rcrl": _of_rcrl, "orm": _of_orm}
     for name in algorithms:
         for row in measures.get(name, _of_policy)(recipe, name):
@@ -288,7 +296,7 @@ def variant_of(recipe: Recipe, name: str) -> Recipe:
         rates = {"lr": recipe.sft.lr, "lr_floor": recipe.sft.lr_floor}
         values["orm"] |= rates | {"likelihood": False, "epochs": 4, "head_lr_scale": 10}
         values |= {"orm_samples": "sft", "reward": {"kind": "sparse-orm"}}
-        values["ppo"]["kl"]["coef"] = 0.0
+        values["ppo"]["kl"] |= {"coef": 0.0, "target": None}
     return load_settings(Recipe, values)
 
 
@@ -298,8 +306,11 @@ def _of_policy(recipe: Recipe, name: str) -> list[Gain]:
         recipe = variant_of(recipe, name)
     seeds = range(recipe.seeds)
     trained = train_seeds(recipe, algorithm_of(name), seeds)
-    before = [_greedy(recipe, train_sft(recipe, seed).policy) for seed in seeds]
-    after = [_greedy(recipe, run.policy) for run in trained]
+    starts = [train_sft(recipe, seed).policy for seed in seeds]
+    before, after = (
+        _greedy(recipe, policies)
+        for policies in (starts, [run.policy for run in trained])
+    )
     return [_row(name, "maj@1", before, after, trained)]
 
 
@@ -311,11 +322,46 @@ def _of_variant(recipe: Recipe, name: str, *, label: str | None = None) -> list[
         for each in (recipe, variant_of(recipe, name))
     )
     before, after = (
-        [_greedy(recipe, run.policy, label=label) for run in runs]
+        _greedy(recipe, [run.policy for run in runs], label=label)
         for runs in (plain, changed)
     )
     metric = f"maj@1 of {label}" if label else "maj@1"
     return [_row(name, f"{metric} against {algorithm}", before, after, changed)]
+
+
+def _of_judge(recipe: Recipe, name: str) -> list[Gain]:
+    """Beside its accuracy: whether what it was paid for rose, and what that is worth.
+
+    One answer to each problem, sampled as in training, so that both are what training
+    would have made larger; by the policy, and by SFT's, from which it started.
+    """
+    changed, seeds = variant_of(recipe, name), range(recipe.seeds)
+    rows = _of_variant(recipe, name)
+    trained = train_seeds(changed, "ppo", seeds)
+    problems = recipe.task.load("test", recipe.evaluation.problems)
+    tables = []  # of SFT, and of PPO: (seeds, score and right, problems)
+    for policies in (
+        [train_sft(recipe, seed).policy for seed in seeds],
+        [run.policy for run in trained],
+    ):
+        table = []
+        for policy, seed in zip(policies, seeds, strict=True):
+            rollouts = sample(
+                policy,
+                problems,
+                k=1,
+                temperature=recipe.ppo.temperature,
+                max_new_tokens=recipe.max_new_tokens,
+                seed=seed,
+            )
+            judge = train_reward_model(changed, seed).orm
+            table.append([score(judge, rollouts), sparse_rewards(rollouts, problems)])
+        tables.append(np.array(table, float))
+    before, after = tables
+    for i, metric in enumerate(("score by its judge", "right, of the same answers")):
+        against = f"{metric}, against SFT"
+        rows.append(_row(name, against, before[:, i], after[:, i], trained))
+    return rows
 
 
 def _of_labels(recipe: Recipe, name: str) -> list[Gain]:
@@ -327,7 +373,7 @@ def _of_labels(recipe: Recipe, name: str) -> list[Gain]:
 def _of_rcrl(recipe: Recipe, name: str) -> list[Gain]:
     trained = train_seeds(recipe, "rcrl", range(recipe.seeds))
     bad, good = (
-        [_greedy(recipe, run.policy, label=label) for run in trained]
+        _greedy(recipe, [run.policy for run in trained], label=label)
         for label in (BAD, GOOD)
     )
     return [_row(name, "maj@1 of [GOOD] against [BAD]", bad, good, trained)]
@@ -351,21 +397,16 @@ def _of_orm(recipe: Recipe, name: str) -> list[Gain]:
     by_likelihood = reports([likelihood_judge(recipe, seed) for seed in seeds])
     k = by_model[0].k
     rerank, vote = f"rerank@{k}", f"maj@{k}"
+    scored = _table(by_model, rerank)
     against_vote = _row(
-        name,
-        f"{rerank} against {vote}",
-        by_model,
-        by_model,
-        trained,
-        metrics=(vote, rerank),
+        name, f"{rerank} against {vote}", _table(by_model, vote), scored, trained
     )
     against_likelihood = _row(
         name,
         f"{rerank} against the likelihood's",
-        by_likelihood,
-        by_model,
+        _table(by_likelihood, rerank),
+        scored,
         trained,
-        metrics=(rerank, rerank),
     )
     aucs = [run.held_out[-1]["auc"] for run in trained]
     interval = seed_interval(aucs)
@@ -381,33 +422,37 @@ def _of_orm(recipe: Recipe, name: str) -> list[Gain]:
     return [against_vote, against_likelihood, auc]
 
 
-def _greedy(recipe: Recipe, policy, **options: Any) -> Report:
-    return evaluate_recipe(recipe, policy, greedy_only=True, **options)
+def _greedy(recipe: Recipe, policies: Sequence[Policy], **options: Any) -> np.ndarray:
+    """Which problems each seed's policy solves greedily: (seeds, problems)."""
+    reports = [
+        evaluate_recipe(recipe, policy, greedy_only=True, **options)
+        for policy in policies
+    ]
+    return _table(reports, "maj@1")
+
+
+def _table(reports: Sequence[Report], metric: str) -> np.ndarray:
+    """A metric of each seed and problem: (seeds, problems)."""
+    return np.stack([report.values(metric) for report in reports])
 
 
 def _row(
     name: str,
     metric: str,
-    before: Sequence[Report],
-    after: Sequence[Report],
+    before: np.ndarray,
+    after: np.ndarray,
     trained: Sequence[Any],
-    *,
-    metrics: tuple[str, str] = ("maj@1", "maj@1"),
 ) -> Gain:
-    """The paired difference, over seeds and problems."""
-    first, second = (
-        np.stack([report.values(metric) for report in reports])  # (seeds, problems)
-        for reports, metric in zip((before, after), metrics, strict=True)
-    )
-    interval: Interval = hierarchical_interval(second - first)
+    """The paired difference of two tables, (seeds, problems) each."""
+    interval: Interval = hierarchical_interval(after - before)
     return Gain(
         metric=metric,
-        before=float(first.mean()),
-        after=float(second.mean()),
+        before=float(before.mean()),
+        after=float(after.mean()),
         gain=interval.mean,
         low=interval.low,
         high=interval.high,
-        **_common(name, trained, *first.shape),
+        **_common(name, trained, *before.shape),
     )
 
 
