@@ -29,6 +29,7 @@ from rlreason.experiments.train import TRAIN
 OF_JUDGE = (
     "score by its judge, against SFT",
     "right, of the same answers, against SFT",
+    "AUC on held-out questions",
 )
 
 # Through everything, with the toy
@@ -336,7 +337,7 @@ def test_what_is_paid_and_what_is_right_are_of_the_same_answers(
 
     def judge(changed, seed):
         assert changed == gains.variant_of(recipe, name)
-        return SimpleNamespace(orm=("judge", seed))
+        return SimpleNamespace(orm=("judge", seed), held_out=[{"auc": 0.5 + seed / 10}])
 
     def judged(judge, policy):
         assert judge == ("judge", policy[1])  # that of its own seed
@@ -352,7 +353,8 @@ def test_what_is_paid_and_what_is_right_are_of_the_same_answers(
     monkeypatch.setattr(gains, "sparse_rewards", right)
     rows = measure_gains(recipe, [name], report=lambda _: None)
     assert [row.metric for row in rows] == ["maj@1 against ppo", *OF_JUDGE]
-    _, paid, true = rows
+    _, paid, true, auc = rows
+    assert auc.after == pytest.approx(0.6)
     assert made == [
         ((policy, seed), seed) for policy in ("sft", "ppo") for seed in range(SEEDS)
     ]

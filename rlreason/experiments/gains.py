@@ -14,7 +14,7 @@ rcrl                 maj@1 with [GOOD] forced before every step, minus that with
                      algorithm as it is. Of ppo-weak-orm two: paid by a judge that
                      knows little, and kept near its start by nothing
 ppo-...-orm          besides, what the judge finds of the answers, minus what it found
-                     of SFT's; and the share that is right, likewise
+                     of SFT's; the share that is right, likewise; and its AUC
 orm                  rerank@K minus maj@K, both of one set of samples of SFT; minus
                      rerank@K by the likelihood alone, which needs no training; and
                      the AUC on training questions that were held out
@@ -44,6 +44,7 @@ from rlreason.experiments.environment import commit, environment, project_root
 from rlreason.experiments.recipes import Recipe
 from rlreason.experiments.run_folder import RunFolder
 from rlreason.experiments.train import (
+    TrainedRewardModel,
     evaluate_recipe,
     likelihood_judge,
     train_reward_model,
@@ -338,6 +339,7 @@ def _of_judge(recipe: Recipe, name: str) -> list[Gain]:
     changed, seeds = variant_of(recipe, name), range(recipe.seeds)
     rows = _of_variant(recipe, name)
     trained = train_seeds(changed, "ppo", seeds)
+    judges = [train_reward_model(changed, seed) for seed in seeds]
     problems = recipe.task.load("test", recipe.evaluation.problems)
     tables = []  # of SFT, and of PPO: (seeds, score and right, problems)
     for policies in (
@@ -345,7 +347,7 @@ def _of_judge(recipe: Recipe, name: str) -> list[Gain]:
         [run.policy for run in trained],
     ):
         table = []
-        for policy, seed in zip(policies, seeds, strict=True):
+        for policy, judge, seed in zip(policies, judges, seeds, strict=True):
             rollouts = sample(
                 policy,
                 problems,
@@ -354,14 +356,14 @@ def _of_judge(recipe: Recipe, name: str) -> list[Gain]:
                 max_new_tokens=recipe.max_new_tokens,
                 seed=seed,
             )
-            judge = train_reward_model(changed, seed).orm
-            table.append([score(judge, rollouts), sparse_rewards(rollouts, problems)])
+            right = sparse_rewards(rollouts, problems)
+            table.append([score(judge.orm, rollouts), right])
         tables.append(np.array(table, float))
     before, after = tables
     for i, metric in enumerate(("score by its judge", "right, of the same answers")):
         against = f"{metric}, against SFT"
         rows.append(_row(name, against, before[:, i], after[:, i], trained))
-    return rows
+    return [*rows, _auc(name, judges, trained)]
 
 
 def _of_labels(recipe: Recipe, name: str) -> list[Gain]:
@@ -408,18 +410,21 @@ def _of_orm(recipe: Recipe, name: str) -> list[Gain]:
         scored,
         trained,
     )
-    aucs = [run.held_out[-1]["auc"] for run in trained]
-    interval = seed_interval(aucs)
-    auc = Gain(
+    return [against_vote, against_likelihood, _auc(name, trained, trained)]
+
+
+def _auc(name: str, judges: Sequence[TrainedRewardModel], trained) -> Gain:
+    """How well reward models rank held-out questions, against a guess."""
+    interval = seed_interval([judge.held_out[-1]["auc"] for judge in judges])
+    return Gain(
         metric="AUC on held-out questions",
         before=None,
         after=interval.mean,
         gain=interval.mean - CHANCE,
         low=interval.low - CHANCE,
         high=interval.high - CHANCE,
-        **_common(name, trained, len(seeds), 0),
+        **_common(name, trained, len(judges), 0),
     )
-    return [against_vote, against_likelihood, auc]
 
 
 def _greedy(recipe: Recipe, policies: Sequence[Policy], **options: Any) -> np.ndarray:
