@@ -468,21 +468,26 @@ def test_a_chapter_shows_what_is_recorded_beside_its_own_run(
     open_ = replace(rows[2], low=-0.01)
     write_gains([rows[0], worse, open_, *rows[3:]], path)
     shown = gains_table("tiny", ["ppo", "rloo"], same)
+    # What must not be torn apart has spaces that do not break
+    assert "-10.0\xa0[-20.0,\xa0-5.0] | a\xa0loss |" in shown
+    shown = shown.replace("\xa0", " ")
     _, _, first, second = shown.split("\n\n")[0].splitlines()
-    gained = f"+7.5 [{100 * rows[0].low:+.1f}, {100 * rows[0].high:+.1f}] points"
-    assert first == (
-        f"| ppo | maj@1 | 3 | 40 | {BEFORE.mean():.1%} | {AFTER.mean():.1%} | {gained} "
-        "| a gain |"
+    gained = f"+7.5 [{100 * rows[0].low:+.1f}, {100 * rows[0].high:+.1f}]"
+    accuracies = f"{BEFORE.mean():.1%} | {AFTER.mean():.1%}"
+    assert first == f"| `ppo` | maj@1 | {accuracies} | {gained} | a gain |"
+    assert second.startswith("| `rloo` | maj@1 |")
+    assert shown.endswith(
+        "\n\n3 seeds, 40 test problems; gains of percentages in points. "
+        f"Recorded at profile tiny, {rows[0].date}."
     )
-    assert second.endswith("| -10.0 [-20.0, -5.0] points | a loss |")
-    assert shown.endswith(f"\n\nRecorded at profile tiny, {rows[0].date}.")
     assert "orm" not in shown
 
-    _, _, vote, _, auc = gains_table("tiny", ["orm"], other).splitlines()[:5]
+    _, _, vote, likelihood, auc = gains_table("tiny", ["orm"], other).splitlines()[:5]
+    assert vote.startswith("| `orm` | rerank")
     assert vote.endswith("| inconclusive |")
+    assert likelihood.startswith("|  | rerank")  # named once
     # An AUC is no share, and what it has to beat is a guess
-    assert "| 0.50 | 0.80 | +0.30 [" in auc
-    assert "points" not in auc
+    assert "| 0.50 | 0.80 | +0.30\xa0[" in auc
     assert "with other settings than the run above" in gains_table(
         "tiny", ["orm"], other
     )

@@ -240,33 +240,43 @@ def gains_table(profile: str, algorithms: Sequence[str], run: RunFolder) -> str:
             "Until then one seed is an anecdote."
         )
     lines = [
-        "| | measured | seeds | problems | before | after | gain, 95% interval | |",
-        "|---|---|--:|--:|--:|--:|---|---|",
-        *map(_table_line, rows),
+        "| | measured | before | after | gain, 95% interval | |",
+        "|---|---|--:|--:|---|---|",
+        *map(_table_line, rows, [{}, *rows]),
     ]
     recorded = {r["settings"] for r in rows if r["algorithm"] == algorithms[0]}
     same = _settings_of(run) in recorded
     when = ", ".join(sorted({row["date"] for row in rows}))
     note = "" if same else ", with other settings than the run above"
-    return "\n".join(lines) + f"\n\nRecorded at profile {profile}, {when}{note}."
+    seeds = " or ".join(sorted({row["seeds"] for row in rows}, key=int))
+    counts = sorted({int(row["problems"]) for row in rows} - {0})
+    problems = " or ".join(f"{n:,}" for n in counts)
+    return "\n".join(lines) + (
+        f"\n\n{seeds} seeds, {problems} test problems; gains of percentages in points. "
+        f"Recorded at profile {profile}, {when}{note}."
+    )
 
 
-def _table_line(row: dict[str, str]) -> str:
-    """One row in points; an AUC as it is, beside that of a guess."""
+def _table_line(row: dict[str, str], above: dict[str, str]) -> str:
+    """One row in points; an AUC as it is, beside that of a guess.
+
+    An algorithm is named in the first of its rows. What is to stay on one line has
+    spaces that do not break (U+00A0).
+    """
     gain, low, high = (float(row[name]) for name in ("gain", "low", "high"))
     word = "inconclusive"
     if low > 0 or high < 0:
         word = "a gain" if gain > 0 else "a loss"
     if row["before"]:
         before, after = (f"{float(row[name]):.1%}" for name in ("before", "after"))
-        change = f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] points"
+        change = f"{100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     else:
         before, after = f"{CHANCE:.2f}", f"{float(row['after']):.2f}"
         change = f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]"
-    told = [row[name] for name in ("algorithm", "metric", "seeds", "problems")]
-    if row["problems"] == "0":  # the questions held out differ from seed to seed
-        told[-1] = ""
-    return f"| {' | '.join([*told, before, after, change, word])} |"
+    known = row["algorithm"] == above.get("algorithm")
+    name = "" if known else f"`{row['algorithm']}`"
+    one_line = [text.replace(" ", "\N{NO-BREAK SPACE}") for text in (change, word)]
+    return f"| {' | '.join([name, row['metric'], before, after, *one_line])} |"
 
 
 def gains_path(profile: str) -> Path:
