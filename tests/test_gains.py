@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from toys import UPDATE, run_toy, toy_recipe
+from toys import TOY_PROBLEMS, UPDATE, run_toy, toy_policy, toy_recipe
 
 from rlreason.algorithms.rcrl import BAD, GOOD
 from rlreason.evaluation.intervals import hierarchical_interval, seed_interval
@@ -25,6 +26,8 @@ from rlreason.experiments.gains import (
     write_gains,
 )
 from rlreason.experiments.train import TRAIN
+from rlreason.policy.sampler import sample
+from rlreason.rewards.sparse import sparse_rewards
 
 OF_JUDGE = (
     "score by its judge, against SFT",
@@ -188,6 +191,8 @@ def test_the_table_of_a_profile_lies_with_the_results_of_the_book():
 def test_an_unknown_algorithm_is_an_error_before_anything_is_trained(tmp_path):
     with pytest.raises(ValueError, match=r"no algorithm 'sft'; there are expert-iter"):
         measure_gains(toy_recipe(tmp_path), ["ppo", "sft"])
+    with pytest.raises(ValueError, match="no algorithm 'ppo-densest'"):
+        gains.variant_of(toy_recipe(tmp_path), "ppo-densest")
     assert not (tmp_path / "runs").exists()
 
 
@@ -328,29 +333,20 @@ def test_what_is_paid_and_what_is_right_are_of_the_same_answers(
     recipe, _ = scripted
     made = []
 
-    def answer(policy, problems, *, k, temperature, max_new_tokens, seed):
-        assert (k, temperature) == (1, recipe.ppo.temperature)
-        assert max_new_tokens == recipe.max_new_tokens
-        assert problems == recipe.task.load("test", recipe.evaluation.problems)
-        made.append((policy, seed))
-        return policy
-
     def judge(changed, seed):
         assert changed == gains.variant_of(recipe, name)
         return SimpleNamespace(orm=("judge", seed), held_out=[{"auc": 0.5 + seed / 10}])
 
-    def judged(judge, policy):
-        assert judge == ("judge", policy[1])  # that of its own seed
-        table = BEFORE if policy[0] == "sft" else AFTER
-        return list(table[policy[1]] / 2)
+    def found(given, policy, judge, problems, *, seed):
+        assert given == recipe
+        assert judge == ("judge", seed)  # that of its own seed
+        assert problems == recipe.task.load("test", recipe.evaluation.problems)
+        made.append((policy, seed))
+        tables = (BEFORE / 2, AFTER) if policy[0] == "sft" else (AFTER / 2, BEFORE)
+        return tuple(table[seed] for table in tables)
 
-    def right(policy, problems):
-        return list((AFTER if policy[0] == "sft" else BEFORE)[policy[1]])
-
-    monkeypatch.setattr(gains, "sample", answer)
     monkeypatch.setattr(gains, "train_reward_model", judge)
-    monkeypatch.setattr(gains, "score", judged)
-    monkeypatch.setattr(gains, "sparse_rewards", right)
+    monkeypatch.setattr(gains, "paid_and_right", found)
     rows = measure_gains(recipe, [name], report=lambda _: None)
     assert [row.metric for row in rows] == ["maj@1 against ppo", *OF_JUDGE]
     _, paid, true, auc = rows
@@ -363,6 +359,37 @@ def test_what_is_paid_and_what_is_right_are_of_the_same_answers(
     assert numbers(true) == limits(BEFORE - AFTER)
     assert (paid.before, paid.after) == (BEFORE.mean() / 2, AFTER.mean() / 2)
     assert paid.low > 0 > true.high
+
+
+def test_scores_and_truth_are_means_over_the_answers_to_each_problem(
+    tmp_path, monkeypatch
+):
+    recipe = toy_recipe(tmp_path)
+    policy, problems = toy_policy(), TOY_PROBLEMS[:3]
+    judged = []
+
+    def lengths(judge, rollouts):
+        assert judge == "a judge"
+        judged.extend(rollouts)
+        return [len(r.tokens) for r in rollouts]
+
+    monkeypatch.setattr(gains, "score", lengths)
+    scores, right = gains.paid_and_right(
+        recipe, policy, "a judge", problems, k=4, seed=5
+    )
+    expected = sample(
+        policy,
+        problems,
+        k=4,
+        temperature=recipe.ppo.temperature,
+        max_new_tokens=recipe.max_new_tokens,
+        seed=5,
+    )
+    assert judged == expected
+    groups = [[r for r in expected if r.problem_id == p.id] for p in problems]
+    assert scores == pytest.approx([fmean(len(r.tokens) for r in g) for g in groups])
+    assert right == pytest.approx([fmean(sparse_rewards(g, problems)) for g in groups])
+    assert 0 < right.mean() < 1
 
 
 @pytest.mark.parametrize("name", LABELLED)

@@ -53,9 +53,10 @@ from rlreason.experiments.train import (
 )
 from rlreason.policy.load import Policy
 from rlreason.policy.sampler import sample
-from rlreason.rewards.orm import score
+from rlreason.rewards.orm import OutcomeRewardModel, score
 from rlreason.rewards.sparse import sparse_rewards
 from rlreason.settings import load_settings
+from rlreason.tasks.problem import Problem
 
 BASELINES = {
     kind: {"ppo": {"credit": {"kind": kind}}} for kind in ("reinforce", "rloo", "grpo")
@@ -81,12 +82,7 @@ JUDGED = ("ppo-sparse-orm", "ppo-dense-orm", WEAK)
 VARIANTS = OF_PPO | FILTERED | LABELLED
 """What each variant changes in a recipe; in ``BEST`` and ``WEAK`` by what it has."""
 
-ALGORITHMS = (
-    *("expert-iteration", *FILTERED),
-    *("ppo", *OF_PPO),
-    *("rcrl", *LABELLED),
-    "orm",
-)
+ALGORITHMS = ("expert-iteration", *FILTERED, "ppo", *OF_PPO, "rcrl", *LABELLED, "orm")
 CHANCE = 0.5  # the AUC of a guess
 
 
@@ -130,15 +126,21 @@ def measure_gains(
     """
     check_algorithms(algorithms)
     rows = []
-    measures = dict.fromkeys(VARIANTS, _of_variant)
-    measures |= dict.fromkeys(BASELINES, _of_policy)
-    measures |= dict.fromkeys(LABELLED, _of_labels) | dict.fromkeys(JUDGED, _of_judge)
-    measures |= {"rcrl": _of_rcrl, "orm": _of_orm}
     for name in algorithms:
-        for row in measures.get(name, _of_policy)(recipe, name):
+        for row in _measure_of(name)(recipe, name):
             report(format_gain(row))
             rows.append(row)
     return rows
+
+
+def _measure_of(name: str) -> Callable[[Recipe, str], list[Gain]]:
+    if name in JUDGED:
+        return _of_judge
+    if name in LABELLED:
+        return _of_labels
+    if name in VARIANTS and name not in BASELINES:
+        return _of_variant
+    return {"rcrl": _of_rcrl, "orm": _of_orm}.get(name, _of_policy)
 
 
 def check_algorithms(algorithms: Sequence[str]) -> None:
@@ -167,6 +169,7 @@ def write_gains(rows: Sequence[Gain], path: Path) -> None:
 
 
 def _replace(path: Path, rows: Sequence[dict[str, Any]], names: list[str]) -> None:
+    """As ``write_gains``, whatever the columns, in the order of ``ALGORITHMS``."""
     new = {row["algorithm"] for row in rows}
     kept = [row for row in read_table(path) if row["algorithm"] not in new]
     table = [*kept, *rows]
@@ -188,6 +191,12 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def recorded_interval(row: dict[str, str]) -> Interval:
+    """The gain of a recorded row with its ends, in the units of ``Gain``."""
+    gain, low, high = (float(row[name]) for name in ("gain", "low", "high"))
+    return Interval(gain, low, high, 0.95, int(row["seeds"]), "as recorded")
+
+
 def measure_phases(recipe: Recipe, name: str) -> list[dict[str, Any]]:
     """What each phase of PPO was paid and how often it was right, of every seed.
 
@@ -197,8 +206,7 @@ def measure_phases(recipe: Recipe, name: str) -> list[dict[str, Any]]:
     """
     if algorithm_of(name) != "ppo":
         return []
-    chosen = variant_of(recipe, name) if name in VARIANTS else recipe
-    runs = train_seeds(chosen, "ppo", range(recipe.seeds))
+    runs = train_seeds(variant_of(recipe, name), "ppo", range(recipe.seeds))
     return [
         {
             "algorithm": name,
@@ -263,9 +271,10 @@ def _table_line(row: dict[str, str], above: dict[str, str]) -> str:
     An algorithm is named in the first of its rows. What is to stay on one line has
     spaces that do not break (U+00A0).
     """
-    gain, low, high = (float(row[name]) for name in ("gain", "low", "high"))
+    interval = recorded_interval(row)
+    gain, low, high = interval.mean, interval.low, interval.high
     word = "inconclusive"
-    if low > 0 or high < 0:
+    if interval.excludes(0):
         word = "a gain" if gain > 0 else "a loss"
     if row["before"]:
         before, after = (f"{float(row[name]):.1%}" for name in ("before", "after"))
@@ -285,15 +294,23 @@ def gains_path(profile: str) -> Path:
 
 
 def algorithm_of(name: str) -> str:
-    """Whose variant it is, as in ``rlreason train``."""
-    whole = ("expert-iteration", "rcrl", "orm")
-    return next((each for each in whole if name.startswith(each)), "ppo")
+    """What ``rlreason train`` calls it: of a variant, whose variant it is."""
+    if name in OF_PPO:
+        return "ppo"
+    if name in FILTERED:
+        return "expert-iteration"
+    return "rcrl" if name in LABELLED else name
 
 
 def variant_of(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with what a variant changes."""
+    """The recipe with what a variant changes; as it is for what is no variant.
+
+    Raises:
+        ValueError: It is none of ``ALGORITHMS``, or cannot be made of this recipe.
+    """
+    check_algorithms([name])
     values = recipe.model_dump(mode="json")
-    for part, changes in VARIANTS[name].items():
+    for part, changes in VARIANTS.get(name, {}).items():
         # A reward of another kind has no use for the size of this one
         if isinstance(changes, dict) and part != "reward":
             changes = values[part] | changes
@@ -313,10 +330,8 @@ def variant_of(recipe: Recipe, name: str) -> Recipe:
 
 def _of_policy(recipe: Recipe, name: str) -> list[Gain]:
     """maj@1 against the SFT policy of the same seed."""
-    if name in BASELINES:
-        recipe = variant_of(recipe, name)
     seeds = range(recipe.seeds)
-    trained = train_seeds(recipe, algorithm_of(name), seeds)
+    trained = train_seeds(variant_of(recipe, name), algorithm_of(name), seeds)
     starts = [train_sft(recipe, seed).policy for seed in seeds]
     before, after = (
         _greedy(recipe, policies)
@@ -343,47 +358,73 @@ def _of_variant(recipe: Recipe, name: str, *, label: str | None = None) -> list[
 def _of_judge(recipe: Recipe, name: str) -> list[Gain]:
     """Beside its accuracy: whether what it was paid for rose, and what that is worth.
 
-    One answer to each problem, sampled as in training, so that both are what training
-    would have made larger; by the policy, and by SFT's, from which it started.
+    The answers are of the policy, and of SFT's from which it started.
     """
     changed, seeds = variant_of(recipe, name), range(recipe.seeds)
-    rows = _of_variant(recipe, name)
     trained = train_seeds(changed, "ppo", seeds)
     judges = [train_reward_model(changed, seed) for seed in seeds]
     problems = recipe.task.load("test", recipe.evaluation.problems)
-    tables = []  # of SFT, and of PPO: (seeds, score and right, problems)
-    for policies in (
-        [train_sft(recipe, seed).policy for seed in seeds],
-        [run.policy for run in trained],
-    ):
-        table = []
-        for policy, judge, seed in zip(policies, judges, seeds, strict=True):
-            rollouts = sample(
-                policy,
-                problems,
-                k=1,
-                temperature=recipe.ppo.temperature,
-                max_new_tokens=recipe.max_new_tokens,
-                seed=seed,
-            )
-            right = sparse_rewards(rollouts, problems)
-            table.append([score(judge.orm, rollouts), right])
-        tables.append(np.array(table, float))
-    before, after = tables
-    for i, metric in enumerate(("score by its judge", "right, of the same answers")):
-        against = f"{metric}, against SFT"
-        rows.append(_row(name, against, before[:, i], after[:, i], trained))
-    return [*rows, _auc(name, judges, trained)]
+    starts = [train_sft(recipe, seed).policy for seed in seeds]
+
+    def found(policies: Sequence[Policy]) -> np.ndarray:
+        each = [
+            paid_and_right(recipe, policy, judge.orm, problems, seed=seed)
+            for policy, judge, seed in zip(policies, judges, seeds, strict=True)
+        ]
+        return np.swapaxes(each, 0, 1)  # (2, seeds, problems)
+
+    before, after = found(starts), found([run.policy for run in trained])
+    metrics = ("score by its judge", "right, of the same answers")
+    return [
+        *_of_variant(recipe, name),
+        *(
+            _row(name, f"{metric}, against SFT", *tables, trained)
+            for metric, *tables in zip(metrics, before, after, strict=True)
+        ),
+        _auc(name, judges, trained),
+    ]
+
+
+def paid_and_right(
+    recipe: Recipe,
+    policy: Policy,
+    judge: OutcomeRewardModel,
+    problems: Sequence[Problem],
+    *,
+    k: int = 1,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a judge finds of ``k`` answers to each problem, and what is true of them.
+
+    They are sampled as PPO samples, so that both are what its training would have made
+    larger.
+
+    Returns:
+        The mean score and the share that is right by the answer key: (problems,) each.
+    """
+    rollouts = sample(
+        policy,
+        problems,
+        k=k,
+        temperature=recipe.ppo.temperature,
+        max_new_tokens=recipe.max_new_tokens,
+        seed=seed,
+    )
+    scores, right = score(judge, rollouts), sparse_rewards(rollouts, problems)
+    by_problem = len(problems), k
+    return (
+        np.reshape(scores, by_problem).mean(1),
+        np.reshape(right, by_problem).mean(1),
+    )
 
 
 def _of_labels(recipe: Recipe, name: str) -> list[Gain]:
     """What its labels are worth, and what it is worth itself."""
-    gap = _of_rcrl(variant_of(recipe, name), name)
-    return gap + _of_variant(recipe, name, label=GOOD)
+    return _of_rcrl(recipe, name) + _of_variant(recipe, name, label=GOOD)
 
 
 def _of_rcrl(recipe: Recipe, name: str) -> list[Gain]:
-    trained = train_seeds(recipe, "rcrl", range(recipe.seeds))
+    trained = train_seeds(variant_of(recipe, name), "rcrl", range(recipe.seeds))
     bad, good = (
         _greedy(recipe, [run.policy for run in trained], label=label)
         for label in (BAD, GOOD)
@@ -423,7 +464,9 @@ def _of_orm(recipe: Recipe, name: str) -> list[Gain]:
     return [against_vote, against_likelihood, _auc(name, trained, trained)]
 
 
-def _auc(name: str, judges: Sequence[TrainedRewardModel], trained) -> Gain:
+def _auc(
+    name: str, judges: Sequence[TrainedRewardModel], trained: Sequence[Any]
+) -> Gain:
     """How well reward models rank held-out questions, against a guess."""
     interval = seed_interval([judge.held_out[-1]["auc"] for judge in judges])
     return Gain(
