@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from rlreason import __version__
-from rlreason.experiments.environment import PACKAGE
+from rlreason.runs.environment import PACKAGE
 
 profile_option = click.option(
     "--profile",
@@ -87,7 +87,7 @@ def run(
     rlreason run notebooks/00_tour.ipynb
     rlreason run notebooks/00_tour.ipynb --profile smoke -p n_problems 50
     """
-    from rlreason.experiments.notebooks import (
+    from rlreason.publishing.notebooks import (
         output_folder,
         parse_value,
         read_notebook,
@@ -122,7 +122,7 @@ def book(profile: str, jobs: int | None, force: bool) -> None:
     that it needs, and builds book/_build/PROFILE/html with warnings as errors. Needs no
     network with the profiles smoke and tiny.
     """
-    from rlreason.experiments.book import build_book
+    from rlreason.publishing.book import build_book
 
     built = build_book(profile, jobs=jobs, force=force, report=click.echo)
     width = max(len(record.notebook) for record in built.records)
@@ -138,7 +138,7 @@ def doctor() -> None:
 
     Exit code 0 when the profile tiny can run, 1 when it cannot.
     """
-    from rlreason.experiments.doctor import examine
+    from rlreason.bench.doctor import examine
 
     findings = examine()
     width = max(len(finding.what) for finding in findings)
@@ -193,7 +193,7 @@ def train_nano_command(size: str, seed: int, output: Path | None) -> None:
 
     Done once by the project; half an hour to an hour on a CPU core.
     """
-    from rlreason.experiments.pretrain_nano import train_nano
+    from rlreason.runs.pretrain_nano import train_nano
 
     click.echo(train_nano(size, seed=seed, folder=output))
 
@@ -204,7 +204,7 @@ def train_nano_command(size: str, seed: int, output: Path | None) -> None:
 @set_option
 def train_sft_command(profile: str, seed: int, changes) -> None:
     """Fine-tune the base on reference solutions."""
-    from rlreason.experiments.train import train_sft
+    from rlreason.runs.steps import train_sft
 
     trained = train_sft(_recipe(profile, changes), seed)
     click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
@@ -223,7 +223,7 @@ def train_expert_iteration_command(
     profile: str, seed: int, changes, from_base: bool
 ) -> None:
     """Sample, keep what is right, learn it, and again."""
-    from rlreason.experiments.train import train_expert_iteration
+    from rlreason.runs.steps import train_expert_iteration
 
     recipe = _recipe(profile, changes)
     trained = train_expert_iteration(recipe, seed, from_sft=not from_base)
@@ -252,13 +252,13 @@ def train_ppo_command(profile: str, seed: int, changes, from_base: bool) -> None
     --set reward.kind dense              what is paid: sparse, dense, shaped,
                                          sparse-orm or dense-orm
     """
-    from rlreason.experiments.train import train_ppo
+    from rlreason.runs.steps import train_ppo
 
     trained = train_ppo(_recipe(profile, changes), seed, from_sft=not from_base)
     for row in trained.phases:
         seen = row.get("validation_maj_1")
         click.echo(
-            f"phase {row['number']}: {row['rollouts']} rollouts, "
+            f"phase {row['phase']}: {row['rollouts']} rollouts, "
             f"reward {row['reward']:.3f}, entropy {row['entropy']:.3f}"
             + (f", KL {row['kl']:.2f}" if "kl" in row else "")
             + (f", validation maj@1 {seen:.1%}" if seen is not None else "")
@@ -276,7 +276,7 @@ def train_orm_command(profile: str, seed: int, changes) -> None:
     They are drawn from the policy of expert iteration, or of SFT with
     --set orm_samples sft.
     """
-    from rlreason.experiments.train import train_reward_model
+    from rlreason.runs.steps import train_reward_model
 
     trained = train_reward_model(_recipe(profile, changes), seed)
     for row in trained.held_out:
@@ -298,11 +298,11 @@ def train_rcrl_command(profile: str, seed: int, changes) -> None:
     [GOOD] or [BAD], by rollouts that go on from it, or by the reward model with
     --set rcrl_labels orm. Compare both labels with rlreason evaluate --label.
     """
-    from rlreason.experiments.train import train_rcrl
+    from rlreason.runs.steps import train_rcrl
 
     trained = train_rcrl(_recipe(profile, changes), seed)
     for row in trained.run.metrics:
-        if row.get("phase") == "label":
+        if row["kind"] == "label":
             click.echo(
                 f"{row['questions']} questions: {row['rollouts']} rollouts, "
                 f"{row['steps']} steps, {row['good_steps']:.1%} good"
@@ -350,7 +350,7 @@ def evaluate(
     number of problems and K come from the profile's recipe. Answers are kept in run
     folders: the same evaluation is not sampled twice.
     """
-    from rlreason.experiments.train import (
+    from rlreason.runs.steps import (
         evaluate_recipe,
         load_reward_model,
         load_trained,
@@ -440,7 +440,7 @@ def bench_sample_command(
     policy: str | None, questions: int, samples: tuple[int, ...], repeats: int
 ) -> None:
     """Useful tokens a second, ours and transformers'."""
-    from rlreason.experiments.bench_sample import (
+    from rlreason.bench.sample import (
         format_sample_benchmark,
         run_sample_benchmark,
     )
@@ -464,7 +464,7 @@ def bench_train_command(
     policy: str, problems: int, batch_size: int, repeats: int
 ) -> None:
     """Tokens a second of fine-tuning, ours and Trainer's."""
-    from rlreason.experiments.bench_train import bench_train
+    from rlreason.bench.train import bench_train
 
     row = bench_train(
         policy=policy, problems=problems, batch_size=batch_size, repeats=repeats
@@ -485,7 +485,7 @@ def bench_ppo_command(profile: str, phases: int) -> None:
     Seconds of sampling, scoring and learning; the tokens that had to go through the
     model, and those that did.
     """
-    from rlreason.experiments.bench_ppo import bench_ppo, format_ppo_benchmark
+    from rlreason.bench.ppo import bench_ppo, format_ppo_benchmark
 
     click.echo(format_ppo_benchmark(bench_ppo(profile=profile, phases=phases)))
 
@@ -495,7 +495,7 @@ def bench_ppo_command(profile: str, phases: int) -> None:
 @click.option("--repeats", default=5, show_default=True, help="Turns that count.")
 def bench_tasks_command(problems: int, repeats: int) -> None:
     """Problems a second that gsm-mini makes on one core."""
-    from rlreason.experiments.bench_tasks import bench_tasks
+    from rlreason.bench.tasks import bench_tasks
 
     rates = bench_tasks(problems=problems, repeats=repeats)
     for split, (middle, low, high) in rates.items():
@@ -504,8 +504,8 @@ def bench_tasks_command(problems: int, repeats: int) -> None:
 
 def _recipe(profile: str, changes):
     """The profile's recipe with the changes given on the command line."""
-    from rlreason.experiments.notebooks import parse_value
-    from rlreason.experiments.profiles import load_recipe
+    from rlreason.publishing.notebooks import parse_value
+    from rlreason.runs.profiles import load_recipe
 
     values = {name.replace(".", "__"): parse_value(v, None) for name, v in changes}
     return load_recipe(profile, **values)

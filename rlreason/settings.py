@@ -2,8 +2,15 @@
 
 One class an algorithm or experiment. A subclass of ``Settings`` or a frozen dataclass:
 both are read strictly (an unknown key or a value of the wrong type is an error that
-names it) and both have one canonical JSON text, whose SHA-256 names the run folder. Two
-settings with the same hash are the same experiment.
+names it) and both have one canonical JSON text. What of it decides a result is the
+``identity``, whose SHA-256 names the run folder: two settings with the same hash are
+the same experiment.
+
+A field made by ``setting`` says where its default comes from. It may also say that it
+is *placement* (in how many pieces and where something is computed, never what), which
+the identity leaves out, or at which *neutral* value it does nothing, where the identity
+leaves it out too. So neither a larger micro-batch nor a setting that did not exist when
+a result was recorded makes another experiment of it.
 """
 
 from __future__ import annotations
@@ -13,9 +20,9 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
@@ -40,6 +47,45 @@ class Settings(BaseModel):
         strict=True,
         allow_inf_nan=False,
         validate_default=True,
+    )
+
+
+Source = Literal["paper", "precursor", "ours"]
+"""Where a default comes from: the paper, its authors' earlier code, or this project."""
+
+_NO_NEUTRAL = object()
+
+
+def setting(
+    default: Any = ...,
+    description: str = "",
+    *,
+    source: Source,
+    placement: bool = False,
+    neutral: Any = _NO_NEUTRAL,
+    **limits: Any,
+) -> Any:
+    """A documented field of a settings class.
+
+    Args:
+        default: Its value where none is given; ``...``: it must be given. A callable
+            makes a nested settings object.
+        description: What it means, with its unit.
+        source: Where the default comes from.
+        placement: It says how a result is computed and not which; see the module.
+        neutral: The value at which it does nothing. Pinned when the field is added: it
+            stays when the default moves on.
+        **limits: As in pydantic's ``Field``: ``ge``, ``gt``, ``le``, ``discriminator``.
+    """
+    extra: dict[str, Any] = {"source": source, "placement": placement}
+    if neutral is not _NO_NEUTRAL:
+        extra["neutral"] = neutral
+    kind = "default_factory" if callable(default) else "default"
+    return Field(
+        **{kind: default},
+        description=description,
+        json_schema_extra=extra,
+        **limits,
     )
 
 
@@ -100,7 +146,31 @@ def canonical_json(settings: Any) -> str:
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def identity(settings: Any) -> str:
+    """Return ``canonical_json`` without placement and without what is neutral."""
+    plain = TypeAdapter(type(settings)).dump_python(settings, mode="json")
+    _leave_out(settings, plain)
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _leave_out(settings: Any, plain: Any) -> None:
+    """Take what is no part of the identity out of ``plain``, the dump of settings."""
+    if isinstance(settings, (list, tuple)):
+        for value, dumped in zip(settings, plain, strict=True):
+            _leave_out(value, dumped)
+    if not isinstance(settings, BaseModel):
+        return
+    for name, field in type(settings).model_fields.items():
+        extra = field.json_schema_extra or {}
+        value = getattr(settings, name)
+        neutral = "neutral" in extra and value == extra["neutral"]
+        if extra.get("placement") or neutral:
+            del plain[name]
+        else:
+            _leave_out(value, plain[name])
+
+
 def settings_hash(settings: Any) -> str:
-    """Return the first 12 hex digits of the SHA-256 of ``canonical_json(settings)``."""
-    digest = hashlib.sha256(canonical_json(settings).encode()).hexdigest()
+    """Return the first 12 hex digits of the SHA-256 of ``identity(settings)``."""
+    digest = hashlib.sha256(identity(settings).encode()).hexdigest()
     return digest[:HASH_LENGTH]

@@ -12,8 +12,8 @@ from rlreason.algorithms.ppo import (
     LoraSettings,
     PpoSettings,
 )
-from rlreason.experiments import bench_ppo as module
-from rlreason.experiments.bench_ppo import (
+from rlreason.bench import ppo as module
+from rlreason.bench.ppo import (
     STAGES,
     Stage,
     bench_ppo,

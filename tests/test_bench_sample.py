@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from tiny_models import PROBLEMS, tiny_policy
 
-from rlreason.experiments import bench_sample
-from rlreason.experiments.bench_sample import (
+from rlreason.bench import sample as bench_sample
+from rlreason.bench.sample import (
     format_sample_benchmark,
     run_sample_benchmark,
 )

@@ -21,15 +21,15 @@ import pytest
 import websocket
 from test_notebook_runner import write_notebook
 
-from rlreason.experiments.book import BookError, Executor, build_book, mathjax_files
-from rlreason.experiments.doctor import find_browser
-from rlreason.experiments.notebooks import (
+from rlreason.bench.doctor import find_browser
+from rlreason.publishing.book import BookError, Executor, build_book, mathjax_files
+from rlreason.publishing.notebooks import (
     Record,
     find_notebooks,
     notebook_digest,
     read_record,
 )
-from rlreason.experiments.profiles import Profile
+from rlreason.runs.profiles import Profile
 
 REPOSITORY = Path(__file__).parents[1]
 GLUE = "from myst_nb import glue\nglue('{name}', {value}, display=False)"

@@ -12,8 +12,10 @@ from toys import run_toy, toy_profile, toy_recipe
 
 from rlreason import cli
 from rlreason.algorithms.ppo import BaselineSettings
-from rlreason.experiments import doctor, gains, train
-from rlreason.experiments.recipes import Recipe
+from rlreason.bench import doctor
+from rlreason.experiments import gains
+from rlreason.runs import steps as train
+from rlreason.runs.recipes import Recipe
 from rlreason.settings import settings_hash
 
 
@@ -68,7 +70,7 @@ def test_the_package_and_its_help_do_not_wait_for_torch(program):
 
 
 def test_a_call_for_a_book_that_stands_does_not_wait_for_torch():
-    check = "import rlreason.experiments.book, sys; sys.exit('torch' in sys.modules)"
+    check = "import rlreason.publishing.book, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 

@@ -185,7 +185,7 @@ def run(
 
 
 def rounds(recorder: Memory) -> list[dict]:
-    return [row for row in recorder.rows if row["phase"] == "round"]
+    return [row for row in recorder.rows if row["kind"] == "round"]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from rlreason import figures
+from rlreason.publishing import figures
 
 PIECES = [" 4", "+", "1", "\n", "####", " 5", ""]
 SCORES = [-0.1, -2.0, -0.5, -0.1, -0.2, -0.3, -1.0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlreason import figures
+from rlreason.publishing import figures
 
 LAMBDAS = [0.0, 0.5, 1.0]
 FALLING, RISING = {"exact": [0.0, 0.0, 0.0], "zero": [0.9, 0.5, 0.0]}, [0.3, 0.5, 1.0]

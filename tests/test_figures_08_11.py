@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlreason import figures
+from rlreason.publishing import figures
 
 PIECES = [" 4", "+", "1", "\n", "####", " 5", ""]
 PAID = {

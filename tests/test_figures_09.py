@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlreason import figures
 from rlreason.evaluation.classifier import calibration_curve
+from rlreason.publishing import figures
 
 PIECES = [" 4", "+", "1", "\n", "####", " 5", ""]
 SCORES = [0.5, 0.6, 0.4, 0.7, 0.8, 0.9, 0.95]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rlreason import figures
 from rlreason.evaluation.intervals import wilson_interval
+from rlreason.publishing import figures
 
 PROMPT = ["Q", ":", " 1", "+", "1", "\n"]
 RESPONSE = ["", " 1", "+", "1", "\n", "", "####", " 2", ""]

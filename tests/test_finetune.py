@@ -53,11 +53,11 @@ from rlreason.algorithms.finetune import (
 )
 from rlreason.algorithms.optim import cosine_lr
 from rlreason.algorithms.sft import sft, solution_examples
-from rlreason.experiments import train
-from rlreason.experiments.run_folder import read_checkpoint
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import micro_batches
 from rlreason.policy.sampler import sample
+from rlreason.runs import steps as train
+from rlreason.runs.folder import read_checkpoint
 from rlreason.tasks.problem import Problem
 
 SHORT = FinetuneSettings(epochs=3, batch_size=4, lr=1e-3, lr_floor=1e-5)

@@ -25,9 +25,9 @@ from rlreason.experiments.gains import (
     read_table,
     write_gains,
 )
-from rlreason.experiments.train import TRAIN
 from rlreason.policy.sampler import sample
 from rlreason.rewards.sparse import sparse_rewards
+from rlreason.runs.steps import TRAIN
 
 OF_JUDGE = (
     "score by its judge, against SFT",
@@ -149,7 +149,7 @@ def test_the_phases_of_every_seed_are_as_the_runs_wrote_them(scripted, monkeypat
         for seed, run in enumerate(runs):
             kl = {"kl": 0.25} if seed else {}
             run.phases = [
-                {"number": number, "reward": seed + 0.5, "accuracy": 1 / 3} | kl
+                {"phase": number, "reward": seed + 0.5, "accuracy": 1 / 3} | kl
                 for number in (1, 2)
             ]
         return runs

@@ -13,11 +13,11 @@ from toys import TOY_PROBLEMS, toy_policy, toy_recipe
 
 from rlreason.algorithms.rcrl import BAD, GOOD
 from rlreason.evaluation.evaluate import answer_groups
-from rlreason.experiments import answers as module
-from rlreason.experiments.answers import kept_answers, weights_digest
-from rlreason.experiments.run_folder import RunFolder
-from rlreason.experiments.train import evaluate_recipe, train_expert_iteration
 from rlreason.policy.vocabulary import add_tokens
+from rlreason.runs import kept_rollouts as module
+from rlreason.runs.folder import RunFolder
+from rlreason.runs.kept_rollouts import kept_answers, weights_digest
+from rlreason.runs.steps import evaluate_recipe, train_expert_iteration
 
 OPTIONS = {"k": 3, "temperature": 0.9, "max_new_tokens": 12, "seed": 4}
 
@@ -144,6 +144,7 @@ def test_what_was_sampled_is_logged(runs):
     row = json.loads((folder / "metrics.jsonl").read_text())
     flat = [r for group in rollouts.values() for r in group]
     assert row == {
+        "kind": "answers",
         "problems": len(PROBLEMS),
         "samples": len(flat),
         "tokens": sum(len(r.tokens) for r in flat),

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from rlreason.experiments.notebooks import (
+from rlreason.publishing.notebooks import (
     REQUIRED,
     NotebookError,
     choose_parameters,
@@ -21,7 +21,7 @@ from rlreason.experiments.notebooks import (
     run_notebook,
     unused_keys,
 )
-from rlreason.experiments.profiles import BUILT_IN, Profile, load_profile, load_recipe
+from rlreason.runs.profiles import BUILT_IN, Profile, load_profile, load_recipe
 from rlreason.settings import SettingsError
 
 REPOSITORY = Path(__file__).parents[1]

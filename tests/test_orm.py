@@ -532,8 +532,8 @@ def train(recorder: Memory | None = None, **changes) -> OutcomeRewardModel:
     return train_orm(toy_policy(), TOY_PROBLEMS, chosen, recorder, judge=judge_scores)
 
 
-def rows(recorder: Memory, phase: str) -> list[dict]:
-    return [row for row in recorder.rows if row["phase"] == phase]
+def rows(recorder: Memory, kind: str) -> list[dict]:
+    return [row for row in recorder.rows if row["kind"] == kind]
 
 
 @pytest.fixture
@@ -559,7 +559,7 @@ def test_what_is_logged_can_be_counted_from_what_was_sampled(sampled):
     data = build_dataset(label_rollouts(rollouts, TOY_PROBLEMS), QUICK)
     assert rows(recorder, "sample") == [
         {
-            "phase": "sample",
+            "kind": "sample",
             "rollouts": 48,
             "accuracy": sum(sparse_rewards(rollouts, TOY_PROBLEMS)) / 48,
             "truncated": sum(not r.finished for r in rollouts) / 48,
@@ -570,7 +570,7 @@ def test_what_is_logged_can_be_counted_from_what_was_sampled(sampled):
             "held_out_questions": len({e.problem_id for e in data.held_out}),
         }
     ]
-    updates = rows(recorder, "train")
+    updates = rows(recorder, "update")
     assert [u["update"] for u in updates] == list(range(len(updates)))
     assert [u["lr"] for u in updates] == [
         cosine_lr(

@@ -101,7 +101,7 @@ def test_the_wheel_carries_profiles_and_weights(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("smoke", "tiny", "smol", "paper"):
-        assert f"rlreason/experiments/profiles/{name}.yaml" in names
+        assert f"rlreason/runs/profiles/{name}.yaml" in names
     for name in ("nano", "nano-xs"):
         assert f"rlreason/assets/{name}/model.safetensors" in names
         assert f"rlreason/assets/{name}/tokenizer.json" in names

@@ -756,8 +756,8 @@ class LearnedError(Exception):
 class UntilLearned(Memory):
     """Ends a run after two phases in a row with more than 90% of answers right."""
 
-    def log(self, **metrics):
-        super().log(**metrics)
+    def log(self, kind, **metrics):
+        super().log(kind, **metrics)
         if min(row["accuracy"] for row in [{"accuracy": 0}, *self.rows][-2:]) > 0.9:
             raise LearnedError
 
@@ -946,7 +946,7 @@ def test_p50_saving_memory_changes_nothing_but_rounding(changes):
     saving = Memory()
     run(saving, settings=quick(phases=1, **changes))
     for name, value in plain_run(quick(phases=1))[1][0].items():
-        if name not in ("phase", "ratio_error"):
+        if name not in ("kind", "ratio_error"):
             assert saving.rows[0][name] == pytest.approx(value, rel=1e-3, abs=1e-5), (
                 name
             )

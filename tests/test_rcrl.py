@@ -399,8 +399,8 @@ def run(recorder: Memory | None = None, *, base: Policy | None = None, **changes
     )
 
 
-def rows(recorder: Memory, phase: str) -> list[dict]:
-    return [row for row in recorder.rows if row["phase"] == phase]
+def rows(recorder: Memory, kind: str) -> list[dict]:
+    return [row for row in recorder.rows if row["kind"] == kind]
 
 
 def test_what_is_logged_can_be_counted(small_chunks):
@@ -427,7 +427,7 @@ def test_what_is_logged_can_be_counted(small_chunks):
     assert labelled[-1]["rollouts"] == 24 + used
     assert labelled[-1]["steps"] == len(labels)
     assert labelled[-1]["good_steps"] == sum(labels) / len(labels)
-    learned = rows(recorder, "learn")
+    learned = rows(recorder, "update")
     assert len(learned) == 2 * -(-len(kept) // 8)
     tokens = sum(len(s.rollout.tokens) for s in kept)
     assert sum(row["response_tokens"] for row in learned) == 2 * tokens
@@ -460,7 +460,7 @@ def test_a_run_resumed_does_not_sample_again(small_chunks, monkeypatch):
     monkeypatch.setattr(module, "sample", None)
     monkeypatch.setattr(module, "sample_prompts", None)
     run(recorder)
-    assert rows(recorder, "learn")
+    assert rows(recorder, "update")
 
 
 @pytest.mark.parametrize("solutions", [[], TOY_SOLUTIONS[:3]], ids=["none", "some"])

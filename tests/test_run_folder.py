@@ -28,8 +28,8 @@ from rlreason.algorithms.recorder import (
     pack_lists,
     unpack_lists,
 )
-from rlreason.experiments import run_folder as module
-from rlreason.experiments.run_folder import RunFolder, RunFolderError
+from rlreason.runs import folder as module
+from rlreason.runs.folder import RunFolder, RunFolderError
 
 STEPS = 12
 SAVE_EVERY_STEPS = 3
@@ -68,7 +68,7 @@ def train_toy(settings: ToySettings, recorder: Recorder, at_step=lambda step: No
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        recorder.log(step=step, loss=loss)
+        recorder.log("step", step=step, loss=loss)
         at_step(step)
         if (step + 1) % SAVE_EVERY_STEPS == 0:
             tensors = {"weights": weights, "generator": generator.get_state()}
@@ -236,7 +236,7 @@ def test_a_run_that_is_done_is_not_run_twice(tmp_path):
     assert steps == []
     assert {p: p.stat().st_mtime_ns for p in again.path.rglob("*")} == written
     with again, pytest.raises(RunFolderError, match="not after the run is done"):
-        again.log(loss=1.0)
+        again.log("update", loss=1.0)
 
 
 def test_settings_and_kind_name_the_folder(tmp_path):
@@ -314,16 +314,20 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
 
 
 def test_metrics_hold_numbers_and_no_clock(undisturbed):
-    assert set(undisturbed.metrics[0]) == {"step", "loss"}
+    assert set(undisturbed.metrics[0]) == {"kind", "step", "loss"}
     assert set(undisturbed.timing[0]) == {"seconds"}
 
 
 def test_what_json_cannot_hold_is_null_or_refused(tmp_path):
     with RunFolder("toy", ToySettings(), root=tmp_path) as run:
-        run.log(nan=float("nan"), inf=torch.tensor(float("inf")), whole=3, name="a")
+        run.log(
+            "odd", nan=float("nan"), inf=torch.tensor(float("inf")), whole=3, name="a"
+        )
         with pytest.raises(TypeError, match="metric 'rows' is a list"):
-            run.log(rows=[1, 2])
-    assert run.metrics == [{"nan": None, "inf": None, "whole": 3, "name": "a"}]
+            run.log("odd", rows=[1, 2])
+    assert run.metrics == [
+        {"kind": "odd", "nan": None, "inf": None, "whole": 3, "name": "a"}
+    ]
 
 
 def test_tied_tensors_and_views_are_saved(tmp_path):

@@ -37,13 +37,13 @@ from rlreason.algorithms import ppo as ppo_module
 from rlreason.algorithms import rcrl as rcrl_module
 from rlreason.algorithms.ppo import BaselineSettings
 from rlreason.algorithms.rcrl import BAD, GOOD
-from rlreason.experiments import train
-from rlreason.experiments.recipes import Recipe, RewardSettings
-from rlreason.experiments.run_folder import read_checkpoint
 from rlreason.rewards.dense import dense_reward
 from rlreason.rewards.orm import OutcomeRewardModel, dense_orm_reward, sparse_orm_reward
 from rlreason.rewards.shaping import shaped_reward
 from rlreason.rewards.sparse import sparse_token_rewards
+from rlreason.runs import steps as train
+from rlreason.runs.folder import read_checkpoint
+from rlreason.runs.recipes import Recipe, RewardSettings
 from rlreason.settings import Settings, SettingsError, load_settings, settings_hash
 
 # Killed runs: each of the three starts from runs that are done, and is itself killed
@@ -253,7 +253,7 @@ def test_several_seeds_are_trained_elsewhere_and_loaded_here(tmp_path, monkeypat
 
     def process(command, *, env, **_):
         """What the process does, without the seconds that Python takes to start."""
-        assert command[:3] == [sys.executable, "-m", "rlreason.experiments.train"]
+        assert command[:3] == [sys.executable, "-m", "rlreason.runs.steps"]
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", command[2:])
             patch.setattr(os, "environ", env)

@@ -49,16 +49,18 @@ from rlreason.algorithms.optim import (
 )
 from rlreason.algorithms.ppo import GaeSettings, PpoSettings, ppo
 from rlreason.algorithms.rcrl import BAD, GOOD, RcrlSettings, rcrl
-from rlreason.experiments import gains, run_folder, train
-from rlreason.experiments.profiles import load_recipe
-from rlreason.experiments.recipes import Recipe, RewardSettings
-from rlreason.experiments.run_folder import RunFolder, RunFolderError
+from rlreason.experiments import gains
 from rlreason.policy.load import Policy
 from rlreason.policy.lora import merge_adapters, trainable_tensors, with_lora
 from rlreason.policy.value import ValueSettings
 from rlreason.policy.vocabulary import add_tokens
 from rlreason.rewards.orm import OutcomeRewardModel, score, score_tokens
 from rlreason.rewards.sparse import sparse_token_rewards
+from rlreason.runs import folder as run_folder
+from rlreason.runs import steps as train
+from rlreason.runs.folder import RunFolder, RunFolderError
+from rlreason.runs.profiles import load_recipe
+from rlreason.runs.recipes import Recipe, RewardSettings
 from rlreason.settings import Settings, SettingsError, load_settings
 from rlreason.tasks.prompts import format_prompt
 
@@ -662,7 +664,7 @@ def is_free(run: RunFolder) -> bool:
 
 def stop_after_a_checkpoint(root: Path) -> None:
     with suppress(KeyboardInterrupt), RunFolder("toy", Toy(), root=root) as run:
-        run.log(loss=1.0)
+        run.log("update", loss=1.0)
         run.save({"a": torch.ones(2)}, {})
         raise KeyboardInterrupt
 
@@ -676,9 +678,9 @@ def test_a_run_that_cannot_begin_gives_its_lock_back(tmp_path):
             pytest.fail("it began")
         assert is_free(run)
     # Of use once more when it is mended
-    (tries[0].path / "metrics.jsonl").write_bytes(b'{"loss": 1.0}\n')
+    (tries[0].path / "metrics.jsonl").write_bytes(b'{"kind": "update", "loss": 1.0}\n')
     with tries[0] as run:
-        assert run.metrics == [{"loss": 1.0}]
+        assert run.metrics == [{"kind": "update", "loss": 1.0}]
         with pytest.raises(TimeoutError):
             is_free(run)
     assert run.done
@@ -693,7 +695,7 @@ def test_an_error_at_the_end_gives_the_lock_back(also_within, tmp_path, monkeypa
 
     def use() -> None:
         with run:
-            run.log(loss=1.0)
+            run.log("update", loss=1.0)
             if also_within:
                 raise KeyboardInterrupt
 
@@ -781,8 +783,8 @@ def test_throughput_is_tokens_over_the_seconds_of_each_stage(tmp_path, clock):
             clock.work(1000)  # of no stage
             with run.clock("judging"):
                 clock.work(5)
-            run.log(phase="phase", number=number, response_tokens=tokens)
-            run.log(phase="other")
+            run.log("phase", phase=number, response_tokens=tokens)
+            run.log("other")
     assert train.Trained(toy_policy(), run).throughput == [
         {"sampling": 10, "learning": 5},
         {"sampling": 30, "scoring": 75, "learning": 15},

@@ -25,9 +25,9 @@ from torch import Tensor
 from rlreason.algorithms.batching import Example
 from rlreason.algorithms.finetune import FinetuneSettings, finetune
 from rlreason.algorithms.recorder import Checkpoint
-from rlreason.experiments.recipes import Recipe
-from rlreason.experiments.run_folder import RunFolder
 from rlreason.policy.load import Policy
+from rlreason.runs.folder import RunFolder
+from rlreason.runs.recipes import Recipe
 from rlreason.settings import load_settings
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt, format_response
@@ -98,11 +98,11 @@ class Memory:
         self.save_every, self.die_at = save_every, die_at
         self.saved: tuple[dict[str, Tensor], str, int] | None = None
 
-    def log(self, **metrics: Any) -> None:
+    def log(self, kind: str, **metrics: Any) -> None:
         if len(self.rows) == self.die_at:
             self.die_at = None
             raise InterruptedRunError
-        self.rows.append(metrics)
+        self.rows.append({"kind": kind, **metrics})
 
     def clock(self, stage: str) -> nullcontext[None]:
         return nullcontext()
@@ -201,10 +201,10 @@ def run_toy(
     """Train into ``root``, with a checkpoint after every so many rows."""
     rows, log = 0, RunFolder.log
 
-    def count(self, **metrics):
+    def count(self, kind, **metrics):
         nonlocal rows
         rows += 1
-        log(self, **metrics)
+        log(self, kind, **metrics)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLREASON_RUNS", str(root))

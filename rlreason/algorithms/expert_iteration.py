@@ -133,7 +133,7 @@ def expert_iteration(
         on_round: Called with (round, policy) after each round; what it returns is
             logged with the round's metrics.
 
-    Logged at each round (``phase="round"``): ``rollouts`` (sampled so far),
+    Logged at each round (``kind="round"``): ``rollouts`` (sampled so far),
     ``accuracy`` (share of this round's rollouts that are right), ``solved_questions``
     (share with at least one right rollout), ``truncated`` (share cut by the length
     limit), ``response_length`` (mean, tokens), ``new_solutions``, ``solutions`` (size
@@ -211,7 +211,7 @@ def expert_iteration(
         )
         if on_round is not None:
             metrics |= on_round(round_ + 1, policy)
-        recorder.log(phase="round", round=round_ + 1, **metrics)
+        recorder.log("round", round=round_ + 1, **metrics)
         _save(recorder, round_ + 1, policy, dataset, updates=0, metrics={})
     return policy
 
@@ -346,8 +346,8 @@ class _RoundRecorder:
         self.outer, self.round, self.policy = outer, round_, policy
         self.dataset, self.metrics, self.resumed = dataset, metrics, resumed
 
-    def log(self, **metrics: Any) -> None:
-        self.outer.log(phase="distil", round=self.round + 1, **metrics)
+    def log(self, kind: str, **metrics: Any) -> None:
+        self.outer.log(kind, round=self.round + 1, **metrics)
 
     def clock(self, stage: str) -> AbstractContextManager[None]:
         return self.outer.clock(stage)

@@ -109,7 +109,6 @@ def fit(
     count: Callable[[Sequence[AnyExample]], int] = response_token_count,
     start: int = 0,
     after_epoch: Callable[[int], None] | None = None,
-    **row: str,
 ) -> None:
     """The loop of every supervised update: SFT, distilling, reward model, RCRL.
 
@@ -125,7 +124,6 @@ def fit(
         count: Tokens of a batch that have a loss; its sum is divided by them.
         start: Updates that were made before.
         after_epoch: Called with the epoch's index after its last update is logged.
-        **row: What every row has in addition, e.g. ``phase="learn"``.
     """
     per_epoch = math.ceil(len(examples) / settings.batch_size)
     total = per_epoch * settings.epochs
@@ -153,13 +151,13 @@ def fit(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             recorder.log(
+                "update",
                 update=update,
                 epoch=epoch,
                 loss=mean,
                 grad_norm=norm,
                 lr=lr,
                 response_tokens=tokens,
-                **row,
             )
             if i + 1 == per_epoch and after_epoch is not None:
                 after_epoch(epoch)

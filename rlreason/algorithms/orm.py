@@ -131,11 +131,11 @@ def train_orm(
         judge: Called with what was held out after each epoch; what it returns is
             logged, e.g. ``evaluation.classifier.judge_scores``.
 
-    Logged once (``phase="sample"``): ``rollouts``, ``accuracy``, ``truncated`` (shares
+    Logged once (``kind="sample"``): ``rollouts``, ``accuracy``, ``truncated`` (shares
     of them), ``distinct`` (without repeats), ``train``, ``held_out`` (balanced
     samples), ``train_questions``, ``held_out_questions``. At each update
-    (``phase="train"``): ``update``, ``epoch``, ``loss`` (nats a response token),
-    ``grad_norm``, ``lr``, ``response_tokens``. After each epoch (``phase="held_out"``):
+    (``kind="update"``): ``update``, ``epoch``, ``loss`` (nats a response token),
+    ``grad_norm``, ``lr``, ``response_tokens``. After each epoch (``kind="held_out"``):
     ``epoch``, ``loss`` (nats a response token), ``accuracy`` (share on the right side
     of one half at the last token), and what ``judge`` returns.
 
@@ -159,7 +159,7 @@ def train_orm(
                 seed=settings.seed * 1000 + 500,
             )
         data = build_dataset(label_rollouts(rollouts, problems), settings)
-        recorder.log(phase="sample", **_sample_metrics(rollouts, problems, data))
+        recorder.log("sample", **_sample_metrics(rollouts, problems, data))
         inner = _DataRecorder(recorder, data, None)
         save_training(inner, orm.network, optimizer, 0)
     else:
@@ -170,7 +170,7 @@ def train_orm(
     def judge_held_out(epoch: int) -> None:
         with recorder.clock("held_out"):
             metrics = _held_out_metrics(orm, data.held_out, judge)
-        recorder.log(phase="held_out", epoch=epoch, **metrics)
+        recorder.log("held_out", epoch=epoch, **metrics)
 
     fit(
         orm.network,
@@ -182,7 +182,6 @@ def train_orm(
         start=start,
         save=partial(save_training, inner, orm.network, optimizer),
         after_epoch=judge_held_out,
-        phase="train",
     )
     return orm
 

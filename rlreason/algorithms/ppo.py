@@ -311,7 +311,7 @@ def ppo(
         on_phase: Called with (phase, policy) after each phase; what it returns is
             logged with the phase's metrics. Must not change the policy.
 
-    Logged at each phase (``phase="phase"``), all over response tokens or responses:
+    Logged at each phase (``kind="phase"``), all over response tokens or responses:
 
     - ``rollouts``: sampled so far; ``response_tokens``: of this phase, in all;
       ``response_length``: their mean number; ``truncated``: share cut by the limit.
@@ -377,7 +377,7 @@ def ppo(
         metrics["rollouts"] = (phase + 1) * settings.rollouts
         if on_phase is not None:
             metrics |= on_phase(phase + 1, learner.policy)
-        recorder.log(phase="phase", number=phase + 1, **metrics)
+        recorder.log("phase", phase=phase + 1, **metrics)
         if recorder.due() and phase + 1 < settings.phases:
             _save(recorder, learner, questions, phase + 1)
             saved = phase + 1

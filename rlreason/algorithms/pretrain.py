@@ -154,6 +154,7 @@ def pretrain(
             optimizer.step()
         model.zero_grad(set_to_none=True)
         recorder.log(
+            "update",
             update=step,
             loss=loss.item(),
             grad_norm=norm,

@@ -153,12 +153,12 @@ def rcrl(
             given, it labels all steps but the last of each solution.
         recorder: Where metrics and checkpoints go.
 
-    Logged while sampling (``phase="sample"``): ``questions`` and ``rollouts`` so far,
+    Logged while sampling (``kind="sample"``): ``questions`` and ``rollouts`` so far,
     ``accuracy`` and ``truncated`` (shares of the rollouts since the last row),
     ``right_solutions`` and ``wrong_solutions`` (without repeats, so far; in the last
-    row, what the balance left). While labelling (``phase="label"``): ``questions``,
+    row, what the balance left). While labelling (``kind="label"``): ``questions``,
     ``rollouts`` (all, those of sampling included), ``steps`` and ``good_steps`` (the
-    share of them) so far. At each update (``phase="learn"``): as ``finetune``.
+    share of them) so far. At each update: as ``finetune``.
 
     Raises:
         ValueError: All solutions are right or all are wrong, so that there is nothing
@@ -219,7 +219,7 @@ def _sample_some(expert, problems, data, settings, recorder) -> None:
             data.solutions, settings.positive_ratio, seed=settings.seed
         )
     recorder.log(
-        phase="sample",
+        "sample",
         questions=data.sampled,
         rollouts=data.rollouts,
         accuracy=sum(rewards) / len(rewards),
@@ -290,7 +290,7 @@ def _label_some(expert, problems, data, settings, recorder, orm) -> None:
     data.rollouts += used
     labels = [good for solution in data.solutions for good in solution.good]
     recorder.log(
-        phase="label",
+        "label",
         questions=data.labelled,
         rollouts=data.rollouts,
         steps=len(labels),
@@ -474,7 +474,6 @@ def _learn(student, examples, data, settings, recorder, saved) -> None:
         count=step_token_count,
         start=start,
         save=partial(_save, recorder, data, model, optimizer),
-        phase="learn",
     )
 
 

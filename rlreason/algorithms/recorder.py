@@ -2,7 +2,7 @@
 
 Algorithms know this protocol and nothing of folders, so that they can be called bare
 in a notebook (``NullRecorder``) and be stopped and taken up again in a batch
-(``rlreason.experiments.run_folder.RunFolder``).
+(``rlreason.runs.folder.RunFolder``).
 
 The contract of a resumable algorithm, which is what makes a killed run equal an
 undisturbed one to the bit:
@@ -10,7 +10,8 @@ undisturbed one to the bit:
 1. It begins with ``checkpoint = recorder.restore()``. Where there is one, *everything*
    that decides what follows comes from it: weights, optimiser, position in the data,
    random generators.
-2. It calls ``log`` with numbers that follow from settings and seed alone. Seconds,
+2. It calls ``log`` with the kind of a row (``update``, ``round``, ``phase``, ...) and
+   numbers that follow from settings and seed alone. Seconds,
    rates and memory are the recorder's to add: they differ from run to run. So an
    algorithm wraps its stages in ``clock`` and does not look at a clock itself.
 3. It calls ``save`` between two steps when ``due()`` says so. What it returns at the
@@ -73,8 +74,8 @@ def unpack_lists(name: str, tensors: Mapping[str, Tensor]) -> list[tuple]:
 class Recorder(Protocol):
     """Where a run writes to, seen from the algorithm."""
 
-    def log(self, **metrics: Any) -> None:
-        """Append one row of metrics: numbers, strings, or tensors of one number."""
+    def log(self, kind: str, **metrics: Any) -> None:
+        """Append one row: what kind of row it is, and numbers or strings."""
 
     def clock(self, stage: str) -> AbstractContextManager[None]:
         """Count the seconds of the block under the name of a stage."""
@@ -92,7 +93,7 @@ class Recorder(Protocol):
 class NullRecorder:
     """Keeps nothing: for notebooks and tests that call an algorithm directly."""
 
-    def log(self, **metrics: Any) -> None:
+    def log(self, kind: str, **metrics: Any) -> None:
         """Drop the row."""
 
     def clock(self, stage: str) -> AbstractContextManager[None]:

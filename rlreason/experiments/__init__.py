@@ -1,1 +1,1 @@
-"""How an experiment is run: settings, profiles, run folders, notebooks."""
+"""What is compared: the catalogue, measures, records, reported numbers, claims."""

@@ -40,10 +40,14 @@ from rlreason.evaluation.intervals import (
     hierarchical_interval,
     seed_interval,
 )
-from rlreason.experiments.environment import commit, environment, project_root
-from rlreason.experiments.recipes import Recipe
-from rlreason.experiments.run_folder import RunFolder
-from rlreason.experiments.train import (
+from rlreason.policy.load import Policy
+from rlreason.policy.sampler import sample
+from rlreason.rewards.orm import OutcomeRewardModel, score
+from rlreason.rewards.sparse import sparse_rewards
+from rlreason.runs.environment import commit, environment, project_root
+from rlreason.runs.folder import RunFolder
+from rlreason.runs.recipes import Recipe
+from rlreason.runs.steps import (
     TrainedRewardModel,
     evaluate_recipe,
     likelihood_judge,
@@ -51,10 +55,6 @@ from rlreason.experiments.train import (
     train_seeds,
     train_sft,
 )
-from rlreason.policy.load import Policy
-from rlreason.policy.sampler import sample
-from rlreason.rewards.orm import OutcomeRewardModel, score
-from rlreason.rewards.sparse import sparse_rewards
 from rlreason.settings import load_settings
 from rlreason.tasks.problem import Problem
 
@@ -211,7 +211,7 @@ def measure_phases(recipe: Recipe, name: str) -> list[dict[str, Any]]:
         {
             "algorithm": name,
             "seed": seed,
-            "phase": row["number"],
+            "phase": row["phase"],
             "reward": f"{row['reward']:.4f}",
             "accuracy": f"{row['accuracy']:.4f}",
             "kl": f"{row['kl']:.4f}" if "kl" in row else "",

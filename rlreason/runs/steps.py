@@ -41,10 +41,10 @@ from rlreason.evaluation.evaluate import (
     answer_groups,
     evaluate,
 )
-from rlreason.experiments.answers import kept_answers
-from rlreason.experiments.environment import cores
-from rlreason.experiments.recipes import Recipe, RewardSettings, TaskSettings
-from rlreason.experiments.run_folder import (
+from rlreason.runs.kept_rollouts import kept_answers
+from rlreason.runs.environment import cores
+from rlreason.runs.recipes import Recipe, RewardSettings, TaskSettings
+from rlreason.runs.folder import (
     RunFolder,
     read_checkpoint,
     read_settings,
@@ -133,12 +133,12 @@ class Trained:
     @property
     def rounds(self) -> list[dict[str, Any]]:
         """The metrics of each round of expert iteration."""
-        return [row for row in self.run.metrics if row.get("phase") == "round"]
+        return [row for row in self.run.metrics if row["kind"] == "round"]
 
     @property
     def phases(self) -> list[dict[str, Any]]:
         """The metrics of each phase of PPO."""
-        return [row for row in self.run.metrics if row.get("phase") == "phase"]
+        return [row for row in self.run.metrics if row["kind"] == "phase"]
 
     @property
     def throughput(self) -> list[dict[str, float]]:
@@ -155,13 +155,13 @@ class Trained:
                 if stage in ("sampling", "scoring", "learning") and seconds
             }
             for row, timing in pairs
-            if row.get("phase") == "phase"
+            if row["kind"] == "phase"
         ]
 
     @property
     def updates(self) -> list[dict[str, Any]]:
         """The metrics of each optimiser step."""
-        return [row for row in self.run.metrics if "loss" in row]
+        return [row for row in self.run.metrics if row["kind"] == "update"]
 
     @property
     def seconds(self) -> float:
@@ -184,7 +184,7 @@ class TrainedRewardModel:
     @property
     def held_out(self) -> list[dict[str, Any]]:
         """The metrics on questions that were held out, one row an epoch."""
-        return [row for row in self.run.metrics if row.get("phase") == "held_out"]
+        return [row for row in self.run.metrics if row["kind"] == "held_out"]
 
     @property
     def seconds(self) -> float:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlreason.experiments.profiles import load_recipe
-from rlreason.experiments.train import train_sft
 from rlreason.policy.load import Policy, load_policy
 from rlreason.policy.sampler import sample
+from rlreason.runs.profiles import load_recipe
+from rlreason.runs.steps import train_sft
 from rlreason.tasks import load_problems
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt

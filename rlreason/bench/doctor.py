@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from rlreason.experiments.environment import PACKAGE, cores, processor, runs_root
+from rlreason.runs.environment import PACKAGE, cores, processor, runs_root
 
 GB = 1e9
 MEMORY_FOR_TINY = 4 * GB  # two kernels with torch, and the browser of a test

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rlreason.algorithms.recorder import Checkpoint
 from rlreason.evaluation.evaluate import answer_groups
-from rlreason.experiments.run_folder import RunFolder
+from rlreason.runs.folder import RunFolder
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
 from rlreason.settings import Settings
@@ -101,7 +101,7 @@ def kept_answers(
                 groups[missing[place]] = _pack_group(rollouts)
                 if run.due():
                     run.save(_pack(groups), {})
-            run.log(**_metrics(groups))
+            run.log("answers", **_metrics(groups))
             run.save(_pack(groups), {})
     for i, group in groups.items():
         yield i, _rollouts(policy, problems[i].id, prompts[i], group)

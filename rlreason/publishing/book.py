@@ -33,14 +33,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from rlreason.experiments.environment import (
-    cores,
-    files_digest,
-    project_root,
-    runs_root,
-    source_digest,
-)
-from rlreason.experiments.notebooks import (
+from rlreason.publishing.notebooks import (
     Notebook,
     Record,
     find_notebooks,
@@ -48,7 +41,14 @@ from rlreason.experiments.notebooks import (
     read_record,
     unused_keys,
 )
-from rlreason.experiments.profiles import load_profile
+from rlreason.runs.environment import (
+    cores,
+    files_digest,
+    project_root,
+    runs_root,
+    source_digest,
+)
+from rlreason.runs.profiles import load_profile
 
 MATHJAX_PACKAGE = "sphinx-mathjax-offline"
 MATHJAX_FILES = ("tex-chtml-full.js", "output/chtml/fonts/woff-v2/")

@@ -15,14 +15,15 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REPORTED_PACKAGES = ("rlreason", "torch", "transformers", "tokenizers", "numpy")
-# What shows results (experiments, figures, cli) does not change them
-LAYERS_OF_RESULTS = (
+# The rooms that decide a result; the others compare, place, show and measure
+ROOMS_OF_RESULTS = (
     "tasks",
     "mdp.py",
     "policy",
     "rewards",
     "algorithms",
     "evaluation",
+    "runs",
     "assets",
 )
 
@@ -117,7 +118,7 @@ def commit() -> str | None:
 def source_digest() -> str:
     """Return a digest of the source and the weights that results come from."""
     files = []
-    for name in LAYERS_OF_RESULTS:
+    for name in ROOMS_OF_RESULTS:
         path = PACKAGE / name
         files += [path] if path.is_file() else path.rglob("*")
     return files_digest(files, relative_to=PACKAGE)[:12]

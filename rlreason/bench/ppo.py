@@ -25,12 +25,12 @@ from transformers import PreTrainedModel
 
 from rlreason.algorithms.ppo import PpoSettings, ppo
 from rlreason.algorithms.recorder import NullRecorder
-from rlreason.experiments.profiles import load_recipe
-from rlreason.experiments.train import train_sft
 from rlreason.policy.logprobs import trunk_of
 from rlreason.policy.rollout import Rollout
 from rlreason.rewards.base import RewardFunction
 from rlreason.rewards.sparse import sparse_token_rewards
+from rlreason.runs.profiles import load_recipe
+from rlreason.runs.steps import train_sft
 from rlreason.tasks.problem import Problem
 
 STAGES = ("sampling", "scoring", "learning")
@@ -76,8 +76,8 @@ class _Meter(NullRecorder):
         self.now[stage]["seconds"] += time.perf_counter() - start
         self.stage = None
 
-    def log(self, **metrics: Any) -> None:
-        if metrics.get("phase") == "phase":
+    def log(self, kind: str, **metrics: Any) -> None:
+        if kind == "phase":
             self.phases.append(self.now)
             self.begin()
 

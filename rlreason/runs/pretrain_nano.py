@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlreason.algorithms.pretrain import PretrainSettings, pretrain
-from rlreason.experiments.environment import environment
-from rlreason.experiments.run_folder import RunFolder
+from rlreason.runs.environment import environment
+from rlreason.runs.folder import RunFolder
 from rlreason.policy.load import ASSETS
 from rlreason.policy.nano import SIZES
 from rlreason.tasks.pretraining_text import MIX

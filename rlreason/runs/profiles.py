@@ -18,7 +18,7 @@ from pydantic import Field
 from rlreason.settings import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:
-    from rlreason.experiments.recipes import Recipe
+    from rlreason.runs.recipes import Recipe
 
 Value = bool | int | float | str | list[bool | int | float | str] | None
 BUILT_IN = ("smoke", "tiny", "smol", "paper")
@@ -60,7 +60,7 @@ def load_recipe(name: str | Path, **changes: Any) -> Recipe:
         SettingsError: No such profile, no such field, or a value out of range.
     """
     # Imported here: the command line reads profiles, and need not wait for torch
-    from rlreason.experiments.recipes import Recipe
+    from rlreason.runs.recipes import Recipe
 
     values = load_profile(name).recipe
     for field, value in changes.items():

@@ -47,7 +47,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlreason.algorithms.recorder import Checkpoint
-from rlreason.experiments.environment import environment, runs_root, source_digest
+from rlreason.runs.environment import environment, runs_root, source_digest
 from rlreason.policy.progress import tell
 from rlreason.settings import canonical_json, settings_hash
 
@@ -166,14 +166,15 @@ class RunFolder:
         finally:
             self._lock.release()
 
-    def log(self, **metrics: Any) -> None:
+    def log(self, kind: str, **metrics: Any) -> None:
         """Append one row to ``metrics.jsonl``; NaN and infinity are written as null.
 
         Raises:
             TypeError: A value is neither number, string, bool, None nor scalar tensor.
         """
         self._require_open()
-        row = {name: _plain(name, value) for name, value in metrics.items()}
+        plain = {name: _plain(name, value) for name, value in metrics.items()}
+        row = {"kind": kind, **plain}
         self._metrics.write(_json_line(row))
         stages = {stage: round(s, 4) for stage, s in self._stages.items()}
         timing = {"seconds": round(self._seconds(), 3), **stages}

@@ -29,14 +29,14 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from rlreason.experiments.environment import (
+from rlreason.runs.environment import (
     PACKAGE,
     files_digest,
     machine,
     project_root,
     runs_root,
 )
-from rlreason.experiments.profiles import Profile, load_profile
+from rlreason.runs.profiles import Profile, load_profile
 from rlreason.settings import unknown_key_message
 
 REQUIRED = object()  # default of a parameter that is computed: any value may be given

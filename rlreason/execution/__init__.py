@@ -1,0 +1,1 @@
+"""Where it runs: jobs, and executors that carry them out."""

@@ -1,0 +1,1 @@
+"""How it is shown: notebooks through papermill, the book, chapters, figures."""
