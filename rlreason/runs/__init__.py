@@ -1,0 +1,1 @@
+"""What decides a result: recipes, profiles, steps, run folders, kept rollouts."""
