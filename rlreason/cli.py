@@ -152,17 +152,12 @@ def doctor() -> None:
     sys.exit(0 if able else 1)
 
 
-@app.group()
-def train() -> None:
-    """Train a policy or a reward model into a run folder.
-
-    A run is named after its settings. One that is done is not run twice, one that was
-    killed goes on where it stopped.
-    """
-
-
 seed_option = click.option(
-    "--seed", default=0, show_default=True, help="Of everything random in training."
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Of everything random.",
 )
 set_option = click.option(
     "--set",
@@ -170,8 +165,87 @@ set_option = click.option(
     nargs=2,
     multiple=True,
     metavar="FIELD VALUE",
-    help="Change the profile's recipe, e.g. --set expert_iteration.k 8. Repeatable.",
+    help="Change the profile's recipe, e.g. --set expert_iteration.k 8. Repeatable; "
+    "`rlreason settings` lists the fields.",
 )
+
+
+class TrainGroup(click.Group):
+    """The steps as commands, and any file of a plan."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The steps, and the pretraining of the bundled base."""
+        from rlreason.runs.plans import steps
+
+        return [*steps(), *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """A step's command, made from the step; a plan's from its file."""
+        from rlreason.runs.plans import steps
+
+        if name.endswith(".json"):
+            return click.Command("plan", callback=lambda: _train_plan(Path(name)))
+        step = steps().get(name)
+        if step is None:
+            return super().get_command(ctx, name)
+
+        @click.command(name, help=f"{step.about}\n\n{step.__doc__}")
+        @profile_option
+        @seed_option
+        @set_option
+        @click.option(
+            "--start",
+            metavar="START",
+            help="sft, base or the folder of a run; the same as --set start.",
+        )
+        @click.option(
+            "--plan",
+            "only_plan",
+            is_flag=True,
+            help="Print the plan, which `rlreason train PLAN.json` carries out.",
+        )
+        def command(profile, seed, changes, start, only_plan) -> None:
+            from rlreason.settings import canonical_json
+
+            plan = step.of(_recipe(profile, changes, start=start), seed)
+            if only_plan:
+                click.echo(canonical_json(plan))
+            else:
+                _carry_out(plan)
+
+        return command
+
+
+@app.group(cls=TrainGroup)
+def train() -> None:
+    """Train a policy or a reward model into a run folder.
+
+    A run is named after its settings and what its data and base hold. One that is done
+    is not run twice, one that was killed goes on where it stopped. What a run starts
+    from is trained first.
+
+    \b
+    rlreason train ppo --seed 1 --set ppo.credit "{'kind': 'rloo'}"
+    rlreason train ppo --start base
+    rlreason train ppo --set reward.kind dense
+    rlreason train ppo --plan > plan.json; rlreason train plan.json
+    """
+
+
+def _train_plan(path: Path) -> None:
+    from rlreason.runs.plans import read_plan_file
+
+    _carry_out(read_plan_file(path))
+
+
+def _carry_out(plan) -> None:
+    from rlreason.runs.plans import obtain
+
+    trained = obtain(plan)
+    for row in trained.run.metrics:
+        if line := plan.lines(row):
+            click.echo(line)
+    click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
 
 
 @train.command("nano")
@@ -198,116 +272,18 @@ def train_nano_command(size: str, seed: int, output: Path | None) -> None:
     click.echo(train_nano(size, seed=seed, folder=output))
 
 
-@train.command("sft")
+@app.command("settings")
+@click.argument("algorithm", required=False)
 @profile_option
-@seed_option
-@set_option
-def train_sft_command(profile: str, seed: int, changes) -> None:
-    """Fine-tune the base on reference solutions."""
-    from rlreason.runs.steps import train_sft
+def settings_command(algorithm: str | None, profile: str) -> None:
+    """Print every setting of a recipe, or of one ALGORITHM.
 
-    trained = train_sft(_recipe(profile, changes), seed)
-    click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
-
-
-@train.command("expert-iteration")
-@profile_option
-@seed_option
-@set_option
-@click.option(
-    "--from-base",
-    is_flag=True,
-    help="Start from the prompted base instead of SFT, without reference solutions.",
-)
-def train_expert_iteration_command(
-    profile: str, seed: int, changes, from_base: bool
-) -> None:
-    """Sample, keep what is right, learn it, and again."""
-    from rlreason.runs.steps import train_expert_iteration
-
-    recipe = _recipe(profile, changes)
-    trained = train_expert_iteration(recipe, seed, from_sft=not from_base)
-    for row in trained.rounds:
-        click.echo(
-            f"round {row['round']}: {row['rollouts']} rollouts, "
-            f"{row['accuracy']:.1%} right, {row['solutions']} solutions, "
-            f"validation maj@1 {row['validation_maj_1']:.1%}"
-        )
-    click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
-
-
-@train.command("ppo")
-@profile_option
-@seed_option
-@set_option
-@click.option(
-    "--from-base", is_flag=True, help="Start from the prompted base instead of SFT."
-)
-def train_ppo_command(profile: str, seed: int, changes, from_base: bool) -> None:
-    """Proximal policy optimisation, REINFORCE, RLOO or GRPO.
-
-    \b
-    --set ppo.credit "{'kind': 'rloo'}"  a baseline in place of a value function:
-                                         reinforce, rloo or grpo
-    --set reward.kind dense              what is paid: sparse, dense, shaped,
-                                         sparse-orm or dense-orm
+    With its type, default, what the profile says, meaning, and where the default comes
+    from: the paper, its authors' earlier code (precursor), or this project (ours).
     """
-    from rlreason.runs.steps import train_ppo
+    from rlreason.runs.describe import describe_settings
 
-    trained = train_ppo(_recipe(profile, changes), seed, from_sft=not from_base)
-    for row in trained.phases:
-        seen = row.get("validation_maj_1")
-        click.echo(
-            f"phase {row['phase']}: {row['rollouts']} rollouts, "
-            f"reward {row['reward']:.3f}, entropy {row['entropy']:.3f}"
-            + (f", KL {row['kl']:.2f}" if "kl" in row else "")
-            + (f", validation maj@1 {seen:.1%}" if seen is not None else "")
-        )
-    click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
-
-
-@train.command("orm")
-@profile_option
-@seed_option
-@set_option
-def train_orm_command(profile: str, seed: int, changes) -> None:
-    """Train the outcome reward model on labelled samples.
-
-    They are drawn from the policy of expert iteration, or of SFT with
-    --set orm_samples sft.
-    """
-    from rlreason.runs.steps import train_reward_model
-
-    trained = train_reward_model(_recipe(profile, changes), seed)
-    for row in trained.held_out:
-        click.echo(
-            f"epoch {row['epoch'] + 1}: held-out loss {row['loss']:.3f}, "
-            f"accuracy {row['accuracy']:.1%}, AUC {row['auc']:.3f}"
-        )
-    click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
-
-
-@train.command("rcrl")
-@profile_option
-@seed_option
-@set_option
-def train_rcrl_command(profile: str, seed: int, changes) -> None:
-    """Return-conditioned RL: learn labels, ask for good steps.
-
-    The policy of expert iteration samples solutions; each of their steps is labelled
-    [GOOD] or [BAD], by rollouts that go on from it, or by the reward model with
-    --set rcrl_labels orm. Compare both labels with rlreason evaluate --label.
-    """
-    from rlreason.runs.steps import train_rcrl
-
-    trained = train_rcrl(_recipe(profile, changes), seed)
-    for row in trained.run.metrics:
-        if row["kind"] == "label":
-            click.echo(
-                f"{row['questions']} questions: {row['rollouts']} rollouts, "
-                f"{row['steps']} steps, {row['good_steps']:.1%} good"
-            )
-    click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
+    click.echo(describe_settings(algorithm, _recipe(profile, ())))
 
 
 @app.command()
@@ -350,11 +326,8 @@ def evaluate(
     number of problems and K come from the profile's recipe. Answers are kept in run
     folders: the same evaluation is not sampled twice.
     """
-    from rlreason.runs.steps import (
-        evaluate_recipe,
-        load_reward_model,
-        load_trained,
-    )
+    from rlreason.runs.evaluate import evaluate_recipe
+    from rlreason.runs.steps import load_reward_model, load_trained
 
     if greedy and orm:
         raise click.UsageError("--orm chooses among samples, and --greedy draws none")
@@ -502,13 +475,13 @@ def bench_tasks_command(problems: int, repeats: int) -> None:
         click.echo(f"{split}: {middle:,.0f} problems/s ({low:,.0f} to {high:,.0f})")
 
 
-def _recipe(profile: str, changes):
+def _recipe(profile: str, changes, **fields):
     """The profile's recipe with the changes given on the command line."""
     from rlreason.publishing.notebooks import parse_value
     from rlreason.runs.profiles import load_recipe
 
-    values = {name.replace(".", "__"): parse_value(v, None) for name, v in changes}
-    return load_recipe(profile, **values)
+    values = {name: parse_value(value, None) for name, value in changes}
+    return load_recipe(profile, values, **fields)
 
 
 def main() -> None:

@@ -15,9 +15,10 @@ from rlreason.algorithms.rcrl import BAD, GOOD
 from rlreason.evaluation.evaluate import answer_groups
 from rlreason.policy.vocabulary import add_tokens
 from rlreason.runs import kept_rollouts as module
+from rlreason.runs.evaluate import evaluate_recipe
 from rlreason.runs.folder import RunFolder
 from rlreason.runs.kept_rollouts import kept_answers, weights_digest
-from rlreason.runs.steps import evaluate_recipe, train_expert_iteration
+from rlreason.runs.steps import train_expert_iteration
 
 OPTIONS = {"k": 3, "temperature": 0.9, "max_new_tokens": 12, "seed": 4}
 

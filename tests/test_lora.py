@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import KINDS, PROBLEMS, tiny_policy
 from torch import Tensor
+from toys import weights
 
 from rlreason.policy.load import Policy, PolicyError
 from rlreason.policy.logprobs import pad_batch, response_logits
@@ -309,3 +310,30 @@ def test_merged_weights_act_as_the_adapters_did():
 def test_modules_that_are_not_there_are_named():
     with pytest.raises(PolicyError, match="all-linear"):
         with_lora(tiny_policy(), rank=2, alpha=4, targets=["c_attn"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_adapters_add_alpha_over_rank_times_b_a(kind):
+    before = weights(tiny_policy(kind))
+    policy = with_lora(tiny_policy(kind), rank=4, alpha=10.0, targets="all-linear")
+    generator = torch.Generator().manual_seed(0)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, weight in trainable_tensors(policy.model).items():
+        weight.copy_(torch.randn(weight.shape, generator=generator))
+        place, factor = name.removeprefix("base_model.model.").split(".lora_")
+        pairs.setdefault(f"{place}.weight", {})[factor[0]] = weight.clone()
+    merged = weights(merge_adapters(policy))
+    assert merged.keys() == before.keys()
+    assert pairs.keys() == {
+        name for name in merged if not merged[name].equal(before[name])
+    }
+    for name, pair in pairs.items():
+        a, b = pair["A"], pair["B"]  # (rank, in), (out, rank)
+        assert a.shape[0] == b.shape[1] == 4
+        product = b @ a  # (out, in)
+        # GPT-2 stores its matrices the other way round
+        product = product.T if kind == "gpt2" else product
+        delta = merged[name] - before[name]
+        assert torch.allclose(delta, 10.0 / 4 * product, atol=1e-4), name
+        for wrong in (10.0, 4 / 10.0, 10.0 / 4**0.5, 1.0):
+            assert not torch.allclose(delta, wrong * product, atol=1e-4)

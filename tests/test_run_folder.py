@@ -19,6 +19,7 @@ from threading import Event
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -387,6 +388,106 @@ def test_log_probabilities_come_back_to_the_bit():
     rows = [torch.randn(n).log_softmax(0).tolist() for n in (3, 0, 1)]
     tensors = pack_lists("data", rows, dtype=torch.float32)
     assert unpack_lists("data", tensors) == [tuple(row) for row in rows]
+
+
+# Locks and clocks
+
+
+class Clock:
+    """Time that passes when told so, in place of ``time`` of run folders."""
+
+    def __init__(self) -> None:
+        self.now = 5000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def is_free(run: RunFolder) -> bool:
+    """Whether nobody holds a run's lock; asks without waiting."""
+    lock = FileLock(run.path / "lock")
+    with lock.acquire(timeout=0):
+        return lock.is_locked
+
+
+def stop_after_a_checkpoint(root: Path) -> None:
+    with suppress(KeyboardInterrupt), RunFolder("toy", ToySettings(), root=root) as run:
+        run.log("update", loss=1.0)
+        run.save({"a": torch.ones(2)}, {})
+        raise KeyboardInterrupt
+
+
+def test_a_run_that_cannot_begin_gives_its_lock_back(tmp_path):
+    stop_after_a_checkpoint(tmp_path)
+    tries = [RunFolder("toy", ToySettings(), root=tmp_path) for _ in range(2)]
+    (tries[0].path / "metrics.jsonl").write_bytes(b"")
+    for run in tries:  # all alive: a lock that nobody refers to is free by itself
+        with pytest.raises(RunFolderError, match="it was changed by hand"), run:
+            pytest.fail("it began")
+        assert is_free(run)
+    # Of use once more when it is mended
+    (tries[0].path / "metrics.jsonl").write_bytes(b'{"kind": "update", "loss": 1.0}\n')
+    with tries[0] as run:
+        assert run.metrics == [{"kind": "update", "loss": 1.0}]
+        with pytest.raises(TimeoutError):
+            is_free(run)
+    assert run.done
+
+
+@pytest.mark.parametrize("also_within", [False, True])
+def test_an_error_at_the_end_gives_the_lock_back(also_within, tmp_path, monkeypatch):
+    run = RunFolder("toy", ToySettings(), root=tmp_path)
+
+    def full(_) -> None:
+        raise OSError("no space left")
+
+    def use() -> None:
+        with run:
+            run.log("update", loss=1.0)
+            if also_within:
+                raise KeyboardInterrupt
+
+    whole = RunFolder._close_logs
+    monkeypatch.setattr(RunFolder, "_close_logs", full)
+    with pytest.raises(OSError, match="no space left"):
+        use()
+    assert is_free(run)
+    assert not run.done
+    monkeypatch.setattr(RunFolder, "_close_logs", whole)
+    run._close_logs()
+    with RunFolder("toy", ToySettings(), root=tmp_path) as again:
+        assert again.metrics == []  # there was no checkpoint
+    assert again.done
+
+
+@pytest.mark.parametrize(
+    ("save_every", "took", "wait"), [(30, 7, 140), (30, 1, 30), (0, 7, 0)]
+)
+def test_saving_costs_a_twentieth_of_the_time_at_most(
+    save_every, took, wait, tmp_path, clock, monkeypatch
+):
+    write = module.save_file
+    monkeypatch.setattr(
+        module, "save_file", lambda *given: (clock.work(took), write(*given))
+    )
+    with RunFolder("toy", ToySettings(), root=tmp_path, save_every=save_every) as run:
+        for _ in range(2):
+            run.save({"a": torch.ones(2)}, {})
+            for passed in (0, wait - 1, wait, wait + 1):
+                clock.work(passed)
+                assert run.due() is (passed >= wait)
+                clock.work(-passed)
+    assert run.status["seconds"] == 2 * took
 
 
 if __name__ == "__main__":

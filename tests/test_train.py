@@ -1,4 +1,4 @@
-"""Training runs: killed anywhere they go on to the bit; each setting has its use.
+"""Training runs: killed anywhere they go on to the bit; done, they are loaded.
 
 Run as a program, this file is the runs that get killed: it forks a process for every
 point in ``KILLS`` and lets each die there by SIGKILL.
@@ -11,40 +11,31 @@ import os
 import shutil
 import subprocess
 import sys
-import typing
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from toys import (
-    TOY_PROBLEMS,
     die_in,
     die_in_run,
     let_die,
     run_toy,
     same_bits,
-    toy_policy,
     toy_recipe,
     was_killed,
     weights,
     written,
 )
 
-from rlreason import sample
 from rlreason.algorithms import orm as orm_module
 from rlreason.algorithms import ppo as ppo_module
 from rlreason.algorithms import rcrl as rcrl_module
-from rlreason.algorithms.ppo import BaselineSettings
 from rlreason.algorithms.rcrl import BAD, GOOD
-from rlreason.rewards.dense import dense_reward
-from rlreason.rewards.orm import OutcomeRewardModel, dense_orm_reward, sparse_orm_reward
-from rlreason.rewards.shaping import shaped_reward
-from rlreason.rewards.sparse import sparse_token_rewards
+from rlreason.rewards.orm import OutcomeRewardModel
+from rlreason.runs import plans
 from rlreason.runs import steps as train
 from rlreason.runs.folder import read_checkpoint
-from rlreason.runs.recipes import Recipe, RewardSettings
-from rlreason.settings import Settings, SettingsError, load_settings, settings_hash
+from rlreason.runs.recipes import Recipe
 
 # Killed runs: each of the three starts from runs that are done, and is itself killed
 
@@ -70,8 +61,8 @@ PPO_KILLS = {
     "sampling-in-phase-3": (partial(die_in, ppo_module, "sample_prompts", 3), [2]),
     "scoring-in-phase-3": (partial(die_in, ppo_module, "score", 10), [2]),
     "learning-in-phase-3": (partial(die_in, ppo_module, "score", 12), [2]),
-    "a-row-after-the-checkpoint": (partial(die_in, train, "_validate", 2), [2]),
-    "before-the-last-save": (partial(die_in, train, "_save_policy", 1), [2]),
+    "a-row-after-the-checkpoint": (partial(die_in, train, "validate", 2), [2]),
+    "before-the-last-save": (partial(die_in, plans, "trained_tensors", 1), [2]),
     "after-the-last-save": (partial(die_in_run, "ppo", "_close_logs", 1), [0]),
 }
 # Samples once, then two epochs of 5 updates; the samples are the first thing saved
@@ -91,7 +82,7 @@ RCRL_KILLS = {
     "labelling-first": (partial(die_in, rcrl_module, "sample_prompts", 1), [1, 3]),
     "labelling-last": (partial(die_in, rcrl_module, "label_steps", 3), [0, 2]),
     "learning": (partial(die_in, rcrl_module, "conditional_nll", 4), [0, 0]),
-    "before-the-last-save": (partial(die_in, train, "_save_policy", 1), [0, 0]),
+    "before-the-last-save": (partial(die_in, plans, "trained_tensors", 1), [0, 0]),
     "after-the-last-save": (partial(die_in_run, "rcrl", "_close_logs", 1), [0, 0]),
 }
 KILLS = {"ppo": PPO_KILLS, "orm": ORM_KILLS, "rcrl": RCRL_KILLS}
@@ -218,7 +209,7 @@ def test_a_run_that_is_done_is_loaded_and_not_made_again(recipe, monkeypatch):
     for name in ("ppo", "rcrl", "train_orm", "expert_iteration", "sft"):
         monkeypatch.setattr(train, name, None)
     trained = train.train_ppo(recipe)
-    assert [row["number"] for row in trained.phases] == [1, 2, 3, 4]
+    assert [row["phase"] for row in trained.phases] == [1, 2, 3, 4]
     assert ["validation_maj_1" in row for row in trained.phases] == [
         False,
         True,
@@ -246,197 +237,6 @@ def test_the_policy_of_a_reward_model_or_of_half_a_run_is_a_clear_error(recipe, 
     (half,) = (folder / "left" / "ppo-learning-in-phase-3").glob("ppo-*")
     with pytest.raises(ValueError, match="not finished; run its `rlreason train`"):
         train.load_trained(half)
-
-
-def test_several_seeds_are_trained_elsewhere_and_loaded_here(tmp_path, monkeypatch):
-    recipe, threads, elsewhere = toy_recipe(tmp_path), [], []
-
-    def process(command, *, env, **_):
-        """What the process does, without the seconds that Python takes to start."""
-        assert command[:3] == [sys.executable, "-m", "rlreason.runs.steps"]
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", command[2:])
-            patch.setattr(os, "environ", env)
-            patch.setattr(train.torch, "set_num_threads", threads.append)
-            train.main()
-        elsewhere.append(command[3:])
-        if len(elsewhere) == 2:
-            monkeypatch.setattr(train, "sft", None)  # nothing is trained here
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(train.subprocess, "run", process)
-    monkeypatch.setattr(train, "cores", lambda: 1)
-    trained = train.train_seeds(recipe, "sft", [7, 3])
-    assert [run.run.settings.finetune.seed for run in trained] == [7, 3]
-    assert [(algorithm, seed) for algorithm, _, seed in elsewhere] == [
-        ("sft", "7"),
-        ("sft", "3"),
-    ]
-    assert threads == [1, 1]
-    train.train_seeds(recipe, "sft", [3, 7])
-    assert len(elsewhere) == 2  # what is done is loaded, and no process started
-
-
-def test_a_seed_that_fails_elsewhere_says_why(tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, stderr="ValueError: no right solution")
-    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(RuntimeError, match=r"seed 3 of ppo failed:\nValueError: no ri"):
-        train.train_seeds(toy_recipe(tmp_path), "ppo", [3])
-
-
-# Settings
-
-
-def settings_classes(*roots: type) -> set[type[Settings]]:
-    """The settings classes among some types and all that stand in their fields."""
-    found, ahead = set(), list(roots)
-    while ahead:
-        kind = ahead.pop()
-        ahead += typing.get_args(kind)
-        if isinstance(kind, type) and issubclass(kind, Settings) and kind not in found:
-            found.add(kind)
-            ahead += [field.annotation for field in kind.model_fields.values()]
-    return found
-
-
-RUNS = (train.SftRun, train.ExpertIterationRun, train.OrmRun)
-RUNS += (train.PpoRun, train.RcrlRun)
-
-
-def test_every_class_of_a_recipe_and_of_a_run_refuses_an_unknown_key():
-    classes = settings_classes(Recipe, *RUNS)
-    names = {cls.__name__ for cls in classes}
-    assert {"PpoSettings", "GaeSettings", "KlSettings", "LoraSettings"} <= names
-    assert {"ReplaySettings", "OrmSettings", "RcrlSettings", "TaskSettings"} <= names
-    for cls in classes:
-        with pytest.raises(SettingsError, match=f"{cls.__name__}: unknown 'nope'"):
-            load_settings(cls, {"nope": 1})
-
-
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
-        ({"ppo": {"learning_rate": 1e-3}}, "ppo.learning_rate: Extra inputs"),
-        ({"ppo": {"credit": {"kind": "gae", "n": 4}}}, "ppo.credit.gae.n: Extra"),
-        ({"ppo": {"credit": {"kind": "a2c"}}}, "ppo.credit: .*'gae', 'reinforce'"),
-        ({"reward": {"kind": "dens"}}, "reward.kind: .*'sparse', 'dense'"),
-        ({"orm_samples": "ppo"}, "orm_samples: .*'sft' or 'expert-iteration'"),
-        ({"rcrl": {"k": -1}}, "rcrl.k: .*greater than or equal to 0"),
-        ({"validate_every": 0}, "validate_every: .*greater than or equal to 1"),
-    ],
-)
-def test_a_wrong_recipe_says_which_field_is_wrong(changes, fault, tmp_path):
-    with pytest.raises(SettingsError, match=f"Recipe: {fault}") as error:
-        toy_recipe(tmp_path, **changes)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("kind", ["sparse", "sparse-orm", "dense-orm"])
-def test_a_size_is_refused_where_it_has_no_use(kind):
-    assert load_settings(RewardSettings, {"kind": kind}).size is None
-    with pytest.raises(SettingsError, match=f"size means nothing to a {kind} reward"):
-        load_settings(RewardSettings, {"kind": kind, "size": 0.5})
-
-
-# What PPO is paid for
-
-
-def untrained_judge() -> OutcomeRewardModel:
-    """Scores that differ from token to token."""
-    orm = OutcomeRewardModel(toy_policy())
-    generator = torch.Generator().manual_seed(0)
-    orm.load_tensors(
-        {
-            name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-            for name, tensor in orm.tensors().items()
-        }
-    )
-    return orm
-
-
-REWARDS = {
-    "sparse": ({}, lambda _: sparse_token_rewards),
-    "dense": ({}, lambda _: dense_reward(toy_policy(), bound=0.5)),
-    "dense-small": ({"size": 0.1}, lambda _: dense_reward(toy_policy(), bound=0.1)),
-    "shaped": ({}, lambda _: shaped_reward(toy_policy(), gamma=0.9)),
-    "shaped-large": (
-        {"size": 0.8},
-        lambda _: shaped_reward(toy_policy(), gamma=0.9, scale=0.8),
-    ),
-    "sparse-orm": ({}, sparse_orm_reward),
-    "dense-orm": ({}, dense_orm_reward),
-}
-
-
-def test_each_kind_of_reward_reaches_training_and_pays_otherwise(tmp_path, monkeypatch):
-    """Wrong would be a kind that is read and not used: two would pay the same."""
-    judge = untrained_judge()
-    trained = train.TrainedRewardModel(judge, None)
-    monkeypatch.setattr(train, "train_reward_model", lambda *_: trained)
-    monkeypatch.setattr(
-        train, "train_sft", lambda *_: train.Trained(toy_policy(), None)
-    )
-    seen = {}
-
-    def note(start, problems, settings, *, reward, **_):
-        seen[name] = reward
-        return start.clone()
-
-    monkeypatch.setattr(train, "ppo", note)
-    rollouts = sample(toy_policy(), TOY_PROBLEMS, k=4, max_new_tokens=24, seed=3)
-    paid, runs = {}, set()
-    ppo = {"credit": {"kind": "gae", "gamma": 0.9}}
-    for name, (options, expected) in REWARDS.items():
-        kind = name.removesuffix("-small").removesuffix("-large")
-        reward = {"kind": kind, **options}
-        recipe = toy_recipe(tmp_path, ppo=ppo, reward=reward)
-        runs.add(train.train_ppo(recipe).run.path)
-        paid[name] = seen[name](rollouts, TOY_PROBLEMS)
-        assert paid[name] == expected(judge)(rollouts, TOY_PROBLEMS)
-    assert len({json.dumps(rows) for rows in paid.values()}) == len(REWARDS)
-    assert len(runs) == len(REWARDS)  # each has a folder of its own
-
-
-@pytest.mark.parametrize("bootstrap", [True, False])
-def test_a_potential_is_kept_where_the_learner_goes_on(bootstrap, tmp_path):
-    ppo = {"credit": {"kind": "gae", "gamma": 0.9, "bootstrap": bootstrap}}
-    recipe = toy_recipe(tmp_path, ppo=ppo, reward={"kind": "shaped"})
-    rollouts = sample(toy_policy(), TOY_PROBLEMS, k=8, max_new_tokens=15, seed=3)
-    assert not all(rollout.finished for rollout in rollouts)
-    paid = train._reward_function(recipe, 0, toy_policy())(rollouts, TOY_PROBLEMS)
-    right = shaped_reward(toy_policy(), gamma=0.9, bootstrap=bootstrap)
-    wrong = shaped_reward(toy_policy(), gamma=0.9, bootstrap=not bootstrap)
-    assert paid == right(rollouts, TOY_PROBLEMS)
-    assert paid != wrong(rollouts, TOY_PROBLEMS)
-    # Without a value function nothing is discounted
-    plain = {"credit": dict(BaselineSettings(kind="rloo"))}
-    recipe = toy_recipe(tmp_path, ppo=plain, reward={"kind": "shaped"})
-    paid = train._reward_function(recipe, 0, toy_policy())(rollouts, TOY_PROBLEMS)
-    right = shaped_reward(toy_policy(), gamma=1.0)
-    assert paid == right(rollouts, TOY_PROBLEMS)
-
-
-def test_a_run_is_named_after_what_decides_it_and_nothing_else(tmp_path):
-    def names(seed: int = 0, **changes) -> dict[str, str]:
-        recipe = toy_recipe(tmp_path, **changes)
-        makers = {"ppo": train.ppo_run, "orm": train.orm_run, "rcrl": train.rcrl_run}
-        return {
-            name: settings_hash(make(recipe, seed)) for name, make in makers.items()
-        }
-
-    def changed(**changes) -> set[str]:
-        return {name for name, key in names(**changes).items() if key != plain[name]}
-
-    plain = names()
-    assert changed(evaluation={"k": 8}, seeds=5) == set()
-    assert changed(ppo={"phases": 2}) == {"ppo"}
-    assert changed(validate_every=1) == {"ppo"}
-    assert changed(reward={"kind": "dense"}) == {"ppo"}
-    assert changed(orm={"k": 5}) == {"orm"}
-    assert changed(orm_samples="expert-iteration") == {"orm"}
-    assert changed(rcrl={"k": 3}) == {"rcrl"}
-    assert changed(expert_iteration={"k": 5}) == {"rcrl"}
-    assert changed(seed=1) == changed(max_new_tokens=20) == {"ppo", "orm", "rcrl"}
 
 
 if __name__ == "__main__":

@@ -49,7 +49,13 @@ from torch import Tensor
 from rlreason.algorithms.recorder import Checkpoint
 from rlreason.runs.environment import environment, runs_root, source_digest
 from rlreason.policy.progress import tell
-from rlreason.settings import canonical_json, settings_hash
+from rlreason.settings import (
+    SettingsError,
+    canonical_json,
+    identity,
+    load_settings,
+    settings_hash,
+)
 
 
 class RunFolderError(ValueError):
@@ -135,7 +141,13 @@ class RunFolder:
         self._check_what_is_there()
         if self.done:
             return self
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"no run folder can be made in {self.path.parent}: {error}; point "
+                "RLREASON_RUNS to a folder that can be written"
+            ) from None
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -248,11 +260,12 @@ class RunFolder:
 
     def _check_what_is_there(self) -> None:
         """Refuse a folder of other settings; warn of results of other source."""
-        written = self.path / "settings.json"
-        if written.is_file() and written.read_bytes() != self._settings_bytes():
+        written = read_settings(self.path)
+        if written is not None and not self._are_mine(written):
             raise RunFolderError(
-                f"{written} does not hold the settings its folder is named after: it "
-                f"was changed by hand; delete {self.path} to start again"
+                f"{self.path / 'settings.json'} does not hold the settings its folder "
+                f"is named after: it was changed by hand; delete {self.path} to start "
+                "again"
             )
         sessions = _read_json(self.path / "environment.json") or []
         if any(session["source"] != source_digest() for session in sessions):
@@ -262,8 +275,13 @@ class RunFolder:
                 stacklevel=3,
             )
 
-    def _settings_bytes(self) -> bytes:
-        return canonical_json(self.settings).encode() + b"\n"
+    def _are_mine(self, written: Any) -> bool:
+        """Whether settings from the disk are the same but for placement."""
+        try:
+            found = load_settings(type(self.settings), written)
+        except (SettingsError, TypeError):
+            return False
+        return identity(found) == identity(self.settings)
 
     def _begin(self) -> None:
         """Wind the logs back to the last checkpoint and open them for appending."""
@@ -278,7 +296,8 @@ class RunFolder:
         self._seconds_before = bookmark.get("seconds", 0.0)
         self._started_at = self._saved_at = time.monotonic()
         self._save_took = 0.0
-        _write_atomically(self.path / "settings.json", self._settings_bytes())
+        settings = canonical_json(self.settings).encode() + b"\n"
+        _write_atomically(self.path / "settings.json", settings)
         sessions = _read_json(self.path / "environment.json") or []
         _write_json(self.path / "environment.json", [*sessions, environment()])
         self._write_status("running")
@@ -352,7 +371,7 @@ def _read_json(path: Path) -> Any:
     """Return the content of a JSON file, None where there is no such file."""
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -8,6 +8,7 @@ under ``common``, what holds for one of them under its name. A notebook takes fr
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,33 +50,27 @@ def load_profile(name: str | Path) -> Profile:
     return load_settings(Profile, _read_yaml(profile_path(name)))
 
 
-def load_recipe(name: str | Path, **changes: Any) -> Recipe:
+def load_recipe(
+    name: str | Path, changes: Mapping[str, Any] | None = None, **fields: Any
+) -> Recipe:
     """Read the recipe of a profile, with some values changed.
 
     Args:
-        changes: Field to value, nested ones joined by two underscores, e.g.
+        changes: Dotted path to value, e.g. ``{"expert_iteration.k": 8}``.
+        fields: The same as keywords, with two underscores for a dot:
             ``expert_iteration__k=8``. None leaves what the profile says.
 
     Raises:
         SettingsError: No such profile, no such field, or a value out of range.
     """
     # Imported here: the command line reads profiles, and need not wait for torch
-    from rlreason.runs.recipes import Recipe
+    from rlreason.runs.recipes import Recipe, put
 
     values = load_profile(name).recipe
-    for field, value in changes.items():
-        if value is not None:
-            *parents, last = field.split("__")
-            place = values
-            for parent in parents:
-                if place.get(parent) is None:
-                    place[parent] = {}
-                place = place[parent]
-                if not isinstance(place, dict):
-                    raise SettingsError(
-                        f"no field {field.replace('__', '.')}: {parent} is {place!r}"
-                    )
-            place[last] = value
+    given = {path.replace("__", "."): value for path, value in fields.items()}
+    given = {path: value for path, value in given.items() if value is not None}
+    for path, value in {**given, **(changes or {})}.items():
+        put(values, path, value)
     return load_settings(Recipe, values)
 
 

@@ -1,16 +1,17 @@
 """Recipes: what a profile trains and how it is judged.
 
-A profile's YAML file holds one recipe. From it, each experiment takes the settings that
-decide its result, and nothing else, so that changing how the reward is plotted does not
+A profile's YAML file holds one recipe. From it, each step takes the settings that
+decide its result, and nothing else, so that changing how a reward is plotted does not
 train anything again, and two experiments that share a start share its run folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from rlreason.algorithms.expert_iteration import ExpertIterationSettings
 from rlreason.algorithms.finetune import FinetuneSettings
@@ -18,7 +19,7 @@ from rlreason.algorithms.orm import OrmSettings
 from rlreason.algorithms.ppo import PpoSettings
 from rlreason.algorithms.rcrl import RcrlSettings
 from rlreason.policy.load import Policy, load_policy
-from rlreason.settings import Settings
+from rlreason.settings import Settings, SettingsError, load_settings, setting
 from rlreason.tasks import load_problems
 from rlreason.tasks.problem import Problem
 
@@ -26,44 +27,84 @@ from rlreason.tasks.problem import Problem
 class TaskSettings(Settings):
     """Which problems, and how many of them for what."""
 
-    name: str = Field("gsm-mini", description="As in load_problems.")
-    knobs: dict[str, Any] = Field(
-        default_factory=dict, description="Of the procedural tasks, e.g. steps."
+    name: str = setting(
+        "gsm-mini", "As in load_problems.", source="ours", placement=True
     )
-    solutions: int | None = Field(
-        None,
-        ge=1,
-        description="Training problems whose reference solution SFT learns; None: all.",
+    knobs: dict[str, Any] = setting(
+        dict, "Of the procedural tasks, e.g. steps.", source="ours"
     )
-    questions: int | None = Field(
+    solutions: int | None = setting(
         None,
+        "Training problems whose reference solution SFT learns; None: all.",
+        source="paper",
         ge=1,
-        description="Training problems whose answer RL may check; None: all.",
+    )
+    questions: int | None = setting(
+        None,
+        "Training problems whose answer RL may check; None: all.",
+        source="paper",
+        ge=1,
     )
 
     def load(self, split: str, limit: int | None = None) -> list[Problem]:
         """Problems of a split, the same ones for every seed of training."""
         return load_problems(self.name, split, limit=limit, **self.knobs)
 
+    def solved_problems(self) -> list[Problem]:
+        """The training problems whose reference solutions may be read."""
+        return self.load("train", self.solutions)
+
+    def question_problems(self) -> list[Problem]:
+        """The training problems whose answers may be checked; solved ones first."""
+        return self.load("train", self.questions)
+
+    def shot_problems(self, shots: int) -> Sequence[Problem]:
+        """Solved examples for a prompt: validation problems, as in the paper."""
+        return self.load("validation", shots) if shots else []
+
 
 class RewardSettings(Settings):
-    """What PPO is paid for.
+    """What PPO is rewarded for.
 
     - sparse: 1 for a right final answer;
     - dense: the same, and a share of ``size`` for each matched step of the reference;
     - shaped: the same, and the change of a potential worth ``size`` when complete;
-    - sparse-orm, dense-orm: the reward model's score, at the end or at each step.
+    - sparse-orm, dense-orm: the reward model's score, at the end or at each step;
+    - own: what a function of yours says. ``kind`` is then its place, FILE.py:NAME.
     """
 
-    kind: Literal["sparse", "dense", "shaped", "sparse-orm", "dense-orm"] = Field(
-        "sparse", description="Which of these."
+    kind: Literal["sparse", "dense", "shaped", "sparse-orm", "dense-orm", "own"] = (
+        setting("sparse", "Which of these, or FILE.py:NAME.", source="paper")
     )
-    size: float | None = Field(
-        None, gt=0, description="Most that steps can earn; 0.5 for dense and shaped."
+    size: float | None = setting(
+        None,
+        "Most that steps can earn; 0.5 for dense and shaped unless given.",
+        source="ours",
+        neutral=None,
+        gt=0,
+    )
+    function: str | None = setting(
+        None, "FILE.py:NAME of your own reward.", source="ours", placement=True
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """Read FILE.py:NAME as one's own reward; say the size of those that have one.
+
+        So the size that a run was made with stands in its plan, whatever the default.
+        """
+        if not isinstance(values, dict):
+            return values
+        kind = values.get("kind", "sparse")
+        if isinstance(kind, str) and ".py:" in kind:
+            values = {**values, "kind": "own", "function": kind}
+        if kind in ("dense", "shaped") and values.get("size") is None:
+            values = {**values, "size": 0.5}
+        return values
+
     @model_validator(mode="after")
-    def _size_has_a_use(self) -> RewardSettings:
+    def _fits(self) -> RewardSettings:
         if self.size is not None and self.kind not in ("dense", "shaped"):
             raise ValueError(
                 f"size means nothing to a {self.kind} reward: leave it out"
@@ -73,75 +114,112 @@ class RewardSettings(Settings):
                 f"size={self.size}: the steps together must earn less than the final "
                 "answer's 1"
             )
+        if (self.kind == "own") != (self.function is not None):
+            raise ValueError("a reward of your own is given as kind: FILE.py:NAME")
         return self
 
     @property
     def learned(self) -> bool:
-        """Whether a reward model pays."""
+        """Whether it comes from a reward model."""
         return self.kind.endswith("-orm")
 
 
 class EvaluationSettings(Settings):
     """How a policy is judged."""
 
-    problems: int | None = Field(
-        None, ge=1, description="Problems for the greedy maj@1; None: the whole split."
-    )
-    validation_problems: int | None = Field(
-        None, ge=1, description="For the looks during training; None: as many."
-    )
-    sampled_problems: int | None = Field(
-        None, ge=1, description="Problems for maj@k and pass@k; None: the whole split."
-    )
-    recorded_problems: int | None = Field(
+    problems: int | None = setting(
         None,
+        "Problems for the greedy maj@1; None: the whole split.",
+        source="paper",
         ge=1,
-        description="The same in `rlreason gains`, which may take its time; None: as "
-        "many as sampled_problems.",
     )
-    k: int = Field(96, ge=1, description="Samples a problem.")
-    temperature: float = Field(0.7, gt=0, description="Of these samples.")
+    validation_problems: int | None = setting(
+        None, "For validation during training; None: as many.", source="ours", ge=1
+    )
+    sampled_problems: int | None = setting(
+        None,
+        "Problems for maj@k and pass@k; None: the whole split.",
+        source="paper",
+        ge=1,
+    )
+    recorded_problems: int | None = setting(
+        None,
+        "The same in `rlreason record`, which may take its time; None: as many as "
+        "sampled_problems.",
+        source="ours",
+        ge=1,
+    )
+    k: int = setting(96, "Samples a problem.", source="paper", ge=1)
+    temperature: float = setting(0.7, "Of these samples.", source="paper", gt=0)
 
     @property
-    def looks(self) -> int | None:
-        """Validation problems of a look during training; None: the whole split."""
+    def during_training(self) -> int | None:
+        """Problems of a validation during training; None: the whole split."""
         return self.validation_problems or self.problems
 
 
 class Recipe(Settings):
     """Everything a profile's experiments need. Defaults are the paper's."""
 
-    policy: str = Field(description="The pretrained base, as in load_policy.")
-    task: TaskSettings
-    max_new_tokens: int = Field(256, ge=1, description="Length limit of a response.")
-    shots: int = Field(2, ge=0, description="Solved examples in the base's prompt.")
-    seeds: int = Field(3, ge=1, description="Seeds over which results are stated.")
-    sft: FinetuneSettings = Field(default_factory=FinetuneSettings)
-    expert_iteration: ExpertIterationSettings = Field(
-        default_factory=ExpertIterationSettings
+    policy: str = setting(..., "The pretrained base, as in load_policy.", source="ours")
+    task: TaskSettings = setting(..., "See TaskSettings.", source="ours")
+    start: str = setting(
+        "sft",
+        "What expert iteration, PPO and RCRL begin from: sft, base (prompted, without "
+        "any reference solution but the prompt's), or the folder of another run.",
+        source="paper",
     )
-    ppo: PpoSettings = Field(default_factory=PpoSettings)
-    reward: RewardSettings = Field(default_factory=RewardSettings)
-    ppo_temperature_from_base: float | None = Field(
+    max_new_tokens: int = setting(
+        256, "Length limit of a response, in tokens.", source="ours", ge=1
+    )
+    shots: int = setting(
+        2, "Solved examples in the base's prompt.", source="precursor", ge=0
+    )
+    seeds: int = setting(
+        3, "Seeds over which results are stated.", source="ours", ge=1
+    )
+    sft: FinetuneSettings = setting(
+        FinetuneSettings, "Supervised fine-tuning.", source="paper"
+    )
+    expert_iteration: ExpertIterationSettings = setting(
+        ExpertIterationSettings, "Expert iteration.", source="paper"
+    )
+    ppo: PpoSettings = setting(PpoSettings, "PPO and its baselines.", source="paper")
+    reward: RewardSettings = setting(
+        RewardSettings, "What PPO is rewarded for.", source="paper"
+    )
+    ppo_temperature_from_base: float | None = setting(
         None,
-        gt=0,
-        description="PPO's temperature where it starts from the prompted base; None: "
+        "PPO's temperature where it starts from the prompted base; None: "
         "ppo.temperature.",
+        source="paper",
+        gt=0,
     )
-    validate_every: int = Field(
-        10, ge=1, description="Phases of PPO from one look at validation to the next."
+    validate_every: int = setting(
+        10, "Phases of PPO from one validation to the next.", source="ours", ge=1
     )
-    orm: OrmSettings = Field(default_factory=OrmSettings)
-    orm_samples: Literal["sft", "expert-iteration"] = Field(
-        "expert-iteration", description="Whose samples the reward model learns from."
+    orm: OrmSettings = setting(OrmSettings, "The reward model.", source="paper")
+    orm_samples: Literal["sft", "expert-iteration"] = setting(
+        "expert-iteration",
+        "Whose samples the reward model learns from.",
+        source="paper",
     )
-    rcrl: RcrlSettings = Field(default_factory=RcrlSettings)
-    rcrl_labels: Literal["rollouts", "orm"] = Field(
+    rcrl: RcrlSettings = setting(
+        RcrlSettings, "Return-conditioned RL.", source="paper"
+    )
+    rcrl_labels: Literal["rollouts", "orm"] = setting(
         "rollouts",
-        description="Who labels the steps: rcrl.k rollouts from each, or the reward "
-        "model.",
+        "Who labels the steps: rcrl.k rollouts from each, or the reward model.",
+        source="paper",
     )
-    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    evaluation: EvaluationSettings = setting(
+        EvaluationSettings, "How a policy is judged.", source="paper"
+    )
+    more: dict[str, dict[str, Any]] = setting(
+        dict,
+        "Settings of steps that a package of your own registers, by the step's name.",
+        source="ours",
+    )
 
     @model_validator(mode="after")
     def _what_holds_for_all_is_said_once(self) -> Recipe:
@@ -165,18 +243,53 @@ class Recipe(Settings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _starts_somewhere(self) -> Recipe:
+        if self.start not in ("sft", "base") and not Path(self.start).is_dir():
+            raise ValueError(
+                f"start={self.start!r}: give sft, base or the folder of a run"
+            )
+        return self
+
+    def changed(self, changes: Mapping[str, Any]) -> Recipe:
+        """The recipe with other values, e.g. ``{"ppo.credit": {"kind": "rloo"}}``.
+
+        Raises:
+            SettingsError: No such field, or a value out of range.
+        """
+        values = self.model_dump(mode="json")
+        for path, value in changes.items():
+            put(values, path, value)
+        return load_settings(Recipe, values)
+
     def base(self) -> Policy:
         """The pretrained policy."""
         return load_policy(self.policy)
 
     def solved_problems(self) -> list[Problem]:
         """The training problems whose reference solutions may be read."""
-        return self.task.load("train", self.task.solutions)
+        return self.task.solved_problems()
 
     def questions(self) -> list[Problem]:
         """The training problems whose answers may be checked; solved ones first."""
-        return self.task.load("train", self.task.questions)
+        return self.task.question_problems()
 
     def shot_problems(self) -> Sequence[Problem]:
-        """The solved examples of the prompt: validation problems, as in the paper."""
-        return self.task.load("validation", self.shots) if self.shots else []
+        """The solved examples of the prompt."""
+        return self.task.shot_problems(self.shots)
+
+
+def put(values: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value at a dotted path of nested dicts; a part that is None is made.
+
+    Raises:
+        SettingsError: What is above it holds no fields.
+    """
+    *parents, last = path.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        if not isinstance(values[parent], dict):
+            raise SettingsError(f"no field {path}: {parent} is {values[parent]!r}")
+        values = values[parent]
+    values[last] = value

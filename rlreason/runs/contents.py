@@ -1,0 +1,78 @@
+"""What a run's inputs hold: a run is named after that, and not after where they lie.
+
+A folder that moves makes the same run; a file that changes makes another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from rlreason.policy.load import ASSETS, BUNDLED
+from rlreason.settings import HASH_LENGTH, Settings, setting
+
+_MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+
+
+class Contents(Settings):
+    """Digests of all that a run reads and its settings only point at.
+
+    Attributes:
+        policy: Of the base's weights, configuration and tokenizer.
+        task: Of the problems; of a procedural task its name, since code and knobs make
+            the problems.
+        reward: Of the user's own reward function, where one rewards.
+    """
+
+    policy: str
+    task: str
+    reward: str | None = setting(None, source="ours", neutral=None)
+
+
+def policy_digest(name: str) -> str:
+    """Name what a policy holds: by its files, or by its revision on the hub."""
+    path = ASSETS / name if name in BUNDLED else Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in _MODEL_FILES)
+        parts = [f"{file.name} {file_digest(file)}" for file in files]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:HASH_LENGTH]
+    if path.is_file():
+        return file_digest(path)
+    return f"{name}@{_hub_revision(name)}"
+
+
+def task_digest(name: str) -> str | None:
+    """Name what a task holds; None of a procedural one, which its name and code say."""
+    path = Path(name)
+    return file_digest(path) if path.is_file() else None
+
+
+def file_digest(path: Path) -> str:
+    """The start of a file's SHA-256; read once as long as the file stays as it is."""
+    stat = path.stat()
+    return _file_digest(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: Path, mtime: int, size: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()[:HASH_LENGTH]
+
+
+def _hub_revision(name: str) -> str:
+    """The commit of a model on the hub: of the copy in the cache, else today's."""
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    repository = "/".join(name.split("/")[:2])
+    try:
+        cached = try_to_load_from_cache(repository, "config.json")
+        if isinstance(cached, str):
+            return Path(cached).parent.name[:HASH_LENGTH]
+        return (model_info(repository).sha or "unknown")[:HASH_LENGTH]
+    except (OSError, HfHubHTTPError, HFValidationError):
+        return "unknown"  # loading it says what is wrong

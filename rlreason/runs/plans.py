@@ -1,0 +1,370 @@
+"""The one graph of runs: a plan says all that decides a run, and can carry it out.
+
+A ``Plan`` is made from a recipe and a seed by a step (``rlreason.runs.steps`` has one a
+class), holds the plans of the runs that it starts from, and is a file: ``obtain(plan)``
+gives what it trains, here, on another machine, or from the disk where it is done.
+
+    plan = plan_of("ppo", recipe, seed=0)
+    trained = obtain(plan)      # trains SFT first, if that is not done
+
+A run folder is named after the plan's identity: what its data and base model hold, and
+every setting that is neither placement nor neutral (see ``rlreason.settings``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import BeforeValidator, SerializeAsAny
+from torch import Tensor
+
+from rlreason.algorithms.finetune import load_model_tensors
+from rlreason.evaluation.evaluate import answer_groups, evaluate
+from rlreason.policy.load import Policy, load_policy
+from rlreason.rewards.orm import OutcomeRewardModel
+from rlreason.runs.contents import Contents, policy_digest, task_digest
+from rlreason.runs.folder import RunFolder, RunFolderError, read_settings
+from rlreason.runs.recipes import Recipe, TaskSettings
+from rlreason.settings import (
+    Settings,
+    SettingsError,
+    load_settings,
+    setting,
+    settings_hash,
+    unknown_key_message,
+)
+from rlreason.tasks.problem import Problem
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that came to its end.
+
+    Attributes:
+        run: Its folder: plan, metrics, checkpoints.
+    """
+
+    run: RunFolder
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        """The metrics of one kind: ``update``, ``round``, ``phase``, ``held_out``."""
+        return [row for row in self.run.metrics if row["kind"] == kind]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work that the run took, over all its sessions."""
+        return self.run.status["seconds"]
+
+
+@dataclass(frozen=True)
+class Trained(Finished):
+    """A trained policy with what its run wrote down.
+
+    Attributes:
+        policy: The policy of the last update.
+    """
+
+    policy: Policy
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """The metrics of each round of expert iteration."""
+        return self.rows("round")
+
+    @property
+    def phases(self) -> list[dict[str, Any]]:
+        """The metrics of each phase of PPO."""
+        return self.rows("phase")
+
+    @property
+    def updates(self) -> list[dict[str, Any]]:
+        """The metrics of each optimiser step."""
+        return self.rows("update")
+
+    @property
+    def throughput(self) -> list[dict[str, float]]:
+        """Response tokens a second in each stage of each phase of PPO.
+
+        ``sampling`` draws them, ``scoring`` reads each twice (policy, reference),
+        ``learning`` once an epoch: all are of the same tokens.
+        """
+        pairs = zip(self.run.metrics, self.run.timing, strict=True)
+        return [
+            {
+                stage: row["response_tokens"] / seconds
+                for stage, seconds in timing.items()
+                if stage in ("sampling", "scoring", "learning") and seconds
+            }
+            for row, timing in pairs
+            if row["kind"] == "phase"
+        ]
+
+
+@dataclass(frozen=True)
+class TrainedRewardModel(Finished):
+    """A reward model with what its run wrote down.
+
+    Attributes:
+        orm: The model.
+    """
+
+    orm: OutcomeRewardModel
+
+    @property
+    def held_out(self) -> list[dict[str, Any]]:
+        """The metrics on questions that were held out, one row an epoch."""
+        return self.rows("held_out")
+
+
+class Plan(Settings):
+    """All that decides a run. A subclass is a step: what it needs, makes, and reads.
+
+    To add one: a subclass with a ``step`` of its own, ``of`` and ``make``, given to
+    ``register``.
+    """
+
+    step: str
+    policy: str = setting(
+        ..., "The base, as in load_policy.", source="ours", placement=True
+    )
+    task: TaskSettings
+    contents: Contents
+
+    about: ClassVar[str] = ""  # one line for the command line
+    part: ClassVar[str] = ""  # the recipe's field that holds its algorithm's settings
+
+    @classmethod
+    def of(cls, recipe: Recipe, seed: int) -> Plan:
+        """Take from a recipe what decides this step, and nothing else."""
+        raise NotImplementedError
+
+    @property
+    def needs(self) -> dict[str, Plan]:
+        """The runs that this one starts from, by the names under which it uses them."""
+        return {}
+
+    def make(self, base: Policy, needed: Mapping[str, Any], run: RunFolder) -> Any:
+        """Train; ``needed`` holds what came of ``needs``. Returns a policy, or a model.
+
+        The base is the caller's to change.
+        """
+        raise NotImplementedError
+
+    def load(self, run: RunFolder) -> Finished:
+        """Read what the run left."""
+        return Trained(run, with_weights(load_policy(self.policy), weights_of(run)))
+
+    @staticmethod
+    def lines(row: Mapping[str, Any]) -> str:
+        """A row of metrics for the terminal; empty for those that are not shown."""
+        return ""
+
+
+_STEPS: dict[str, type[Plan]] = {}
+
+
+def register(cls: type[Plan]) -> type[Plan]:
+    """Make a step known by its name: to plans in files, and to the command line."""
+    _STEPS[cls.model_fields["step"].default] = cls
+    return cls
+
+
+def unregister(cls: type[Plan]) -> None:
+    """Forget a step."""
+    del _STEPS[cls.model_fields["step"].default]
+
+
+def steps() -> dict[str, type[Plan]]:
+    """All steps by name."""
+    import rlreason.runs.steps  # noqa: F401  (registers the library's own)
+
+    return dict(_STEPS)
+
+
+def step_named(name: str) -> type[Plan]:
+    """The step of a name.
+
+    Raises:
+        SettingsError: There is none; says which there are.
+    """
+    known = steps()
+    if name not in known:
+        raise SettingsError(unknown_key_message("steps", [name], list(known)))
+    return known[name]
+
+
+def plan_of(step: str, recipe: Recipe, seed: int = 0) -> Plan:
+    """The plan of a step for a recipe and a seed."""
+    return step_named(step).of(recipe, seed)
+
+
+def read_plan(values: Any) -> Plan:
+    """A plan from the values of its file.
+
+    Raises:
+        SettingsError: They are no plan.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("step"), str):
+        raise SettingsError("a plan is a mapping with a step, as `--plan` writes it")
+    return load_settings(step_named(values["step"]), values)
+
+
+def read_plan_file(path: Path) -> Plan:
+    """A plan from its file, e.g. the settings.json of a run folder.
+
+    Raises:
+        SettingsError: There is no such file, or it holds no plan.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} is no plan: {error}") from None
+    return read_plan(values)
+
+
+AnyPlan = Annotated[
+    SerializeAsAny[Plan],
+    BeforeValidator(lambda v: read_plan(v) if isinstance(v, dict) else v),
+]
+"""A plan within a plan, of whichever step."""
+
+
+# --- Carrying out --------------------------------------------------------------------
+
+
+def folder_of(plan: Plan) -> RunFolder:
+    """The folder that holds a plan's run, or will."""
+    return RunFolder(plan.step, plan)
+
+
+def obtain(plan: Plan) -> Any:
+    """What a plan trains: loaded where it is done, else trained, needs first.
+
+    Returns:
+        ``Trained``, or ``TrainedRewardModel`` of a reward model.
+
+    Raises:
+        SettingsError: The data or the base are no longer those that the plan is about.
+    """
+    run = folder_of(plan)
+    needed = {}
+    if not run.done:  # before its clock runs
+        _check_contents(plan)
+        needed = {name: obtain(each) for name, each in plan.needs.items()}
+    with run:
+        if not _finished(run):
+            made = plan.make(load_policy(plan.policy), needed, run)
+            run.save(trained_tensors(made), {"finished": True})
+    return plan.load(run)
+
+
+def contents_of(recipe: Recipe, reward: str | None = None) -> Contents:
+    """Digests of what a recipe's base and task hold."""
+    task = recipe.task
+    return Contents(
+        policy=policy_digest(recipe.policy),
+        task=task_digest(task.name) or task.name,
+        reward=reward,
+    )
+
+
+def _check_contents(plan: Plan) -> None:
+    if policy_digest(plan.policy) != plan.contents.policy:
+        raise SettingsError(
+            f"the policy {plan.policy!r} is no longer the one that this plan was made "
+            "for; make the plan again, or bring the policy back"
+        )
+    if (task_digest(plan.task.name) or plan.task.name) != plan.contents.task:
+        raise SettingsError(
+            f"the task {plan.task.name!r} no longer holds what this plan was made for; "
+            "make the plan again, or bring the data back"
+        )
+
+
+def load_run(path: Path) -> Any:
+    """What the run in a folder trained, wherever the folder lies.
+
+    Raises:
+        RunFolderError: It is no run folder, has not come to its end, or belongs to
+            another version of the settings.
+    """
+    if read_settings(path) is None:
+        raise RunFolderError(f"{path} is no run folder: it has no settings.json")
+    plan = read_plan_file(path / "settings.json")
+    run = RunFolder(plan.step, plan, root=path.resolve().parent)
+    if run.path.name != path.resolve().name:
+        raise RunFolderError(
+            f"{path} is not named after its settings, {settings_hash(plan)}: it comes "
+            "from another version of rlreason, or was changed by hand; train it again"
+        )
+    if not _finished(run):
+        raise RunFolderError(
+            f"{path} is not finished; run its `rlreason train` to the end"
+        )
+    if policy_digest(plan.policy) != plan.contents.policy:
+        raise RunFolderError(
+            f"{path} was trained from another {plan.policy!r} than there is now: bring "
+            "that policy back, or train again"
+        )
+    return plan.load(run)
+
+
+def validate(
+    plan: Plan,
+    policy: Policy,
+    *,
+    problems: int | None,
+    max_new_tokens: int,
+    shots: int = 0,
+) -> dict[str, Any]:
+    """What is looked at in between: greedy accuracy on the validation split."""
+    examples = plan.task.shot_problems(shots)
+    asked = not_shown(plan.task.load("validation", problems), examples)
+    report = evaluate(
+        policy,
+        asked,
+        k=0,
+        max_new_tokens=max_new_tokens,
+        shots=examples,
+        sampler=answer_groups,  # a policy on its way is not asked again
+    )
+    return {"validation_maj_1": report.maj_1.mean}
+
+
+def not_shown(problems: list[Problem], examples: Any) -> list[Problem]:
+    """The problems whose solution does not stand in the prompt."""
+    shown = {example.id for example in examples}
+    return [problem for problem in problems if problem.id not in shown]
+
+
+def _finished(run: RunFolder) -> bool:
+    """Whether the weights are there; a kill may have come just before "done"."""
+    if run.done:
+        return True
+    checkpoint = run.restore()
+    return checkpoint is not None and "finished" in checkpoint.state
+
+
+def trained_tensors(made: Policy | OutcomeRewardModel) -> dict[str, Tensor]:
+    """The trained weights, and nothing else."""
+    if isinstance(made, OutcomeRewardModel):
+        return made.tensors()
+    return {f"model.{name}": t for name, t in made.model.state_dict().items()}
+
+
+def weights_of(run: RunFolder) -> dict[str, Tensor]:
+    """The last weights that a run kept."""
+    return run.restore().tensors
+
+
+def with_weights(policy: Policy, tensors: dict[str, Tensor]) -> Policy:
+    """Load trained weights, in float32 where they were saved so."""
+    if any(tensor.dtype == torch.float32 for tensor in tensors.values()):
+        policy.model.float()
+    load_model_tensors(policy.model, tensors)
+    return policy
