@@ -105,9 +105,18 @@ def load_settings(cls: type[T], values: Mapping[str, Any]) -> T:
     if unknown:
         raise SettingsError(unknown_key_message(cls.__name__, unknown, known))
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(dict(values)), strict=True)
+        text = json.dumps(dict(values), default=_refuse)
+        return TypeAdapter(cls).validate_json(text, strict=True)
     except ValidationError as error:
         raise SettingsError(describe(error, cls.__name__)) from None
+
+
+def _refuse(value: Any) -> Any:
+    """What JSON cannot hold, e.g. a date, which YAML makes of 2024-01-02."""
+    raise SettingsError(
+        f"{value!r} is a {type(value).__name__}; settings are numbers, text, true, "
+        "false, null, lists and mappings. Put text that looks otherwise in quotes"
+    )
 
 
 def field_names(cls: type) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import date
 
 import pytest
 from pydantic import Field, ValidationError
@@ -12,7 +13,9 @@ from rlreason.settings import (
     Settings,
     SettingsError,
     canonical_json,
+    identity,
     load_settings,
+    setting,
     settings_hash,
 )
 
@@ -109,3 +112,61 @@ def test_the_hash_is_the_same_on_every_machine_and_in_every_process():
     # Written down once: run folders of other machines must be found again
     assert settings_hash(Training()) == "23cafae504cc"
     assert settings_hash(Sampling()) == "cf631c1187d9"
+
+
+# Placement and what is neutral
+
+
+class Model(Settings):
+    """A part with a value that says only how it is computed."""
+
+    width: int = setting(8, "Units.", source="ours")
+    chunk: int = setting(64, "Rows at once.", source="ours", placement=True)
+
+
+class Old(Settings):
+    """As a result was recorded with it."""
+
+    lr: float = setting(1e-3, "Rate.", source="paper", gt=0)
+    model: Model = setting(Model, "What learns.", source="ours")
+    models: tuple[Model, ...] = setting((), "More of them.", source="ours")
+
+
+class New(Old):
+    """Later: another setting, which does nothing at None, and another default of it."""
+
+    clip: float | None = setting(0.2, "A clip.", source="ours", neutral=None)
+
+
+class Wrong(Old):
+    """The wrong version: the new setting does not say where it is neutral."""
+
+    clip: float | None = setting(None, "A clip.", source="ours")
+
+
+def test_a_new_neutral_setting_makes_no_result_stale():
+    assert settings_hash(New(clip=None)) == settings_hash(Old())
+    assert settings_hash(New()) != settings_hash(Old())
+    assert settings_hash(New(clip=0.3)) != settings_hash(New())
+    assert settings_hash(Wrong()) != settings_hash(Old())
+
+
+def test_placement_is_written_down_and_names_nothing():
+    plain, chunked = Old(), Old(model=Model(chunk=1), models=(Model(chunk=2),))
+    assert settings_hash(chunked) == settings_hash(Old(models=(Model(),)))
+    assert settings_hash(Old(model=Model(width=9))) != settings_hash(plain)
+    assert json.loads(canonical_json(chunked))["model"]["chunk"] == 1
+    assert "chunk" not in identity(chunked)
+
+
+def test_a_field_says_where_its_default_comes_from():
+    for field in New.model_fields.values():
+        assert field.json_schema_extra["source"] in ("paper", "ours")
+        assert field.description
+    with pytest.raises(SettingsError, match=r"lr: .*greater than 0"):
+        load_settings(Old, {"lr": -1.0})
+
+
+def test_a_value_that_json_cannot_hold_is_one_clear_error():
+    with pytest.raises(SettingsError, match="is a date; settings are numbers, text"):
+        load_settings(Training, {"name": date(2024, 1, 2)})
