@@ -520,7 +520,8 @@ def test_any_text_has_a_canonical_answer_or_none(text, latex):
         "\N{THIN SPACE}000", "000'", "1 000 ", "=", "= -", ":", "- $*_", "1+", "1=1+",
         "Rs", "USD ", "A$", "is ", "e1", "1e1", "\N{VULGAR FRACTION ONE HALF}",
         "Step 1", "#### Step 1\n", "#### 1. a", "#### a ", "#### a:", "###a", "**1**",
-        "\N{FULLWIDTH DIGIT ONE}", "of ", "√", "^", "( ", "$ ", "* ", "_ ", "\t", " 000",
+        "\N{FULLWIDTH DIGIT ONE}", "of ", "√", "^", "( ", "$ ", "* ", "_ ", "\t",
+        " 000",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(("first", "last"), [("", ""), ("1", "x"), ("a", "1")])
