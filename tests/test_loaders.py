@@ -18,7 +18,7 @@ import pytest
 import rlreason.tasks as tasks
 from rlreason.tasks import DataError, Problem, load_problems
 from rlreason.tasks.answers import is_correct, operation_key, parse_solution
-from rlreason.tasks.loaders import load_jsonl
+from rlreason.tasks.loaders import load_jsonl, split_of, task_digest
 
 REAL_DATA = os.environ.get("RLREASON_DATA")
 needs_data = pytest.mark.skipif(
@@ -200,29 +200,95 @@ def test_a_jsonl_file_may_hold_solutions_numbers_or_both(mine):
         {"question": "E?", "answer": "6", "solution": "3+3 = <<3+3=6>>6"},
         {"question": "F?", "answer": "6", "solution": "6\n#### 6.0", "level": 3},
     )
-    problems = load_problems(path)
+    problems = load_jsonl(path)
     assert [p.answer for p in problems] == ["2", "1000.5", "7", "51", "6", "6"]
     assert [p.id for p in problems] == [f"mine/{i}" for i in range(6)]
     assert problems[1].solution == "#### 1000.5"
     assert problems[4].solution == "3+3 = <<3+3=6>>6\n#### 6"
     assert all(is_correct(p.solution, p.answer) for p in problems)
-    assert load_problems(path, limit=2) == problems[:2] == load_jsonl(path)[:2]
+    assert load_jsonl(path, limit=2) == problems[:2]
 
 
-def test_a_jsonl_file_is_one_set_unless_its_path_names_the_split(tmp_path):
+def rows_of(n: int) -> list[dict]:
+    return [{"question": f"What is {i} and 0?", "answer": i} for i in range(n)]
+
+
+def questions_of(name: str | Path) -> dict[str, list[str]]:
+    return {
+        split: [problem.question for problem in load_problems(name, split)]
+        for split in tasks.SPLITS
+    }
+
+
+def test_p46_one_file_is_split_by_its_questions_and_no_question_is_in_two(mine):
+    path = mine(*rows_of(1000))
+    parts = questions_of(path)
+    found = [question for part in parts.values() for question in part]
+    assert sorted(found) == sorted(row["question"] for row in rows_of(1000))
+    shares = [len(part) / 1000 for part in parts.values()]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+    ids = {p.id for split in tasks.SPLITS for p in load_problems(path, split)}
+    assert len(ids) == 1000
+    assert load_problems(path, "test", limit=3) == load_problems(path, "test")[:3]
+
+
+def test_a_question_stays_in_its_split_in_any_order_and_when_lines_are_added(mine):
+    parts = {s: set(q) for s, q in questions_of(mine(*rows_of(500))).items()}
+    turned = {s: set(q) for s, q in questions_of(mine(*rows_of(500)[::-1])).items()}
+    grown = {s: set(q) for s, q in questions_of(mine(*rows_of(600))).items()}
+    assert turned == parts
+    assert all(parts[split] < grown[split] for split in tasks.SPLITS)
+    # The wrong version: by place in the file, a row before moves test questions
+    by_place = [{r["question"] for r in rows_of(500)[::step][-50:]} for step in (1, -1)]
+    assert not by_place[0] & by_place[1]
+
+
+def test_equal_questions_are_in_one_split_however_they_are_spaced(mine):
+    twice = [
+        {"question": row["question"].replace(" ", "  ").upper(), "answer": 1}
+        for row in rows_of(200)
+    ]
+    parts = questions_of(mine(*rows_of(200), *twice))
+    plain = {
+        s: {" ".join(q.casefold().split()) for q in part} for s, part in parts.items()
+    }
+    assert sum(map(len, plain.values())) == 200
+    assert all(split_of(q) == split for split, part in parts.items() for q in part)
+
+
+@pytest.mark.parametrize("split", tasks.SPLITS)
+def test_a_file_too_small_to_be_split_is_an_error_in_one_line(mine, split):
+    path = mine(*rows_of(3))
+    with pytest.raises(DataError) as error:
+        load_problems(path, split)
+    message = str(error.value)
+    assert message.startswith(
+        f"{path} is too small to be split: of its 3 problems none"
+    )
+    assert "folder with train.jsonl, validation.jsonl and test.jsonl" in message
+    assert "\n" not in message
+    assert len(load_jsonl(path)) == 3
+
+
+@pytest.mark.parametrize("name", ["", "{split}.jsonl"], ids=["a folder", "a pattern"])
+def test_files_of_ones_own_a_split_are_used_as_they_are(tmp_path, name):
     for split in tasks.SPLITS:
         row = {"question": f"{split}?", "answer": "1"}
         write_jsonl(tmp_path / f"{split}.jsonl", [row])
-        (problem,) = load_problems(f"{tmp_path}/{{split}}.jsonl", split)
+    for split in tasks.SPLITS:
+        (problem,) = load_problems(f"{tmp_path}/{name}", split)
         assert (problem.id, problem.question) == (f"{split}/0", f"{split}?")
-    fixed = tmp_path / "test.jsonl"
-    assert load_problems(str(fixed), "train") == load_problems(fixed, "test")
+    (tmp_path / "validation.jsonl").unlink()
+    with pytest.raises(
+        DataError, match=r"cannot read .*validation\.jsonl: No such file"
+    ):
+        load_problems(f"{tmp_path}/{name}", "validation")
 
 
 def test_a_byte_order_mark_and_windows_line_breaks_are_no_part_of_the_text(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"question": "A?", "answer": "1"}\r\n')
-    assert load_problems(str(path)) == [Problem("mine/0", "A?", "#### 1", "1")]
+    assert load_jsonl(path) == [Problem("mine/0", "A?", "#### 1", "1")]
 
 
 # ----------------------------------------------------------------------------------
@@ -249,6 +315,23 @@ BAD_ROWS = {
     "a mark without a number": (GOOD | {"answer": "#### many"}, "one '#### N'"),
     "two final answers": (GOOD | {"answer": "#### 1\n#### 2"}, "one '#### N'"),
     "another solution": (GOOD | {"solution": "#### 2"}, "states 2 as its final"),
+    "half a pair in a question": (
+        GOOD | {"question": "A \ud83d?"},
+        "'question' holds half",
+    ),
+    "half a pair in an answer": (
+        GOOD | {"answer": "#### 1 \udc00"},
+        "'answer' holds half",
+    ),
+    "half a pair in a number": (GOOD | {"answer": "1\udc00"}, "'answer' holds half"),
+    "half a pair in a solution": (
+        GOOD | {"solution": "\ud83d\n#### 1"},
+        "'solution' holds half",
+    ),
+    "half a pair in a name": (
+        {"\ud83d": 1, "answer": "1"},
+        "the row has: answer, \\ud83d",
+    ),
     "a solution undecided": (GOOD | {"solution": "#### 1 or 2"}, "states None as"),
 }
 
@@ -262,13 +345,19 @@ def test_a_bad_row_is_named_by_file_and_line(mine, row, what):
     assert message.startswith(f"{path}, line 3: ")
     assert what in message
     assert len(message) < 500
+    assert message.isprintable()
+
+
+def test_both_halves_of_a_pair_are_one_character(mine):
+    path = mine('{"question": "A \\ud83d\\ude00?", "answer": "1"}')
+    assert load_jsonl(path)[0].question == "A \N{GRINNING FACE}?"
 
 
 def test_a_last_line_that_is_cut_off_is_called_that(mine):
     path = mine(GOOD, '{"question": "A?", "ans', end="")
     with pytest.raises(DataError, match=r"line 2: the file is cut off in this line"):
         load_problems(path)
-    assert len(load_problems(mine(GOOD, GOOD, end=""))) == 2  # no break, but complete
+    assert len(load_jsonl(mine(GOOD, GOOD, end=""))) == 2  # no break, but complete
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -364,6 +453,10 @@ SVAMP_DAMAGE = {
         r"line 10: the equation .* \(division by zero\)",
     ),
     "no number": (replace_line(15, b'"Answer": "x",'), r"line 10: 'Answer' is not a n"),
+    "half a pair": (
+        replace_line(12, b'"Body": "\\ud83d",'),
+        r"line 10: 'Body' holds half of a surrogate pair",
+    ),
 }
 
 
@@ -549,6 +642,71 @@ def test_the_procedural_tasks_are_reached_with_their_settings():
     assert plain.id.startswith("gsm-mini/test/")
     assert shifted.id.startswith("svamp-mini/test/")
     assert plain != load_problems("gsm-mini", "test", limit=1, seed=4)[0]
+
+
+# ----------------------------------------------------------------------------------
+# What a task is named after
+
+
+def test_a_digest_is_of_what_a_file_holds_and_not_of_its_place(tmp_path):
+    paths = [tmp_path / "mine.jsonl", tmp_path / "other" / "yours.jsonl"]
+    for path in paths:
+        write_jsonl(path, rows_of(5))
+    one, other = map(task_digest, paths)
+    assert one == other == task_digest(str(paths[0]), "test")
+    assert len(one) == 12
+    int(one, 16)
+    write_jsonl(paths[0], rows_of(6))
+    changed = task_digest(paths[0])
+    assert changed != one
+    text = paths[0].read_text()
+    paths[0].write_text(text.replace("0 and", "1 and"))  # as long as before
+    os.utime(paths[0], ns=(1, 1))
+    assert task_digest(paths[0]) not in (one, changed)
+
+
+@pytest.mark.parametrize("name", ["", "{split}.jsonl"], ids=["a folder", "a pattern"])
+def test_the_digest_of_several_files_tells_which_of_them_holds_what(tmp_path, name):
+    task = f"{tmp_path}/{name}"
+    write_jsonl(tmp_path / "train.jsonl", rows_of(5))
+    alone = task_digest(task)
+    write_jsonl(tmp_path / "test.jsonl", rows_of(6))
+    tested = task_digest(task)
+    (tmp_path / "test.jsonl").rename(tmp_path / "validation.jsonl")
+    assert len({alone, tested, task_digest(task)}) == 3
+    train = task_digest(task, "train")
+    assert train != task_digest(task, "validation")
+    write_jsonl(tmp_path / "validation.jsonl", rows_of(7))
+    assert task_digest(task, "train") == train
+    with pytest.raises(DataError, match=r"cannot read .*test\.jsonl"):
+        task_digest(task, "test")
+
+
+def test_the_digest_of_released_files_is_of_those_that_a_split_is_read_from(damaged):
+    damaged("gsm8k/train.jsonl", lambda content: content)
+    train = task_digest("gsm8k", "train")
+    assert train == task_digest("gsm8k", "validation") != task_digest("gsm8k")
+    with pytest.raises(DataError, match=r"cannot read .*test\.jsonl"):
+        task_digest("gsm8k", "test")
+    with pytest.raises(DataError, match=r"cannot read .*SVAMP\.json"):
+        task_digest("svamp")
+
+
+def test_the_digest_of_a_data_set_on_the_hub_is_of_its_rows(hub):
+    rows = [hub_svamp_row(i) for i in range(1, 1001)]
+    asked = hub({"train": rows[:700], "test": rows[700:]})
+    digests = [task_digest("svamp", split) for split in (*tasks.SPLITS, None)]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    assert len(asked) == 2  # the rows are loaded once
+
+
+def test_procedural_tasks_have_no_data_and_unknown_ones_no_digest(tmp_path):
+    assert task_digest("gsm-mini", steps=(1, 2)) is task_digest("svamp-mini") is None
+    with pytest.raises(DataError, match=r"unknown task 'gsm9k'"):
+        task_digest("gsm9k")
+    with pytest.raises(DataError, match=r"cannot read .*nowhere\.jsonl: No such file"):
+        task_digest(tmp_path / "nowhere.jsonl")
 
 
 def test_data_errors_are_value_errors():

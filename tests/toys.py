@@ -29,6 +29,7 @@ from rlreason.policy.load import Policy
 from rlreason.runs.folder import RunFolder
 from rlreason.runs.recipes import Recipe
 from rlreason.settings import load_settings
+from rlreason.tasks import SPLITS
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt, format_response
 
@@ -176,8 +177,10 @@ def toy_recipe(folder: Path, **changes: Any) -> Recipe:
         policy.tokenizer.save_pretrained(folder / "base")
         rows = [{"question": p.question, "answer": p.solution} for p in TOY_PROBLEMS]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / "toy.jsonl").write_text(lines)
-    task = {"name": str(folder / "toy.jsonl"), "solutions": 4}
+        (folder / "toy").mkdir()  # each split of this folder is the whole toy
+        for split in SPLITS:
+            (folder / "toy" / f"{split}.jsonl").write_text(lines)
+    task = {"name": str(folder / "toy"), "solutions": 4}
     start = {"policy": str(folder / "base"), "task": task}
     return load_settings(Recipe, {**start, **RECIPE, **changes})
 

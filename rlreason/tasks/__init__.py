@@ -1,30 +1,31 @@
 """What is asked: problems, where they come from, and how an answer is read.
 
 - ``problem``: one word problem
-- ``loaders``: GSM8K, SVAMP, any JSONL file
+- ``loaders``: GSM8K, SVAMP, any JSONL file; what their content is named
 - ``gsm_mini``: word problems without end, made from templates
 - ``answers``: final answers, steps and arithmetic of a solution
+- ``numerals``: how people write a number, and its one name
 - ``prompts``: the text around a problem
 """
 
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 from rlreason.tasks.loaders import (
+    PROCEDURAL,
     SPLITS,
+    TASKS,
     DataError,
+    load_files,
     load_gsm8k,
-    load_jsonl,
     load_svamp,
+    task_digest,
 )
 from rlreason.tasks.problem import Problem
 
-__all__ = ["SPLITS", "TASKS", "DataError", "Problem", "load_problems"]
-
-TASKS = ("gsm8k", "svamp", "gsm-mini", "svamp-mini")
+__all__ = ["SPLITS", "TASKS", "DataError", "Problem", "load_problems", "task_digest"]
 
 
 def load_problems(
@@ -35,8 +36,9 @@ def load_problems(
     Args:
         name: "gsm8k" or "svamp" (hub, or the folder in RLREASON_DATA); "gsm-mini" or
             its shifted variant "svamp-mini" (made on the spot); or the path of a
-            .jsonl file. A ``{split}`` in the path is replaced by the split's name; a
-            path without one is one set of problems, whatever split is asked for.
+            .jsonl file, which is split by its questions (80% train, 10% validation,
+            10% test), of a folder with a .jsonl file a split, or of such files with
+            ``{split}`` in place of the split's name.
         split: "train", "validation" or "test". Test is for reporting only.
         limit: At most so many problems, the first of the split. None is all of them;
             for the tasks that are made without end, 1,000.
@@ -50,7 +52,7 @@ def load_problems(
     name = str(name)
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
-    if name in ("gsm-mini", "svamp-mini"):
+    if name in PROCEDURAL:
         return _load_mini(name, split, limit, knobs)
     if knobs:
         raise DataError(
@@ -61,12 +63,7 @@ def load_problems(
         return load_gsm8k(split, limit=limit)
     if name == "svamp":
         return load_svamp(split, limit=limit)
-    if name.endswith(".jsonl"):
-        return load_jsonl(Path(name.replace("{split}", split)), limit=limit)
-    raise DataError(
-        f"unknown task {name!r}; the tasks are {', '.join(TASKS)}, or the path of a "
-        ".jsonl file"
-    )
+    return load_files(name, split, limit=limit)
 
 
 def _load_mini(

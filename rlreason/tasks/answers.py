@@ -6,17 +6,18 @@ A solution is text in GSM8K's format, written by a person or by a policy:
     Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.
     #### 72
 
-**Answers are numbers, not strings.** ``72``, ``72.0``, ``$72.`` and ``144/2`` are
-one answer, and :func:`canonical_number` gives each of them the one name ``"72"``.
-Everything is exact (``fractions.Fraction``); a number without a finite decimal
-expansion is named by its fraction in lowest terms, ``"1/3"``.
+**Answers are numbers, not strings.** ``72``, ``72.0``, ``$72.``, ``\boxed{72}`` and
+``144/2`` are one answer, and :func:`canonical_number` gives each of them the one name
+``"72"``: see :mod:`rlreason.tasks.numerals`.
 
 **An answer counts only where it is stated**, on a ``####`` line. There is no
 falling back to the last number of the text: that would pay a policy for stopping
 in the middle of its work. What follows the number is its unit and is dropped, and
-percent is a unit, as in GSM8K: ``50%`` answers 50, ``$5 million`` answers 5. A
-solution that claims two different numbers (two ``####`` lines, or ``42 or 43`` on
-one) has not decided, and states none.
+percent is a unit, as in GSM8K: ``50%`` answers 50, ``$5 million`` answers 5. An
+equation answers its worked-out side: ``14 = 7 * 2`` is 14. A solution that claims two
+different numbers (two ``####`` lines, or ``42 or 43`` on one) has not decided, and
+states none. Four signs also begin a heading in Markdown: beside a line that states a
+number, ``#### Step 1`` and ``#### 1. The cost`` claim nothing.
 
 **Arithmetic** is what stands between ``<<`` and ``>>``. It is read by a small
 recursive-descent parser: the text comes from a model and is never given to
@@ -32,38 +33,64 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
-# No answer or expression of the tasks comes near these, but a degenerate sample can
-# be one number of a million digits.
-MAX_NUMBER = 60  # characters
+from rlreason.tasks.numerals import (
+    DASHES,
+    DECIMAL,
+    MAX_NUMBER,
+    NUMBER,
+    canonical_number,
+    decimal_places,
+    name_of,
+    number_alone,
+    plain,
+    value_of,
+)
+
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_EXPRESSION",
+    "MAX_NUMBER",
+    "Annotation",
+    "Solution",
+    "Step",
+    "canonical_number",
+    "evaluate_expression",
+    "extract_answer",
+    "is_correct",
+    "operation_key",
+    "parse_solution",
+]
+
 MAX_EXPRESSION = 200  # characters
 MAX_DEPTH = 16  # of nested parentheses
 
-_CURRENCY = "$€£¥₹"
-_WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,16}(?![0-9])|[0-9]+)"
-_DECIMAL = rf"(?:{_WHOLE}(?:\.[0-9]+)?|\.[0-9]+)"
-# 42, 1,080, .5, -$5, 3/4, 1e3; "units" are the 1 of the mixed number 1 3/4.
-_NUMBER_SOURCE = rf"""
-    (?P<minus> (?<![A-Za-z0-9])- (?:[{_CURRENCY}]\ ?)? )?
-    (?: (?P<units>[0-9]{{1,20}}) \ {{1,3}} (?=[0-9]{{1,20}}\ ?/\ ?[0-9]) )?
-    (?P<decimal>{_DECIMAL})
-    (?P<exponent> [eE][-+]?[0-9]{{1,2}}(?![0-9]) )?
-    (?: \ ?/\ ? (?P<denominator>{_WHOLE}) )?
-"""
-_NUMBER = re.compile(_NUMBER_SOURCE, re.VERBOSE)
-_NUMBER_ALONE = re.compile(
-    rf"[+{_CURRENCY}]*\ ?{_NUMBER_SOURCE}\ ?[%{_CURRENCY}]?\.?", re.VERBOSE
-)
-
-# What ends the text between two numbers that are one claim together, or two claims.
-_JOINT = re.compile(
-    r"(?:[-,;/=+*&|]|(?<![A-Za-z])(?:or|and|to|times|plus|minus|[xX]))$"
-)
-
-_ANSWER_MARK = re.compile(r"#{4,}")
+_LETTER = r"[^\W\d_]"
+# A mark, and what is behind it on its line before the next one
+_MARK = re.compile(r"#{4,}([^#\n]*(?:#{1,3}(?!#)[^#\n]*)*)")
 _ANNOTATION = re.compile(r"<<([^<>\n]*)>>")
-_DASHES = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{EM DASH}": "-"})
 
+# Headings: "Step 1: ...", "1. The cost", and any words that state no number
+_LABEL = re.compile(
+    r"[*_\s]*(?:step|part|stage|phase|section|example|method|case)\s*"
+    r"[0-9]{1,3}(?![0-9]|\.[0-9])\s*[.:)-]?",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(rf"[*_\s]*(?:[0-9]{{1,2}}[.)]\s+[*_]*)?{_LETTER}")
+_CONCLUDES = re.compile(
+    r"\b(?:answer|result|so|thus|hence|therefore|is|are|equals)\b"
+    r"|[:=][\s*_]*[-$]*\.?[0-9]",
+    re.IGNORECASE,
+)
+
+# What ends the text between two numbers that are alternatives, or parts of one thing.
+_ALTERNATIVE = re.compile(rf"(?:^|[,;&|]|(?<!{_LETTER})(?:or|and))$")
+_OPERATOR = re.compile(rf"(?:[-+*/]|(?<!{_LETTER})(?:times|plus|minus|of|by|[xX]))$")
+_JOINT = re.compile(
+    rf"(?:[-+*/,;&|]|(?<!{_LETTER})(?:or|and|to|times|plus|minus|[xX]))$"
+)
+_ASIDE = re.compile(rf"{_LETTER}|[(\[]")
 
 # ----------------------------------------------------------------------------------
 # Final answers
@@ -80,13 +107,7 @@ def extract_answer(text: str) -> str | None:
     >>> extract_answer("#### 72\\n#### 73") is None
     True
     """
-    claims: set[Fraction | None] = set()
-    for rest in _ANSWER_MARK.split(text)[1:]:
-        claims |= _claims(rest.partition("\n")[0])
-        if len(claims) > 1:
-            return None
-    answer = claims.pop() if claims else None
-    return None if answer is None else _name(answer)
+    return _final_answer(text)[0]
 
 
 def is_correct(text: str, answer: str) -> bool:
@@ -102,41 +123,64 @@ def is_correct(text: str, answer: str) -> bool:
     return extract_answer(text) == gold
 
 
-def canonical_number(text: str) -> str | None:
-    """The one name of a number that is written alone, or None if it is not one.
-
-    Currency, thousands commas, a percent sign and a full stop may stand with it;
-    words may not.
-
-    >>> canonical_number("1,080.00"), canonical_number("-.5"), canonical_number("4/6")
-    ('1080', '-0.5', '2/3')
-    """
-    match = _NUMBER_ALONE.fullmatch(text.translate(_DASHES).strip())
-    value = _value(match) if match else None
-    return None if value is None else _name(value)
+def _final_answer(text: str) -> tuple[str | None, int]:
+    """The answer that a solution states, and where its work ends: at the mark."""
+    stated: set[Fraction | None] = set()
+    headed: set[Fraction | None] = set()
+    ends = []
+    for match in _MARK.finditer(text):
+        ends.append(match.start())
+        line = plain(_ANNOTATION.sub("", match[1]).strip())
+        label = _LABEL.match(line)
+        if label or (_HEADING.match(line) and not _CONCLUDES.search(line)):
+            headed |= _claims(line[label.end() :] if label else line)
+            continue
+        claims = _claims(line)
+        if claims and not stated:
+            ends[0] = match.start()
+        stated |= claims
+        if len(stated) > 1:
+            return None, ends[0]
+    claims = stated or headed
+    answer = claims.pop() if len(claims) == 1 else None
+    end = ends[0] if ends else len(text)
+    return (None if answer is None else name_of(answer)), end
 
 
 def _claims(line: str) -> set[Fraction | None]:
     """The numbers that the rest of a ``####`` line claims; none if it holds none.
 
     One number is a claim. More than one are where the line does not say which of
-    them it means, and None stands for a number that cannot be read.
+    them it means, and None stands for a number that cannot be read. Sides of an
+    equation that are still to be worked out claim nothing beside one that is.
     """
-    line = _ANNOTATION.sub("", line).translate(_DASHES).strip()
-    line = re.sub(rf"^-\s+(?=[.0-9{_CURRENCY}])", "-", line)
-    numbers = list(_NUMBER.finditer(line))
-    if not numbers:
-        return set()
-    first = numbers[0]
-    if re.search(r"[A-Za-z]", line[: first.start()]):
-        # "The answer is 42" is plain; in "2 times 21 is 42" any number may be meant.
-        return {_value(number) for number in numbers}
-    competing = (
-        number
-        for number in numbers[1:2]
-        if _competes(line[first.end() : number.start()])
-    )
-    return {_value(number) for number in (first, *competing)}
+    if alone := number_alone(line):
+        return {value_of(alone)}
+    claims: set[Fraction | None] = set()
+    sides, works = line.split("="), 0
+    for side in sides:
+        numbers = list(NUMBER.finditer(side))
+        gaps = [side[a.end() : b.start()] for a, b in pairwise(numbers)]
+        if len(sides) > 1 and _is_work(gaps):
+            works += 1
+        elif numbers:
+            claims |= _side_claims(side[: numbers[0].start()], numbers, gaps)
+    return claims or ({None} if works else set())
+
+
+def _side_claims(
+    before: str, numbers: list[re.Match[str]], gaps: list[str]
+) -> set[Fraction | None]:
+    """The claims of numbers, with what is written before and between them."""
+    if not re.search(_LETTER, before):
+        # In "42 apples in 3 boxes" the first number is the claim.
+        gaps = gaps[:1]
+        numbers = numbers[: 2 if gaps and _competes(gaps[0]) else 1]
+    # Else "The answer is 42" is plain; in "2 times 21 is 42" any number may be meant.
+    claims = {value_of(number) for number in numbers}
+    if any(_competes(gap) and not _is_alternative(gap) for gap in gaps):
+        claims.add(None)  # 7 + 7 does not claim 7
+    return claims
 
 
 def _competes(gap: str) -> bool:
@@ -145,55 +189,30 @@ def _competes(gap: str) -> bool:
     It is in ``42 or 43``, ``42, 43``, ``40-42``, ``40 + 2`` and ``2:30``. It is not
     in ``42 apples in 3 boxes`` and ``42 (40 + 2)``, where it says something else.
     """
-    gap = gap.strip(" \t" + _CURRENCY)
-    if not re.search(r"[A-Za-z(]", gap):
-        return True
-    return bool(_JOINT.search(gap))
+    gap = gap.strip(" \t$")
+    return bool(_JOINT.search(gap)) or not _ASIDE.search(gap)
 
 
-def _value(match: re.Match[str]) -> Fraction | None:
-    """The value of a match of ``_NUMBER``; None if it is over zero or too long."""
-    following = match.string[match.end() : match.end() + 1]
-    if len(match[0]) > MAX_NUMBER or following.isnumeric():  # 5² and 1½ are not 5 and 1
-        return None
-    value = Fraction(match["decimal"].replace(",", "") + (match["exponent"] or ""))
-    if match["denominator"]:
-        denominator = int(match["denominator"].replace(",", ""))
-        if denominator == 0:
-            return None
-        value /= denominator
-    value += int(match["units"] or 0)
-    if len(_name(value)) > MAX_NUMBER:  # 1e99: a name must be readable as a number
-        return None
-    return -value if match["minus"] else value
+def _is_alternative(gap: str) -> bool:
+    """Whether ``gap`` lists two numbers: each of ``42, 42`` is one, ``5,5`` is none."""
+    return gap != "," and bool(_ALTERNATIVE.search(gap.strip(" \t$")))
 
 
-def _name(value: Fraction) -> str:
-    """``value`` as a decimal number where it has a finite one, else as a fraction."""
-    places = _decimal_places(value)
-    if places is None or places == 0:
-        return str(value)  # "1/3", "-5"
-    digits = str(abs(value.numerator) * 10**places // value.denominator)
-    digits = digits.rjust(places + 1, "0")
-    return f"{'-' * (value < 0)}{digits[:-places]}.{digits[-places:]}"
-
-
-def _decimal_places(value: Fraction) -> int | None:
-    """How many decimals write ``value`` exactly; None if no number of them does."""
-    rest, powers = value.denominator, []
-    for prime in (2, 5):
-        power = 0
-        while rest % prime == 0:
-            rest, power = rest // prime, power + 1
-        powers.append(power)
-    return max(powers) if rest == 1 else None
+def _is_work(gaps: list[str]) -> bool:
+    """Whether the numbers around ``gaps`` are operands, and nothing besides."""
+    operators = [bool(_OPERATOR.search(gap.strip(" \t$()[]"))) for gap in gaps]
+    return any(operators) and not any(
+        _competes(gap)
+        for gap, operator in zip(gaps, operators, strict=True)
+        if not operator
+    )
 
 
 # ----------------------------------------------------------------------------------
 # Arithmetic
 
-_TOKEN = re.compile(rf"\s*(?:(?P<number>{_DECIMAL})|(?P<symbol>//|[-+*/()%]))")
-_SYMBOLS = _DASHES | str.maketrans(
+_TOKEN = re.compile(rf"\s*(?:(?P<number>{DECIMAL})|(?P<symbol>//|[-+*/()%]))")
+_SYMBOLS = DASHES | str.maketrans(
     {"x": "*", "X": "*", "\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/"}
 )
 
@@ -229,7 +248,7 @@ def _tokens(expression: str) -> list[str]:
             raise ValueError(f"{text[position:]!r} in {expression!r} is no arithmetic")
         number = match["number"]
         tokens.append(
-            _name(Fraction(number.replace(",", ""))) if number else match["symbol"]
+            name_of(Fraction(number.replace(",", ""))) if number else match["symbol"]
         )
         position = match.end()
     return tokens
@@ -331,7 +350,7 @@ class Solution:
     """A solution, parsed.
 
     Attributes:
-        steps: The lines before the first ``####``, without the empty ones.
+        steps: The lines before the answer's ``####``, without headings and empty ones.
         operations: The expressions of all annotations, in order.
         results: Their results, one for each operation: the intermediate results.
         answer: The final answer as :func:`extract_answer` reads it.
@@ -345,18 +364,18 @@ class Solution:
 
 def parse_solution(text: str) -> Solution:
     """Steps, operations, intermediate results and final answer of a solution."""
-    work = _ANSWER_MARK.split(text, maxsplit=1)[0]
+    answer, end = _final_answer(text)
     steps = tuple(
         Step(line.strip(), tuple(map(_annotation, _ANNOTATION.findall(line))))
-        for line in work.split("\n")
-        if line.strip()
+        for line in text[:end].split("\n")
+        if line.strip() and not line.lstrip().startswith("####")
     )
     annotations = [note for step in steps for note in step.annotations]
     return Solution(
         steps=steps,
         operations=tuple(note.expression for note in annotations),
         results=tuple(note.result for note in annotations),
-        answer=extract_answer(text),
+        answer=answer,
     )
 
 
@@ -384,17 +403,17 @@ def _annotation(content: str) -> Annotation:
     except ValueError:
         return Annotation("".join(expression.split()), "".join(result.split()), False)
     valid = stated == value
-    if not valid and _decimal_places(value) is None and decimals >= 2:
+    if not valid and decimal_places(value) is None and decimals >= 2:
         # A calculator's sixteenth digit is noise; nine of them are asked to agree.
         unit = Fraction(1, 10 ** min(decimals, 9))
         valid = abs(stated - value) <= unit / 2
-    return Annotation("".join(tokens), _name(stated), valid)
+    return Annotation("".join(tokens), name_of(stated), valid)
 
 
 def _result(text: str) -> tuple[Fraction, int]:
     """Value and written decimals of the right side of an annotation."""
-    match = _NUMBER_ALONE.fullmatch(text.translate(_DASHES).strip())
-    value = _value(match) if match else None
+    match = number_alone(plain(text))
+    value = value_of(match) if match else None
     if value is None:
         raise ValueError(f"the result {text!r} is not a number")
     decimals = len(match["decimal"].partition(".")[2])

@@ -15,6 +15,17 @@ be drawn again from the released file. From the file, therefore, the first 700 a
 for training and the last 300 are the test: sizes agree with the hub's, **members do
 not**, and SVAMP figures from the two sources must not be compared.
 
+Any other set of problems is the path of a JSON Lines file, or of several, one a split:
+
+    mine.jsonl            split by question: 80% train, 10% validation, 10% test
+    mine/                 a folder with train.jsonl, validation.jsonl and test.jsonl
+    mine-{split}.jsonl    the same with other names
+
+A question's hash says to which split of a single file it belongs (:func:`split_of`):
+equal questions are in one split, whatever the order of the lines, and stay there when
+lines are added. Files of one's own a split are used as they are: to train and report
+on the same problems, name the same ones in each.
+
 Every row becomes a problem whose own solution scores as correct. Anything that
 stands in the way of that is one error, :class:`DataError`, and names file, line and
 what to do. A file with too few rows is an error too: a training file that was cut
@@ -23,10 +34,12 @@ off would put training problems into the validation split.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +51,8 @@ from rlreason.tasks.answers import (
 from rlreason.tasks.problem import Problem
 
 SPLITS = ("train", "validation", "test")
+PROCEDURAL = ("gsm-mini", "svamp-mini")
+TASKS = ("gsm8k", "svamp", *PROCEDURAL)
 GSM8K_ROWS = {"train": 7473, "test": 1319}
 GSM8K_VALIDATION = 256
 SVAMP_ROWS = {"train": 700, "test": 300}
@@ -61,7 +76,7 @@ def load_gsm8k(split: str = "train", *, limit: int | None = None) -> list[Proble
     part = _check_request(split, limit)
     folder = _data_folder()
     if folder is None:
-        rows, source = _hub_rows("openai/gsm8k", part, config="main")
+        rows, source = _hub_rows(*_HUB["gsm8k"], part)
     else:
         path = folder / "gsm8k" / f"{part}.jsonl"
         rows, source = list(_jsonl_rows(path, _FILE_REMEDY)), str(path)
@@ -85,7 +100,7 @@ def load_svamp(split: str = "train", *, limit: int | None = None) -> list[Proble
     part = _check_request(split, limit)
     folder = _data_folder()
     if folder is None:
-        rows, source = _hub_rows("ChilleD/SVAMP", part)
+        rows, source = _hub_rows(*_HUB["svamp"], part)
     else:
         path = folder / "svamp" / "SVAMP.json"
         rows, source = list(_json_list_rows(path)), str(path)
@@ -100,32 +115,105 @@ def load_svamp(split: str = "train", *, limit: int | None = None) -> list[Proble
     ]
 
 
-def load_jsonl(path: str | Path, *, limit: int | None = None) -> list[Problem]:
+def load_jsonl(
+    path: str | Path, *, split: str | None = None, limit: int | None = None
+) -> list[Problem]:
     """Problems of a JSON Lines file: one object a line, UTF-8, blank lines ignored.
 
     Fields: ``question``; ``answer``, a number (JSON's or in text) or a solution that
     ends in ``#### N``; optionally ``solution``, to which a missing ``####`` line is
     added. Without a solution the problem's is the ``####`` line alone: enough for
     sampling and scoring, nothing to learn steps from. An id is the file's name and
-    the count, "mine/17".
+    the count in the file, "mine/17".
+
+    Args:
+        path: The file.
+        split: Only the problems whose question belongs there; None is all of them.
+        limit: At most so many, the first; None is all.
 
     Raises:
-        DataError: see the module.
+        DataError: see the module. A file without a problem for one of the splits is
+            too small to be split.
     """
     _check_limit(limit)
-    path = Path(path).expanduser()
+    path = _expanded(path)
     rows = list(_jsonl_rows(path, "Check the path, or write the file again"))
     if not rows:
         raise DataError(f"{path} is empty: one problem a line is expected")
-    return [
-        _problem(row, f"{path.stem}/{i}", _jsonl_fields)
-        for i, row in enumerate(rows[:limit])
+    problems = [
+        _problem(row, f"{path.stem}/{i}", _jsonl_fields) for i, row in enumerate(rows)
     ]
+    if split is not None:
+        splits = [split_of(problem.question) for problem in problems]
+        if missing := [name for name in SPLITS if name not in splits]:
+            raise DataError(
+                f"{path} is too small to be split: of its {len(problems):,} problems "
+                f"none is for {' and '.join(missing)}. Give it more, or name a folder "
+                "with train.jsonl, validation.jsonl and test.jsonl"
+            )
+        problems = [p for p, s in zip(problems, splits, strict=True) if s == split]
+    return problems[:limit]
+
+
+def load_files(
+    name: str, split: str = "train", *, limit: int | None = None
+) -> list[Problem]:
+    """Problems of the .jsonl file, the folder or the files that ``name`` is a path of.
+
+    Raises:
+        DataError: see the module; ``name`` is no such path.
+    """
+    (path,) = _own_files(name, (split,))
+    single = path == _expanded(name)
+    return load_jsonl(path, split=split if single else None, limit=limit)
+
+
+def split_of(question: str) -> str:
+    """The split to which a question of a file that is not split belongs.
+
+    By the SHA-256 of its words, whatever the space between them and their case: 80 of
+    100 for "train", 10 for "validation", 10 for "test".
+    """
+    words = " ".join(question.casefold().split())
+    digest = hashlib.sha256(words.encode()).digest()
+    tenth = int.from_bytes(digest[:8], "big") % 10
+    return {8: "validation", 9: "test"}.get(tenth, "train")
+
+
+def task_digest(name: str, split: str | None = None, **knobs: Any) -> str | None:
+    """What a task's data hold, in 12 hexadecimal digits, to name runs by.
+
+    It is the SHA-256 of the files that the task is read from, wherever they lie, or
+    of the rows that the hub gives. A file is read again only when its time or size is
+    another one. None for the procedural tasks, whose problems follow from the code
+    and the knobs.
+
+    Args:
+        name: As for ``load_problems``, as are the knobs.
+        split: Only what this split is read from; None is all that is there.
+
+    Raises:
+        DataError: The name is unknown, or nothing can be read.
+    """
+    name, splits = str(name), SPLITS if split is None else (split,)
+    parts = sorted({_check_request(each, None) for each in splits})
+    if name in PROCEDURAL:
+        return None
+    if name in _HUB and _data_folder() is None:
+        digests = [_hub_digest(name, part) for part in parts]
+    elif name == "gsm8k":
+        digests = _file_digests([f"{_data_folder()}/gsm8k/{p}.jsonl" for p in parts])
+    elif name == "svamp":
+        digests = _file_digests([f"{_data_folder()}/svamp/SVAMP.json"])
+    else:
+        digests = _file_digests(_own_files(name, splits))
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
 
 
 # ----------------------------------------------------------------------------------
 # What is asked for
 
+_HUB = {"gsm8k": ("openai/gsm8k", "main"), "svamp": ("ChilleD/SVAMP", None)}
 _FILE_REMEDY = (
     "Put the released file there again, or unset RLREASON_DATA to load from the hub"
 )
@@ -158,6 +246,26 @@ def _data_folder() -> Path | None:
     return folder
 
 
+def _own_files(name: str, splits: Sequence[str]) -> list[Path]:
+    """The files that a path of the user's own stands for, without doubles."""
+    path = _expanded(name)
+    if name and path.is_dir():
+        names = [f"{path}/{split}.jsonl" for split in splits]
+    elif name.endswith(".jsonl"):
+        names = [name.replace("{split}", split) for split in splits]
+    else:
+        raise DataError(
+            f"unknown task {name!r}; the tasks are {', '.join(TASKS)}, or the path of "
+            "a .jsonl file, or of a folder with train.jsonl, validation.jsonl and "
+            "test.jsonl"
+        )
+    return [_expanded(each) for each in dict.fromkeys(names)]
+
+
+def _expanded(path: str | Path) -> Path:
+    return Path(os.path.expanduser(path))  # Path.expanduser raises for "~nobody"
+
+
 def _share(rows: list[Row], split: str, validation: int) -> list[Row]:
     """The rows of ``split`` among those of its released part."""
     if split == "train":
@@ -179,9 +287,7 @@ def _check_count(rows: list[Row], expected: int, source: str) -> None:
 # Sources of rows
 
 
-def _hub_rows(
-    name: str, part: str, *, config: str | None = None
-) -> tuple[list[Row], str]:
+def _hub_rows(name: str, config: str | None, part: str) -> tuple[list[Row], str]:
     """Rows of a data set on the hub, and its name for messages.
 
     The environment decides about the network: with HF_HUB_OFFLINE=1 nothing is asked
@@ -271,6 +377,33 @@ def _object(record: Any, where: str, remedy: str) -> dict[str, Any]:
             f"{where}: a JSON object is expected, not {type(record).__name__}. {remedy}"
         )
     return record
+
+
+def _file_digests(paths: Sequence[str | Path]) -> list[str]:
+    """The SHA-256 of each file, "-" for one that is missing beside another."""
+    found = [Path(path) for path in paths]
+    some = any(path.exists() for path in found)
+    return ["-" if some and not path.exists() else _file_digest(path) for path in found]
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        status = path.stat()
+        return _digest_of(path.resolve(), status.st_mtime_ns, status.st_size)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}. Check it") from error
+
+
+@lru_cache(maxsize=64)
+def _digest_of(path: Path, _mtime_ns: int, _size: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _hub_digest(name: str, part: str) -> str:
+    rows, _ = _hub_rows(*_HUB[name], part)
+    text = json.dumps([record for _, record in rows], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ----------------------------------------------------------------------------------
@@ -363,6 +496,7 @@ def _text(row: Row, field: str) -> str:
     where, record = row
     if field not in record:
         found = ", ".join(sorted(map(str, record))) or "none"
+        found = found.encode("ascii", "backslashreplace").decode()
         raise DataError(f"{where}: no field {field!r}; the row has: {found}. Add it")
     value = record[field]
     if not isinstance(value, str):
@@ -370,6 +504,11 @@ def _text(row: Row, field: str) -> str:
         raise DataError(f"{where}: {field!r} must be text, not {kind}. Write it as one")
     if not value.strip():
         raise DataError(f"{where}: {field!r} is empty. Fill it in or drop the row")
+    if half := re.search("[\ud800-\udfff]", value):
+        raise DataError(
+            f"{where}: {field!r} holds half of a surrogate pair, {half[0]!r}, which is "
+            "no character. Write the character itself, or both halves"
+        )
     return value.strip()
 
 
