@@ -11,9 +11,9 @@ FALLING, RISING = {"exact": [0.0, 0.0, 0.0], "zero": [0.9, 0.5, 0.0]}, [0.3, 0.5
 RATIOS = [0.5, 0.8, 1.0, 1.2, 1.5]
 SURROGATE = {1.0: [0.5, 0.8, 1.0, 1.2, 1.2], -1.0: [-0.8, -0.8, -1.0, -1.2, -1.5]}
 PHASES = [
-    {"number": 1, "reward": 0.4, "kl": 0.0},
-    {"number": 2, "reward": 0.5, "kl": 0.2, "validation_maj_1": 0.5},
-    {"number": 3, "reward": 0.6, "kl": 5.0},
+    {"phase": 1, "reward": 0.4, "kl": 0.0},
+    {"phase": 2, "reward": 0.5, "kl": 0.2, "validation_maj_1": 0.5},
+    {"phase": 3, "reward": 0.6, "kl": 5.0},
 ]
 TITLES = {"reward": "reward", "kl": "KL", "validation_maj_1": "validation"}
 DRAWN = {

@@ -13,9 +13,7 @@ one kind of cone; and no figure tells things apart by colour alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import date
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -71,14 +69,8 @@ STYLE: dict[str, Any] = {
 
 
 def use_style() -> None:
-    """Set the style for all figures of a notebook, and SVG where they are shown in one.
-
-    Called once, in a notebook's first cell.
-    """
-    from matplotlib_inline.backend_inline import set_matplotlib_formats
-
+    """Set the style for all figures of a notebook; called once, in its first cell."""
     matplotlib.rcParams.update(STYLE)
-    set_matplotlib_formats("svg")
 
 
 def new_figure(
@@ -98,20 +90,6 @@ def new_figure(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, **subplots)
-
-
-def provenance(profile: str, seeds: int | Sequence[int], on: date | None = None) -> str:
-    """Say where a figure's numbers come from, for its caption; ``on`` is today.
-
-    >>> provenance("tiny", [0, 1, 2], date(2025, 1, 31))
-    'Profile tiny, seeds 0, 1, 2; 31 January 2025.'
-    """
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-    on = on or date.today()
-    return (
-        f"Profile {Path(profile).stem}, seed{'s' * (len(seeds) > 1)} "
-        f"{', '.join(map(str, seeds))}; {on.day} {on:%B %Y}."
-    )
 
 
 def count_bars(
@@ -862,7 +840,7 @@ def plot_phases(
     )
     panels = list(grid.flat)
     for axes, (name, title) in zip(panels, titles.items(), strict=False):
-        at = [row["number"] for row in phases if name in row]
+        at = [row["phase"] for row in phases if name in row]
         values = [row[name] for row in phases if name in row]
         axes.plot(at, values, color=COLORS["ppo"], marker="o", markersize=3)
         axes.set_title(title, fontsize="small")
