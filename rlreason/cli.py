@@ -1,25 +1,39 @@
 """The command line: ``rlreason --help`` is its manual.
 
 Commands import what they need when they are called, so that ``--help`` answers at
-once. An error of ours is told in its own words, without a traceback, with exit code 2;
-any other is a fault of the program and keeps its traceback.
+once. What whoever asked has to mend is told in one line, without a traceback, with exit
+code 2; any other error is a fault of the program and keeps its traceback.
+
+Relative paths mean one thing here and another in a notebook's kernel, which works in
+the notebook's folder, so they are made absolute before anything is done.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
-import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from rlreason import __version__
-from rlreason.runs.environment import PACKAGE
+from rlreason.settings import RlreasonError
+
+FOLDERS = ("RLREASON_RUNS", "RLREASON_DATA")
+
+
+def _absolute(context: click.Context, option: click.Parameter, profile: str) -> str:
+    """A profile that is a file, by its absolute path; a built-in one by its name."""
+    return str(Path(profile).absolute()) if Path(profile).suffix else profile
+
 
 profile_option = click.option(
     "--profile",
     default="tiny",
     show_default=True,
+    callback=_absolute,
     metavar="PROFILE",
     help="smoke, tiny, smol, paper, or the path of a YAML file.",
 )
@@ -51,8 +65,12 @@ def app() -> None:
                     without it they come from the Hugging Face hub
     RLREASON_RUNS   folder for runs and executed notebooks, ./runs if not set
 
-    Exit codes: 0 done, 1 a fault of the program, 2 something to mend, which is named.
+    Exit codes: 0 done, 1 a fault of the program, 2 something to mend, which is named,
+    130 interrupted.
     """
+    for name in FOLDERS:
+        if folder := os.environ.get(name):
+            os.environ[name] = str(Path(folder).absolute())
 
 
 @app.command()
@@ -484,16 +502,50 @@ def _recipe(profile: str, changes, **fields):
     return load_recipe(profile, values, **fields)
 
 
-def main() -> None:
-    """Run the command line; tell an error of ours in its own words."""
+INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
+# What the system refuses and whoever asked can mend; any other is a fault of ours
+REFUSED = (
+    PermissionError,
+    NotADirectoryError,
+    IsADirectoryError,
+    FileExistsError,
+)
+FULL = ("ENOSPC", "EDQUOT", "EROFS", "ENAMETOOLONG")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; tell what is to be mended in one line, without traceback.
+
+    That is a ``RlreasonError``, a wrong option, and what the system refuses. Any other
+    exception is a fault of the program and goes on with its traceback.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app()
-    except ValueError as error:
-        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-        if PACKAGE not in Path(innermost).parents:
+        with app.make_context("rlreason", given) as context:
+            app.invoke(context)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except RlreasonError as error:
+        _tell_and_exit(error, 2)
+    except KeyboardInterrupt:
+        _tell_and_exit("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        code = errno.errorcode.get(error.errno or 0)
+        if not isinstance(error, REFUSED) and code not in FULL:
             raise
-        click.echo(f"rlreason: {error}", err=True)
-        sys.exit(2)
+        where = f" {error.filename}" if error.filename else ""
+        _tell_and_exit(f"the system refuses{where}: {error.strerror}", 2)
+
+
+def _tell_and_exit(message: object, code: int) -> None:
+    click.echo(f"rlreason: {message}", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

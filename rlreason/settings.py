@@ -29,7 +29,15 @@ T = TypeVar("T")
 HASH_LENGTH = 12  # hex digits: 48 bits, ample for the runs of one project
 
 
-class SettingsError(ValueError):
+class RlreasonError(ValueError):
+    """Something that whoever asked has to mend: the message says what, where and how.
+
+    The command line tells it in one line; any other exception is a fault of the
+    program.
+    """
+
+
+class SettingsError(RlreasonError):
     """Settings that cannot be: an unknown key, a wrong type, a value out of range."""
 
 

@@ -50,6 +50,7 @@ from rlreason.algorithms.recorder import Checkpoint
 from rlreason.runs.environment import environment, runs_root, source_digest
 from rlreason.policy.progress import tell
 from rlreason.settings import (
+    RlreasonError,
     SettingsError,
     canonical_json,
     identity,
@@ -58,7 +59,7 @@ from rlreason.settings import (
 )
 
 
-class RunFolderError(ValueError):
+class RunFolderError(RlreasonError):
     """A run folder that cannot be used: of other settings, or damaged."""
 
 
