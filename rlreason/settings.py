@@ -29,15 +29,7 @@ T = TypeVar("T")
 HASH_LENGTH = 12  # hex digits: 48 bits, ample for the runs of one project
 
 
-class RlreasonError(ValueError):
-    """Something that whoever asked has to mend: the message says what, where and how.
-
-    The command line tells it in one line; any other exception is a fault of the
-    program.
-    """
-
-
-class SettingsError(RlreasonError):
+class SettingsError(ValueError):
     """Settings that cannot be: an unknown key, a wrong type, a value out of range."""
 
 

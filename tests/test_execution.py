@@ -47,9 +47,7 @@ def test_a_job_is_started_when_what_it_needs_is_there(tmp_path):
 
 def test_what_is_there_is_not_made_again_and_is_asked_for_when_its_turn_comes(tmp_path):
     made = writes(tmp_path, "a")
-    above = python(
-        "b", "1 / 0", needs=("a",), fresh=lambda: (tmp_path / "a").is_file()
-    )
+    above = python("b", "1 / 0", needs=("a",), fresh=lambda: (tmp_path / "a").is_file())
     outcomes = LocalExecutor(cores=1, gpus=()).run([above, made])
     assert [(o.name, o.state) for o in outcomes.values()] == [
         ("a", "done"),
@@ -153,9 +151,7 @@ def test_the_gpus_are_those_that_this_process_may_use(monkeypatch):
         ([python("a", needs=("b",)), python("b", needs=("a",))], "need each other"),
     ],
 )
-def test_jobs_that_do_not_fit_together_are_refused_before_one_is_started(
-    jobs, message
-):
+def test_jobs_that_do_not_fit_together_are_refused_before_one_is_started(jobs, message):
     started = []
     with pytest.raises(JobError, match=message):
         LocalExecutor(cores=1, gpus=(), report=started.append).run(jobs)

@@ -59,7 +59,7 @@ from rlreason.policy.sampler import sample_prompts
 from rlreason.policy.value import ValueSettings, new_value_function, score
 from rlreason.rewards.base import RewardFunction
 from rlreason.rewards.sparse import sparse_rewards, sparse_token_rewards
-from rlreason.settings import RlreasonError, Settings
+from rlreason.settings import Settings
 from rlreason.tasks.problem import Problem
 
 MAX_LOG_RATIO = (
@@ -279,7 +279,7 @@ class Experience:
     returns: Tensor
 
 
-class DivergedError(RlreasonError):
+class DivergedError(ValueError):
     """Training has left the region where going on makes sense."""
 
 

@@ -10,17 +10,18 @@ do (``fresh``), and a failure or an interruption loses no other job's work.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Literal, Protocol
 
-from rlreason.settings import RlreasonError
+_OURS = re.compile(r"^rlreason: ", re.M)  # how our commands begin what is to be mended
 
 State = Literal["fresh", "done", "failed", "blocked"]
 
 
-class JobError(RlreasonError):
+class JobError(ValueError):
     """Jobs that cannot be carried out as given, or that failed."""
 
 
@@ -68,6 +69,19 @@ class Outcome:
     def ok(self) -> bool:
         """Whether what the job makes is there."""
         return self.state in ("fresh", "done")
+
+    @property
+    def is_worded(self) -> bool:
+        """Whether what it told is something to mend, as our commands tell it."""
+        return self.state == "blocked" or len(_OURS.split(self.told)) > 1
+
+    @property
+    def message(self) -> str:
+        """Why what it makes is not there: our command's own words where it had some."""
+        if self.state == "blocked":
+            return f"{self.name} was not begun: {self.told}"
+        words = _OURS.split(self.told)[-1].strip()
+        return words if self.is_worded else f"{self.name} failed:\n{words}"
 
 
 class Executor(Protocol):

@@ -32,13 +32,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlreason.policy.progress import is_watched
-from rlreason.settings import RlreasonError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = ("nano", "nano-xs")
 
 
-class PolicyError(RlreasonError):
+class PolicyError(ValueError):
     """A policy could not be loaded. The message says why, and what to do about it."""
 
 

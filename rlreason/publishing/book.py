@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -58,7 +57,6 @@ from rlreason.runs.environment import (
     source_digest,
 )
 from rlreason.runs.profiles import load_profile
-from rlreason.settings import RlreasonError
 
 MATHJAX_PACKAGE = "sphinx-mathjax-offline"
 MATHJAX_FILES = ("tex-chtml-full.js", "output/chtml/fonts/woff-v2/")
@@ -67,7 +65,7 @@ JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 STATUS_PACKAGES = ("numpy", "matplotlib", "papermill", "jupyter-book", "Sphinx")
 
 
-class BookError(RlreasonError):
+class BookError(ValueError):
     """The book could not be made: a notebook failed, or Sphinx had something to say."""
 
 
@@ -195,7 +193,7 @@ class Shelf:
             finished=self._tell,
         )
         outcomes = executor.run([self._job(n, digests[n.name]) for n in notebooks])
-        faults = [_fault(o) for o in outcomes.values() if not o.ok]
+        faults = [o.message for o in outcomes.values() if not o.ok]
         if faults:
             raise BookError("\n\n".join(faults))
         return [o.name for o in outcomes.values() if o.state == "done"]
@@ -224,14 +222,6 @@ class Shelf:
     def _tell(self, outcome: Outcome) -> None:
         if outcome.state == "done":
             self.report(f"{outcome.name} took {outcome.seconds:.0f} s")
-
-
-def _fault(outcome: Outcome) -> str:
-    """Say why there is no output of a notebook; its kernel writes to stderr too."""
-    if outcome.state == "blocked":
-        return f"{outcome.name} was not run: {outcome.told}"
-    _, *ours = re.split(r"^rlreason: ", outcome.told, flags=re.M)
-    return ours[-1] if ours else f"{outcome.name} failed\n{outcome.told}"
 
 
 def drop_old_runs(folder: Path) -> None:

@@ -42,7 +42,7 @@ from rlreason.runs.environment import (
     runs_root,
 )
 from rlreason.runs.profiles import Profile, load_profile
-from rlreason.settings import RlreasonError, unknown_key_message
+from rlreason.settings import unknown_key_message
 
 REQUIRED = object()  # default of a parameter that is computed: any value may be given
 # What an output comes from: what decides results, and what chapters show them by
@@ -55,7 +55,7 @@ ROOMS_OF_OUTPUTS = (
 )
 
 
-class NotebookError(RlreasonError):
+class NotebookError(ValueError):
     """A notebook that cannot be run as asked, or that failed."""
 
 

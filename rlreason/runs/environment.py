@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rlreason.settings import RlreasonError
+from rlreason.settings import SettingsError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REPORTED_PACKAGES = ("rlreason", "torch", "transformers", "tokenizers", "numpy")
@@ -39,12 +39,12 @@ def make_folder(path: Path) -> Path:
     """Return a folder, which is made where it is not there.
 
     Raises:
-        RlreasonError: It cannot be.
+        SettingsError: It cannot be.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RlreasonError(
+        raise SettingsError(
             f"the folder {path} cannot be made ({error.strerror}): name another one, "
             "or point RLREASON_RUNS to a folder that can be written"
         ) from None

@@ -50,7 +50,6 @@ from rlreason.algorithms.recorder import Checkpoint
 from rlreason.runs.environment import environment, runs_root, source_digest
 from rlreason.policy.progress import tell
 from rlreason.settings import (
-    RlreasonError,
     SettingsError,
     canonical_json,
     identity,
@@ -59,7 +58,7 @@ from rlreason.settings import (
 )
 
 
-class RunFolderError(RlreasonError):
+class RunFolderError(ValueError):
     """A run folder that cannot be used: of other settings, or damaged."""
 
 

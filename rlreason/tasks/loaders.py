@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlreason.settings import RlreasonError
 from rlreason.tasks.answers import (
     canonical_number,
     evaluate_expression,
@@ -47,7 +46,7 @@ SVAMP_VALIDATION = 100
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages; what it holds
 
 
-class DataError(RlreasonError):
+class DataError(ValueError):
     """A task cannot be loaded; the message names the place and the remedy."""
 
 
