@@ -66,9 +66,10 @@ def test_a_failure_keeps_only_those_from_running_that_need_it():
     ]
     outcomes = LocalExecutor(cores=2, gpus=()).run(jobs)
     states = {name: outcome.state for name, outcome in outcomes.items()}
-    assert states == dict(
-        a="failed", b="blocked", c="blocked", d="failed", e="failed", f="done"
-    )
+    blocked, failed = {"b", "c"}, {"a", "d", "e"}
+    assert {name for name, state in states.items() if state == "blocked"} == blocked
+    assert {name for name, state in states.items() if state == "failed"} == failed
+    assert states["f"] == "done"
     assert outcomes["a"].told.endswith("ZeroDivisionError: division by zero")
     assert outcomes["b"].told == "it needs a"
     assert outcomes["c"].told == "it needs b"

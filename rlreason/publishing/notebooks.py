@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -400,6 +401,7 @@ def _execute(notebook: Notebook, parameters: Mapping[str, Any], draft: Path) -> 
     def as_it_is(path: Path) -> str:  # papermill takes braces for parameters
         return str(path).replace("{", "{{").replace("}", "}}")
 
+    logging.getLogger("papermill").addHandler(logging.NullHandler())  # we tell it
     failed = draft.with_name(f"{notebook.name}.failed.ipynb")
     try:
         papermill.execute_notebook(
@@ -457,8 +459,7 @@ def _own_kernel() -> type:
 def _last_begun(draft: Path) -> int:
     """Return the number, among code cells, of the last one that papermill began."""
     code = [c for c in _read_json(draft)["cells"] if c["cell_type"] == "code"]
-    status = [cell["metadata"].get("papermill", {}).get("status") for cell in code]
-    return len(status) - status.count("pending")
+    return sum(bool(c["metadata"]["papermill"].get("start_time")) for c in code)
 
 
 def _put_in_place(draft: Path, record: Record, folder: Path) -> None:
