@@ -546,7 +546,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not isinstance(error, REFUSED) and code not in FULL:
             raise
         where = f" {error.filename}" if error.filename else ""
-        _tell_and_exit(f"the system refuses{where}: {error.strerror}", 2)
+        _tell_and_exit(
+            f"the system refuses{where}: {error.strerror}; name another file or "
+            "folder (RLREASON_RUNS is that of runs), or make room",
+            2,
+        )
 
 
 def _is_worded(error: ValueError) -> bool:

@@ -126,7 +126,12 @@ def read_notebook(path: Path | str) -> Notebook:
         raise NotebookError(f"{path} has {len(tagged)} cells tagged parameters")
     parameters = _assignments(tagged[0], path) if tagged else {}
     ours = content["metadata"].get("rlreason", {})
-    needs, records = (tuple(ours.get(name, ())) for name in ("needs", "records"))
+    try:
+        needs, records = (tuple(ours.get(name, ())) for name in ("needs", "records"))
+    except (AttributeError, TypeError):
+        raise NotebookError(
+            f"{path}: `rlreason` in its metadata holds lists named needs and records"
+        ) from None
     return Notebook(path, needs, records, parameters)
 
 
