@@ -1,14 +1,21 @@
 """The command line: ``rlreason --help`` is its manual.
 
 Commands import what they need when they are called, so that ``--help`` answers at
-once. An error of ours is told in its own words, without a traceback, with exit code 2;
-any other is a fault of the program and keeps its traceback.
+once. What whoever asked has to mend is told in one line, without a traceback, with exit
+code 2; any other error is a fault of the program and keeps its traceback.
+
+Relative paths mean one thing here and another in a notebook's kernel, which works in
+the notebook's folder, so they are made absolute before anything is done.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import traceback
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -16,13 +23,24 @@ import click
 from rlreason import __version__
 from rlreason.runs.environment import PACKAGE
 
+FOLDERS = ("RLREASON_RUNS", "RLREASON_DATA")
+
+
+def _absolute(context: click.Context, option: click.Parameter, profile: str) -> str:
+    """A profile that is a file, by its absolute path; a built-in one by its name."""
+    return str(Path(profile).absolute()) if Path(profile).suffix else profile
+
+
 profile_option = click.option(
     "--profile",
     default="tiny",
     show_default=True,
+    callback=_absolute,
     metavar="PROFILE",
     help="smoke, tiny, smol, paper, or the path of a YAML file.",
 )
+
+count_option = partial(click.option, type=click.IntRange(min=1), show_default=True)
 
 
 @click.group(
@@ -51,8 +69,12 @@ def app() -> None:
                     without it they come from the Hugging Face hub
     RLREASON_RUNS   folder for runs and executed notebooks, ./runs if not set
 
-    Exit codes: 0 done, 1 a fault of the program, 2 something to mend, which is named.
+    Exit codes: 0 done, 1 a fault of the program, 2 something to mend, which is named,
+    130 interrupted.
     """
+    for name in FOLDERS:
+        if folder := os.environ.get(name):
+            os.environ[name] = str(Path(folder).absolute())
 
 
 @app.command()
@@ -110,7 +132,7 @@ def run(
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
-    help="Notebooks executed at a time. [default: one a core]",
+    help="Notebooks executed at a time. [default: one a core, or GPU]",
 )
 @click.option(
     "--force", is_flag=True, help="Execute, and train, also what has not changed."
@@ -156,7 +178,7 @@ seed_option = click.option(
     "--seed",
     default=0,
     show_default=True,
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 2**32 - 1),
     help="Of everything random.",
 )
 set_option = click.option(
@@ -289,7 +311,7 @@ def settings_command(algorithm: str | None, profile: str) -> None:
 @app.command()
 @click.argument("policy")
 @profile_option
-@click.option("--seed", default=0, show_default=True, help="Of the K samples.")
+@seed_option
 @set_option
 @click.option(
     "--split",
@@ -398,17 +420,17 @@ def bench() -> None:
 @click.option(
     "--policy", help="As in load_policy. [default: nano after the SFT of tiny]"
 )
-@click.option("--questions", default=64, show_default=True, help="gsm-mini problems.")
+@count_option("--questions", default=64, help="gsm-mini problems.")
 @click.option(
     "--k",
     "samples",
-    type=int,
+    type=click.IntRange(min=1),
     multiple=True,
     default=(8, 96),
     show_default=True,
     help="Samples a question. Repeatable.",
 )
-@click.option("--repeats", default=3, show_default=True, help="Turns that count.")
+@count_option("--repeats", default=3, help="Turns that count.")
 def bench_sample_command(
     policy: str | None, questions: int, samples: tuple[int, ...], repeats: int
 ) -> None:
@@ -430,9 +452,9 @@ def bench_sample_command(
 
 @bench.command("train")
 @click.option("--policy", default="nano", show_default=True, help="As in load_policy.")
-@click.option("--problems", default=512, show_default=True, help="Examples an epoch.")
-@click.option("--batch-size", default=32, show_default=True, help="Examples an update.")
-@click.option("--repeats", default=5, show_default=True, help="Turns that count.")
+@count_option("--problems", default=512, help="Examples an epoch.")
+@count_option("--batch-size", default=32, help="Examples an update.")
+@count_option("--repeats", default=5, help="Turns that count.")
 def bench_train_command(
     policy: str, problems: int, batch_size: int, repeats: int
 ) -> None:
@@ -451,7 +473,7 @@ def bench_train_command(
 
 @bench.command("ppo")
 @profile_option
-@click.option("--phases", default=4, show_default=True, help="Phases that count.")
+@count_option("--phases", default=4, help="Phases that count.")
 def bench_ppo_command(profile: str, phases: int) -> None:
     """Where the time of a phase of PPO goes.
 
@@ -464,8 +486,8 @@ def bench_ppo_command(profile: str, phases: int) -> None:
 
 
 @bench.command("tasks")
-@click.option("--problems", default=20_000, show_default=True, help="A turn.")
-@click.option("--repeats", default=5, show_default=True, help="Turns that count.")
+@count_option("--problems", default=20_000, help="A turn.")
+@count_option("--repeats", default=5, help="Turns that count.")
 def bench_tasks_command(problems: int, repeats: int) -> None:
     """Problems a second that gsm-mini makes on one core."""
     from rlreason.bench.tasks import bench_tasks
@@ -484,16 +506,67 @@ def _recipe(profile: str, changes, **fields):
     return load_recipe(profile, values, **fields)
 
 
-def main() -> None:
-    """Run the command line; tell an error of ours in its own words."""
+INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
+# What the system refuses and whoever asked can mend; any other is a fault of ours
+REFUSED = (
+    PermissionError,
+    NotADirectoryError,
+    IsADirectoryError,
+    FileExistsError,
+)
+FULL = ("ENOSPC", "EDQUOT", "EROFS", "ENAMETOOLONG")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; tell what is to be mended in one line, without traceback.
+
+    That is a wrong option, a ValueError that we raise (see ``_is_worded``), and what
+    the system refuses. Any other exception is a fault of the program and goes on.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app()
+        with app.make_context("rlreason", given) as context:
+            app.invoke(context)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except ValueError as error:
-        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-        if PACKAGE not in Path(innermost).parents:
+        if not _is_worded(error):
             raise
-        click.echo(f"rlreason: {error}", err=True)
-        sys.exit(2)
+        _tell_and_exit(error, 2)
+    except KeyboardInterrupt:
+        _tell_and_exit("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        code = errno.errorcode.get(error.errno or 0)
+        if not isinstance(error, REFUSED) and code not in FULL:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        _tell_and_exit(
+            f"the system refuses{where}: {error.strerror}; name another file or "
+            "folder (RLREASON_RUNS is that of runs), or make room",
+            2,
+        )
+
+
+def _is_worded(error: ValueError) -> bool:
+    """Whether a ``raise`` in our source raised it: then it says what is to be mended.
+
+    Any other comes out of Python or another package at a place where we expected none,
+    e.g. of ``int("x")`` in a line of ours.
+    """
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    ours = PACKAGE in Path(place.filename).parents
+    return ours and (place.line or "").startswith("raise ")
+
+
+def _tell_and_exit(message: object, code: int) -> None:
+    click.echo(f"rlreason: {message}", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def unknown_key_message(where: str, unknown: Iterable[str], known: list[str]) ->
     """Say which keys are unknown, which one was perhaps meant, and which there are."""
     parts = []
     for key in unknown:
-        near = difflib.get_close_matches(key, known, n=1)
+        near = difflib.get_close_matches(str(key), known, n=1)
         parts.append(repr(key) + (f" (did you mean {near[0]!r}?)" if near else ""))
     known_keys = ", ".join(known) or "none"
     return f"{where}: unknown {', '.join(parts)}; known are: {known_keys}"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -11,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from rlreason.publishing.notebooks import (
     REQUIRED,
+    ROOMS_OF_OUTPUTS,
     NotebookError,
     choose_parameters,
     find_notebooks,
@@ -21,6 +26,7 @@ from rlreason.publishing.notebooks import (
     run_notebook,
     unused_keys,
 )
+from rlreason.runs.environment import PACKAGE, ROOMS_OF_RESULTS, rooms_digest
 from rlreason.runs.profiles import BUILT_IN, Profile, load_profile, load_recipe
 from rlreason.settings import SettingsError
 
@@ -29,16 +35,20 @@ PARAMETERS = 'profile = "tiny"\nk = 4  # samples\nrate: float = 0.5\nnames = ["a
 
 
 def write_notebook(
-    folder: Path, name: str, *sources: str, parameters: str = "", needs: tuple = ()
+    folder: Path, name: str, *sources: str, parameters: str = "", **ours: tuple
 ) -> Path:
-    """Write a notebook; a source that begins with ``#`` and a space is prose."""
+    """Write a notebook; a source that begins with ``#`` and a space is prose.
+
+    ``needs`` and ``records`` go to its metadata.
+    """
     cells = []
     if parameters:
         cells.append(new_code_cell(parameters, metadata={"tags": ["parameters"]}))
     for source in sources:
         new = new_markdown_cell if source.startswith("# ") else new_code_cell
         cells.append(new(source))
-    notebook = new_notebook(cells=cells, metadata={"rlreason": {"needs": list(needs)}})
+    listed = {name: list(values) for name, values in ours.items()}
+    notebook = new_notebook(cells=cells, metadata={"rlreason": listed})
     path = folder / f"{name}.ipynb"
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, path)
@@ -128,10 +138,20 @@ def test_a_parameters_cell_holds_assignments_of_one_name_alone(tmp_path, cell):
 def test_what_is_no_notebook_is_named(tmp_path):
     (tmp_path / "a.ipynb").write_text("not JSON")
     (tmp_path / "b.ipynb").write_text("{}")
+    (tmp_path / "d.ipynb").mkdir()
+    (tmp_path / "e.ipynb").write_bytes(b"\xff\xfe")
+    no_cells = {"nbformat": 4, "metadata": {}}
+    for name, cells in [("f", None), ("g", [{"cell_type": "code"}])]:
+        content = {**no_cells, "cells": cells} if cells else no_cells
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps(content))
     for name, message in [
         ("a", "is not a notebook"),
         ("b", "not a notebook of format 4"),
         ("c", "no notebook"),
+        ("d", "cannot be read: Is a directory"),
+        ("e", "is not a notebook"),
+        ("f", "not a whole notebook"),
+        ("g", "not a whole notebook"),
     ]:
         with pytest.raises(NotebookError, match=message):
             read_notebook(tmp_path / f"{name}.ipynb")
@@ -185,6 +205,82 @@ def test_the_digest_does_not_change_with_outputs(tmp_path):
     assert notebook_digest(read_notebook(path), profile()) == before
 
 
+def test_a_recorded_table_is_an_input_of_the_pages_that_show_it(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    for name, ours in [
+        ("shows", {"records": ("gains",)}),
+        ("above", {"needs": ("shows",)}),  # needs its runs, not its table
+        ("apart", {}),
+    ]:
+        write_notebook(tmp_path, name, "1", **ours)
+
+    def digests() -> dict[str, str]:
+        return {
+            n.name: notebook_digest(n, profile(), results=results)
+            for n in find_notebooks(tmp_path)
+        }
+
+    def refreshed(before: dict[str, str]) -> list[str]:
+        return [name for name, digest in digests().items() if digest != before[name]]
+
+    before = digests()
+    (results / "gains.csv").write_text("a\n1\n")  # recorded for the first time
+    assert refreshed(before) == ["shows"]
+    before = digests()
+    (results / "gains.csv").write_text("a\n2\n")  # recorded anew
+    assert refreshed(before) == ["shows"]
+    before = digests()
+    (results / "phases.csv").write_text("a\n1\n")  # another table
+    assert refreshed(before) == []
+
+
+PAGES, PAGES_AND_RUNS, NOTHING = (True, False), (True, True), (False, False)
+
+
+@pytest.mark.parametrize(
+    ("file", "refreshes"),
+    [
+        ("tasks/answers.py", PAGES_AND_RUNS),
+        ("mdp.py", PAGES_AND_RUNS),
+        ("policy/sampler.py", PAGES_AND_RUNS),
+        ("rewards/dense.py", PAGES_AND_RUNS),
+        ("algorithms/ppo.py", PAGES_AND_RUNS),
+        ("evaluation/metrics.py", PAGES_AND_RUNS),
+        ("runs/steps.py", PAGES_AND_RUNS),  # the wiring of a run
+        ("assets/nano/model.safetensors", PAGES_AND_RUNS),
+        ("settings.py", PAGES),
+        ("experiments/__init__.py", PAGES),
+        ("publishing/figures/__init__.py", PAGES),
+        ("publishing/chapter.py", PAGES),
+        ("runs/profiles/tiny.yaml", NOTHING),  # the recipe is hashed by itself
+        ("publishing/notebooks.py", NOTHING),
+        ("publishing/book.py", NOTHING),
+        ("execution/local.py", NOTHING),
+        ("bench/sample.py", NOTHING),
+        ("cli.py", NOTHING),
+    ],
+)
+def test_what_an_edit_refreshes_follows_from_its_room(package, file, refreshes):
+    def digests() -> list[str]:
+        return [rooms_digest(rooms, package) for rooms in ROOMS]
+
+    ROOMS = (ROOMS_OF_OUTPUTS, ROOMS_OF_RESULTS)
+    before, path = digests(), package / file
+    content = path.read_bytes() if path.is_file() else None
+    path.write_bytes((content or b"") + b"# edited\n")
+    assert tuple(a != b for a, b in zip(before, digests(), strict=True)) == refreshes
+    path.write_bytes(content) if content is not None else path.unlink()
+    assert digests() == before
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    """A copy of the package that may be edited."""
+    copy = tmp_path_factory.mktemp("package") / "rlreason"
+    return shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 # Running
 
 
@@ -221,6 +317,77 @@ def test_a_failure_names_cell_and_cause_once_and_leaves_no_output(tmp_path):
     assert (tmp_path / "out" / "ch.failed.ipynb").is_file()
     assert not (tmp_path / "out" / "ch.ipynb").exists()
     assert read_record("ch", tmp_path / "out") is None
+
+
+def test_a_notebook_runs_in_this_python_whatever_kernels_the_user_has_and_path(
+    tmp_path, monkeypatch
+):
+    foreign = tmp_path / "jupyter" / "kernels" / "python3"
+    foreign.mkdir(parents=True)
+    spec = {"argv": ["/another/python"], "display_name": "", "language": "python"}
+    (foreign / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(foreign.parents[1]))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    from jupyter_client.kernelspec import get_kernel_spec
+
+    assert get_kernel_spec("python3").argv == ["/another/python"]  # else no test
+    odd = tmp_path / "{odd} $HOME {0}"
+    monkeypatch.setenv("RLREASON_RUNS", str(odd / "runs"))
+    source = "import os, sys\nprint(sys.executable)\nprint(os.environ['RLREASON_RUNS'])"
+    path = write_notebook(odd, "ch {x}", source, parameters="k = 1")
+    run_notebook(read_notebook(path), given={"k": 2}, folder=odd / "out")
+    executed = nbformat.read(odd / "out" / "ch {x}.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text.splitlines() == [
+        sys.executable,
+        str(odd / "runs"),
+    ]
+
+
+def test_a_kernel_that_was_killed_is_told_with_its_cell_and_the_remedy(tmp_path):
+    path = write_notebook(
+        tmp_path, "ch", "# Prose", "1", "import os; os.kill(os.getpid(), 9)", "2"
+    )
+    with pytest.raises(NotebookError) as caught:
+        run_notebook(read_notebook(path), folder=tmp_path / "out")
+    told = str(caught.value)
+    assert "ch: the kernel died in code cell 2, perhaps for want of memory" in told
+    assert "\n" not in told
+    assert [file.name for file in (tmp_path / "out").iterdir()] == []
+
+
+def test_relative_paths_mean_the_same_to_the_kernel_and_seeds_may_run_at_once(tmp_path):
+    source = (
+        "import os, time\n"
+        "from rlreason.runs.environment import runs_root\n"
+        "time.sleep(1)\nprint(seed, runs_root(), os.environ['RLREASON_DATA'], profile)"
+    )
+    write_notebook(tmp_path / "deep", "ch", source, parameters="seed = 0\nprofile = ''")
+    (tmp_path / "mine.yaml").write_text("description: mine")
+    relative = {"RLREASON_RUNS": "myruns", "RLREASON_DATA": "data"}
+    command = [sys.executable, "-m", "rlreason.cli", "run", "deep/ch.ipynb"]
+    command += ["--profile", "mine.yaml", "-p", "seed"]
+    started = [
+        subprocess.Popen(
+            [*command, str(seed)],
+            cwd=tmp_path,
+            env={**os.environ, **relative},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (3, 4)
+    ]
+    for process in started:
+        assert process.communicate()[1] == ""
+        assert process.returncode == 0
+    folder = tmp_path / "myruns" / "notebooks" / "mine"
+    record = read_record("ch", folder)
+    executed = nbformat.read(folder / "ch.ipynb", as_version=4)
+    said = [record.parameters["seed"], tmp_path / "myruns", tmp_path / "data"]
+    said.append(tmp_path / "mine.yaml")
+    assert executed.cells[-1].outputs[0].text.split() == [str(part) for part in said]
+    left = {file.name for file in folder.iterdir() if file.suffix != ".lock"}
+    assert left - {".lock"} == {"ch.ipynb", "ch.json"}
 
 
 # Profiles

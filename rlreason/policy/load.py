@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -145,7 +146,14 @@ def load_policy(
             options["use_safetensors"] = True
         with _quiet_unless_watched():
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+        struct.error,
+    ) as error:
         raise PolicyError(_diagnose(name, error)) from error
     return make_policy(model.to(device), tokenizer, name=name)
 
@@ -268,8 +276,8 @@ def _diagnose(name: str, error: Exception) -> str:
     """Say in one line what went wrong, and what usually mends it."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     return (
-        f"Cannot load the policy {name!r}: {reason}\n"
-        "It may be a bundled policy (nano, nano-xs), a folder, a .gguf file, or a "
+        f"Cannot load the policy {name!r}: {reason} "
+        "-- It may be a bundled policy (nano, nano-xs), a folder, a .gguf file, or a "
         "model on the hub. For a hub model: check the spelling and the network, "
         "unset HF_HUB_OFFLINE, run `hf auth login` if it is gated, and make sure "
         "that it has safetensors weights."

@@ -1,8 +1,9 @@
 """Make the book: execute what has changed, put the pages together, build HTML.
 
 1. Every notebook is executed by papermill, each in a process of its own, as many at a
-   time as there are cores, after the notebooks that it needs. One whose cells,
-   parameters, library source and lock file are as they were is not executed again.
+   time as there are cores (or GPUs), after the notebooks that it needs. One whose
+   cells, parameters, library source, recorded tables and lock file are as they were is
+   not executed again.
 2. The pages of ``book/`` and the executed notebooks are laid side by side, with a
    status page (time and memory of every notebook, machine, versions) and the files of
    MathJax, so that the pages show equations without a network.
@@ -22,28 +23,35 @@ an algorithm trains anew, a change of a figure does not.
 
 from __future__ import annotations
 
+import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
+
+from rlreason.execution.jobs import Executor, Job, Outcome
+from rlreason.execution.local import LocalExecutor
 from rlreason.publishing.notebooks import (
     Notebook,
     Record,
     find_notebooks,
     notebook_digest,
     read_record,
+    results_folder,
     unused_keys,
 )
 from rlreason.runs.environment import (
     cores,
     files_digest,
+    make_folder,
     project_root,
     runs_root,
     source_digest,
@@ -109,32 +117,65 @@ def build_book(
     if unused := unused_keys(profile, notebooks):
         raise BookError(f"no notebook takes {', '.join(unused)} of {profile_name}")
     name = Path(profile_name).stem
-    folder = runs_root() / "book" / name
-    if force:
-        shutil.rmtree(folder, ignore_errors=True)
-    executor = Executor(profile_name, folder, jobs or cores(), report)
-    digests = {n.name: notebook_digest(n, profile) for n in notebooks}
-    executed = executor.execute(notebooks, digests)
-    records = [read_record(n.name, folder / "notebooks") for n in notebooks]
-    records.sort(key=lambda record: record.notebook)
-    build = root / "book" / "_build" / name
-    collect_pages(root / "book", folder, build / "source", records)
-    build_html(build, report)
-    drop_old_runs(folder)
+    folder, build = runs_root() / "book" / name, root / "book" / "_build" / name
+    with _alone(folder, report), _alone(build, report):
+        if force:
+            shutil.rmtree(folder, ignore_errors=True)
+        shelf = Shelf(profile_name, folder, jobs or cores(), report)
+        results = results_folder(profile_name)
+        digests = {
+            n.name: notebook_digest(n, profile, results=results) for n in notebooks
+        }
+        executed = shelf.execute(notebooks, digests)
+        records = [read_record(n.name, shelf.outputs) for n in notebooks]
+        records.sort(key=lambda record: record.notebook)
+        collect_pages(root / "book", folder, build / "source", records)
+        build_html(build, report)
+        drop_old_runs(folder)
     return Book(build / "html" / "index.html", records, executed)
+
+
+@contextmanager
+def _alone(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Hold a folder for this process; wait where another one holds it."""
+    make_folder(folder.parent)
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        report(f"waiting for another book, which is being made in {folder} ...")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # Executing
 
 
 @dataclass(frozen=True)
-class Executor:
-    """Executes notebooks of one profile, each in a process of its own."""
+class Shelf:
+    """Where executed notebooks of a profile lie, and how those that are not get there.
+
+    Attributes:
+        profile_name: A built-in profile or the path of one.
+        folder: Holds the outputs and the run folders of the notebooks.
+        jobs: Notebooks executed at a time; with more than one, each on one thread.
+        report: Called with one line at a time of what is going on.
+        executor: Carries them out; processes of this machine where not given.
+    """
 
     profile_name: str
     folder: Path
     jobs: int
     report: Callable[[str], None]
+    executor: Executor | None = None
+
+    @property
+    def outputs(self) -> Path:
+        """The folder of executed notebooks and their records."""
+        return self.folder / "notebooks"
 
     def execute(self, notebooks: Sequence[Notebook], digests: dict[str, str]) -> list:
         """Execute those whose output is not of their digest; return their names.
@@ -144,66 +185,43 @@ class Executor:
         Raises:
             BookError: Names every notebook that failed, with what it printed.
         """
-        waiting = {n.name: n for n in notebooks if not self._fresh(n, digests[n.name])}
-        executed, faults = [], []
-        running: dict[Future, str] = {}
-        with ThreadPoolExecutor(self.jobs) as pool:
-            while waiting or running:
-                blocked = {*waiting, *running.values()}
-                for name, notebook in list(waiting.items()):
-                    if blocked.isdisjoint(notebook.needs):
-                        running[pool.submit(self._run, waiting.pop(name))] = name
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    name = running.pop(future)
-                    if fault := future.result():
-                        faults.append(fault)
-                        faults += _drop_dependents(name, waiting)
-                    else:
-                        executed.append(name)
+        for draft in self.outputs.glob("*.partial.*"):
+            draft.unlink()  # of a book that was interrupted
+        executor = self.executor or LocalExecutor(
+            cores=self.jobs if self.jobs > 1 else cores(),
+            report=lambda job: self.report(f"{job.name} ..."),
+            finished=self._tell,
+        )
+        outcomes = executor.run([self._job(n, digests[n.name]) for n in notebooks])
+        faults = [o.message for o in outcomes.values() if not o.ok]
         if faults:
             raise BookError("\n\n".join(faults))
-        return executed
+        return [o.name for o in outcomes.values() if o.state == "done"]
 
-    def _fresh(self, notebook: Notebook, digest: str) -> bool:
-        record = read_record(notebook.name, self.folder / "notebooks")
-        output = self.folder / "notebooks" / f"{notebook.name}.ipynb"
-        return record is not None and record.digest == digest and output.is_file()
+    def _job(self, notebook: Notebook, digest: str) -> Job:
+        """Run one notebook as ``rlreason run`` does, on a core, or a GPU of its own."""
 
-    def _run(self, notebook: Notebook) -> str | None:
-        """Run one notebook as ``rlreason run`` does; return what went wrong, if any."""
-        self.report(f"{notebook.name} ...")
-        output = self.folder / "notebooks"
+        def fresh() -> bool:
+            record = read_record(notebook.name, self.outputs)
+            output = self.outputs / f"{notebook.name}.ipynb"
+            return record is not None and record.digest == digest and output.is_file()
+
         command = [sys.executable, "-m", "rlreason.cli", "run", str(notebook.path)]
-        command += ["--profile", self.profile_name, "--output", str(output)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=self._environment()
+        command += ["--profile", self.profile_name, "--output", str(self.outputs)]
+        runs = (self.folder / source_digest()).resolve()
+        return Job(
+            name=notebook.name,
+            command=command,
+            needs=notebook.needs,
+            cores=1 if self.jobs > 1 else cores(),
+            gpus=1,
+            fresh=fresh,
+            environment={"RLREASON_RUNS": str(runs)},
         )
-        if done.returncode:
-            # The kernel writes to stderr too
-            _, ours, told = done.stderr.partition("rlreason: ")
-            fault = told if ours else f"{notebook.name} failed\n{done.stderr}"
-            return fault.strip()
-        seconds = read_record(notebook.name, output).seconds
-        self.report(f"{notebook.name} took {seconds:.0f} s")
-        return None
 
-    def _environment(self) -> dict[str, str]:
-        runs = self.folder / source_digest()
-        environment = {**os.environ, "RLREASON_RUNS": str(runs.resolve())}
-        if self.jobs > 1:
-            environment["OMP_NUM_THREADS"] = "1"
-        return environment
-
-
-def _drop_dependents(failed: str, waiting: dict[str, Notebook]) -> list[str]:
-    """Take out of ``waiting`` all that needs a failed notebook; return a line each."""
-    lines = []
-    for name, notebook in list(waiting.items()):
-        if failed in notebook.needs and waiting.pop(name, None):
-            lines.append(f"{name} was not run: it needs {failed}")
-            lines += _drop_dependents(name, waiting)
-    return lines
+    def _tell(self, outcome: Outcome) -> None:
+        if outcome.state == "done":
+            self.report(f"{outcome.name} took {outcome.seconds:.0f} s")
 
 
 def drop_old_runs(folder: Path) -> None:
@@ -223,13 +241,45 @@ def collect_pages(book: Path, run: Path, target: Path, records: list[Record]) ->
     (target / "notebooks").mkdir()
     for record in records:
         name = f"notebooks/{record.notebook}.ipynb"
-        shutil.copy(run / name, target / name)
+        content = prepare_notebook(json.loads((run / name).read_text("utf8")))
+        (target / name).write_text(json.dumps(content, indent=1), "utf8")
     for name, path in mathjax_files().items():
         copy = target / "_extra/_static/mathjax" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
     status = status_page(records, run / source_digest())
     (target / "status.md").write_text(status)
+
+
+def prepare_notebook(content: dict[str, Any]) -> dict[str, Any]:
+    """Return an executed notebook as Sphinx wants it; Jupyter shows it as it was.
+
+    A link to ``../book/x.md`` leads from ``notebooks/`` to a page in the repository; in
+    the book the pages stand one folder above. What a figure shows, as Jupyter keeps it
+    beside the picture (``metadata["image/png"]["alt"]``), MyST reads at the cell.
+    """
+    content = copy.deepcopy(content)
+    for cell in content["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = _lead_to_pages(cell["source"])
+        alts = []
+        for output in cell.get("outputs", []):
+            data, metadata = output.get("data", {}), output.get("metadata", {})
+            if "text/markdown" in data:
+                data["text/markdown"] = _lead_to_pages(data["text/markdown"])
+            alts += [v["alt"] for v in metadata.values() if "alt" in _mapping(v)]
+        if alts:
+            shown = cell["metadata"].setdefault("mystnb", {}).setdefault("image", {})
+            shown.setdefault("alt", "; ".join(dict.fromkeys(alts)))
+    return content
+
+
+def _lead_to_pages(text: str | list[str]) -> str:
+    return "".join(text).replace("](../book/", "](../")
+
+
+def _mapping(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
 def mathjax_files() -> dict[str, Path]:

@@ -7,9 +7,10 @@ only when it is whole, and a record beside it says what was run and how long it 
 
 A notebook trains what it needs, or loads it where another one has done so, or waits
 where another one is at it. So that no core sits and waits for a long training, it names
-the notebooks that are to run before it in its metadata::
+the notebooks that are to run before it in its metadata, and beside them the recorded
+tables that it shows, which are inputs like its cells::
 
-    "rlreason": {"needs": ["05_expert_iteration"]}
+    "rlreason": {"needs": ["05_expert_iteration"], "records": ["gains"]}
 """
 
 from __future__ import annotations
@@ -17,31 +18,42 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import logging
 import os
 import re
+import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from rlreason.runs.environment import (
     PACKAGE,
-    files_digest,
+    ROOMS_OF_RESULTS,
     machine,
+    make_folder,
     project_root,
+    rooms_digest,
     runs_root,
 )
 from rlreason.runs.profiles import Profile, load_profile
 from rlreason.settings import unknown_key_message
 
 REQUIRED = object()  # default of a parameter that is computed: any value may be given
-# What runs, shows and checks notebooks is no part of what they compute
-TOOLING = ("cli.py", "book.py", "doctor.py", "notebooks.py", "profiles.py")
+# What an output comes from: what decides results, and what chapters show them by
+ROOMS_OF_OUTPUTS = (
+    *ROOMS_OF_RESULTS,
+    "settings.py",
+    "experiments",
+    "publishing/chapter.py",
+    "publishing/figures",
+)
 
 
 class NotebookError(ValueError):
@@ -55,12 +67,14 @@ class Notebook:
     Attributes:
         path: The file.
         needs: Names of the notebooks that are to run before.
+        records: Names of the recorded tables, book/results/PROFILE/NAME.csv, it shows.
         parameters: Name to default, in the order of the parameters cell; ``REQUIRED``
             where the default is no literal.
     """
 
     path: Path
     needs: tuple[str, ...]
+    records: tuple[str, ...]
     parameters: dict[str, Any]
 
     @property
@@ -111,8 +125,14 @@ def read_notebook(path: Path | str) -> Notebook:
     if len(tagged) > 1:
         raise NotebookError(f"{path} has {len(tagged)} cells tagged parameters")
     parameters = _assignments(tagged[0], path) if tagged else {}
-    needs = content["metadata"].get("rlreason", {}).get("needs", [])
-    return Notebook(path, tuple(needs), parameters)
+    ours = content["metadata"].get("rlreason", {})
+    try:
+        needs, records = (tuple(ours.get(name, ())) for name in ("needs", "records"))
+    except (AttributeError, TypeError):
+        raise NotebookError(
+            f"{path}: `rlreason` in its metadata holds lists named needs and records"
+        ) from None
+    return Notebook(path, needs, records, parameters)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -121,11 +141,23 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError:
         raise NotebookError(f"no notebook {path}") from None
+    except OSError as error:
+        raise NotebookError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise NotebookError(f"{path} is not a notebook: {error}") from None
     if not isinstance(content, dict) or content.get("nbformat") != 4:
         raise NotebookError(f"{path} is not a notebook of format 4")
-    return content
+    match content:
+        case {"cells": [*cells], "metadata": {}} if all(map(_is_cell, cells)):
+            return content
+    raise NotebookError(f"{path} is not a whole notebook: it has no list of cells")
+
+
+def _is_cell(cell: Any) -> bool:
+    match cell:
+        case {"cell_type": str(), "source": str() | list(), "metadata": {}}:
+            return True
+    return False
 
 
 def find_notebooks(folder: Path) -> list[Notebook]:
@@ -249,13 +281,22 @@ def notebook_digest(
     notebook: Notebook,
     profile: Profile,
     given: Mapping[str, Any] | None = None,
+    *,
+    results: Path | None = None,
     above: tuple[str, ...] = (),
 ) -> str:
     """Hash what decides a notebook's output.
 
-    That is its cells, its parameters, the profile's recipe, the package's source, the
-    lock file, and the same of the notebooks that it needs; ``above`` are those on the
-    way here.
+    That is its cells, its parameters, the profile's recipe, the source that results
+    come from and that shows them, the lock file, the recorded tables that it shows, and
+    the same, less the tables, of the notebooks that it needs.
+
+    Args:
+        notebook: Which.
+        profile: Whose recipe and parameters apply.
+        given: Parameters that win over the profile's.
+        results: Folder of the recorded tables; see ``results_folder``.
+        above: The notebooks that led here, each of which needs the next.
     """
     if notebook.name in above:
         circle = " -> ".join([*above, notebook.name])
@@ -264,29 +305,38 @@ def notebook_digest(
         [cell["cell_type"], "".join(cell["source"]), cell["metadata"]]
         for cell in _read_json(notebook.path)["cells"]
     ]
-    lock = project_root() / "requirements.lock"
     parts = [
-        json.dumps(cells, sort_keys=True),
-        json.dumps(choose_parameters(notebook, profile, given or {}), sort_keys=True),
-        json.dumps(profile.recipe, sort_keys=True),
-        package_digest(),
-        lock.read_text() if lock.is_file() else "",
+        json.dumps(cells, sort_keys=True).encode(),
+        json.dumps(
+            choose_parameters(notebook, profile, given or {}), sort_keys=True
+        ).encode(),
+        json.dumps(profile.recipe, sort_keys=True).encode(),
+        package_digest().encode(),
+        _bytes_of(project_root() / "requirements.lock"),
     ]
+    if results is not None:
+        parts += [_bytes_of(results / f"{name}.csv") for name in notebook.records]
     for name in notebook.needs:
         needed = read_notebook(notebook.path.with_name(f"{name}.ipynb"))
-        parts.append(notebook_digest(needed, profile, above=(*above, notebook.name)))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        way = (*above, notebook.name)
+        parts.append(notebook_digest(needed, profile, above=way).encode())
+    hashes = [hashlib.sha256(part).hexdigest() for part in parts]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _bytes_of(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
 
 
 @cache
 def package_digest() -> str:
-    """Hash the package, less the tooling that runs and shows notebooks."""
-    files = (
-        file
-        for file in PACKAGE.rglob("*")
-        if file.name not in TOOLING and file.suffix != ".yaml"
-    )
-    return files_digest(files, relative_to=PACKAGE)
+    """Hash the source that decides the outputs of notebooks."""
+    return rooms_digest(ROOMS_OF_OUTPUTS, PACKAGE)
+
+
+def results_folder(profile_name: str) -> Path:
+    """Return where the recorded tables of a profile lie."""
+    return project_root() / "book" / "results" / Path(profile_name).stem
 
 
 def output_folder(profile_name: str) -> Path:
@@ -315,60 +365,119 @@ def run_notebook(
         NotebookError: An unknown parameter, or a cell failed; says which, with its
             source and traceback.
     """
+    profile = load_profile(profile_name)
+    parameters = choose_parameters(notebook, profile, given or {})
+    results = results_folder(profile_name)
+    digest = notebook_digest(notebook, profile, given, results=results)
+    if "profile" in notebook.parameters:
+        parameters = {"profile": profile_name, **parameters}
+    folder = make_folder(folder or output_folder(profile_name))
+    # A name of its own: the same notebook may be running with other parameters
+    draft = folder / f"{notebook.name}.{secrets.token_hex(4)}.partial.ipynb"
+    where, started = machine(), time.monotonic()
+    try:
+        _execute(notebook, _changed(notebook, parameters), draft)
+        _label_parameters(draft, f"# Parameters of this run (profile {profile_name})")
+        record = Record(
+            notebook=notebook.name,
+            profile=profile_name,
+            parameters=parameters,
+            digest=digest,
+            seconds=round(time.monotonic() - started, 1),
+            peak_mb=_peak_of_children_mb(),
+            machine=where,
+        )
+        _put_in_place(draft, record, folder)
+    finally:
+        draft.unlink(missing_ok=True)
+    return record
+
+
+def _execute(notebook: Notebook, parameters: Mapping[str, Any], draft: Path) -> None:
+    """Execute a notebook into a draft, in a kernel of this Python.
+
+    Raises:
+        NotebookError: A cell failed, or the kernel ended.
+    """
     import papermill  # slow to import, and only needed here
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
-    profile = load_profile(profile_name)
-    parameters = choose_parameters(notebook, profile, given or {})
-    if "profile" in notebook.parameters:
-        parameters = {"profile": profile_name, **parameters}
-    folder = folder or output_folder(profile_name)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{notebook.name}.failed.ipynb"
-    where, started = machine(), time.monotonic()
+    def as_it_is(path: Path) -> str:  # papermill takes braces for parameters
+        return str(path).replace("{", "{{").replace("}", "}}")
+
+    logging.getLogger("papermill").addHandler(logging.NullHandler())  # we tell it
+    failed = draft.with_name(f"{notebook.name}.failed.ipynb")
     try:
-        with _quiet_kernel():
-            papermill.execute_notebook(
-                str(notebook.path),
-                str(draft),
-                parameters=_changed(notebook, parameters),
-                kernel_name="python3",
-                language="python",
-                cwd=str(notebook.path.parent),
-                progress_bar=sys.stderr.isatty(),
-                config=Config(KernelManager={"transport_encryption": "auto"}),
-            )
+        papermill.execute_notebook(
+            as_it_is(notebook.path),
+            as_it_is(draft),
+            parameters=parameters,
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=_own_kernel(),
+            cwd=str(notebook.path.parent),
+            progress_bar=sys.stderr.isatty(),
+            config=Config(KernelManager={"transport_encryption": "auto"}),
+        )
     except PapermillExecutionError as error:
-        raise NotebookError(_failure(notebook, error, draft)) from None
-    record = Record(
-        notebook=notebook.name,
-        profile=profile_name,
-        parameters=parameters,
-        digest=notebook_digest(notebook, profile, given),
-        seconds=round(time.monotonic() - started, 1),
-        peak_mb=_peak_of_children_mb(),
-        machine=where,
+        draft.replace(failed)
+        raise NotebookError(_failure(notebook, error, failed)) from None
+    except RuntimeError as error:  # nbclient's DeadKernelError among them
+        if "died" not in str(error):
+            raise
+        raise NotebookError(
+            f"{notebook.name}: the kernel died in code cell {_last_begun(draft)}, "
+            "perhaps for want of memory; close other programs, run fewer notebooks at "
+            "a time (--jobs), or take a smaller profile"
+        ) from None
+
+
+def _own_kernel() -> type:
+    """Return a manager that starts kernels of this Python, quiet and in our folders.
+
+    The kernel of name ``python3`` may be one that the user installed for another
+    environment.
+    """
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    folders = {"RLREASON_RUNS": runs_root()}
+    if data := os.environ.get("RLREASON_DATA"):
+        folders["RLREASON_DATA"] = Path(data)
+    spec = KernelSpec(
+        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        display_name="Python 3",
+        language="python",
+        metadata={"supported_encryption": ["curve"]},
+        # `$` begins a variable here. A kernel cannot tell who drives it: no bars
+        env={n: str(f.absolute()).replace("$", "$$") for n, f in folders.items()}
+        | {"RLREASON_QUIET": "1"},
     )
-    _label_parameters(draft, f"# Parameters of this run (profile {profile_name})")
-    # Record last: an output without its record counts as not there
-    draft.replace(folder / f"{notebook.name}.ipynb")
-    _write_record(record, folder)
-    return record
+
+    class OwnKernel(AsyncKernelManager):
+        kernel_spec = spec
+
+    return OwnKernel
 
 
-@contextmanager
-def _quiet_kernel() -> Iterator[None]:
-    """Start kernels without progress bars: a kernel cannot tell who drives it."""
-    before = os.environ.get("RLREASON_QUIET")
-    os.environ["RLREASON_QUIET"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["RLREASON_QUIET"]
-        else:
-            os.environ["RLREASON_QUIET"] = before
+def _last_begun(draft: Path) -> int:
+    """Return the number, among code cells, of the last one that papermill began."""
+    code = [c for c in _read_json(draft)["cells"] if c["cell_type"] == "code"]
+    return sum(bool(c["metadata"]["papermill"].get("start_time")) for c in code)
+
+
+def _put_in_place(draft: Path, record: Record, folder: Path) -> None:
+    """Make a draft the output, with its record: they belong together."""
+    place = folder / f"{record.notebook}.json"
+    with FileLock(folder / ".lock"):
+        # Record last: an output without its record counts as not there
+        place.unlink(missing_ok=True)
+        draft.replace(folder / f"{record.notebook}.ipynb")
+        written = draft.with_suffix(".json")
+        written.write_text(json.dumps(asdict(record), indent=2) + "\n")
+        written.replace(place)
+        (folder / f"{record.notebook}.failed.ipynb").unlink(missing_ok=True)
 
 
 def _changed(notebook: Notebook, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -394,13 +503,6 @@ def _failure(notebook: Notebook, error: Any, draft: Path) -> str:
         f"{notebook.name}, cell [{error.exec_count}] failed\n\n{error.source}\n\n"
         f"{traceback}\n\nThe notebook up to there: {draft}"
     )
-
-
-def _write_record(record: Record, folder: Path) -> None:
-    """Write a record beside its executed notebook."""
-    draft = folder / f"{record.notebook}.json.partial"
-    draft.write_text(json.dumps(asdict(record), indent=2) + "\n")
-    draft.replace(folder / f"{record.notebook}.json")
 
 
 def read_record(name: str, folder: Path) -> Record | None:

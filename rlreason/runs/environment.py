@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rlreason.settings import SettingsError
+
 PACKAGE = Path(__file__).resolve().parents[1]
 REPORTED_PACKAGES = ("rlreason", "torch", "transformers", "tokenizers", "numpy")
 # The rooms that decide a result; the others compare, place, show and measure
@@ -31,6 +33,22 @@ ROOMS_OF_RESULTS = (
 def runs_root() -> Path:
     """Return the folder of run folders: ``RLREASON_RUNS``, else ``runs``."""
     return Path(os.environ.get("RLREASON_RUNS") or project_root() / "runs")
+
+
+def make_folder(path: Path) -> Path:
+    """Return a folder, which is made where it is not there.
+
+    Raises:
+        SettingsError: It cannot be.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"the folder {path} cannot be made ({error.strerror}): name another one, "
+            "or point RLREASON_RUNS to a folder that can be written"
+        ) from None
+    return path
 
 
 def project_root() -> Path:
@@ -117,11 +135,22 @@ def commit() -> str | None:
 @cache
 def source_digest() -> str:
     """Return a digest of the source and the weights that results come from."""
+    return rooms_digest(ROOMS_OF_RESULTS, PACKAGE)[:12]
+
+
+def rooms_digest(rooms: Iterable[str], package: Path) -> str:
+    """Return a digest of modules and sub-packages.
+
+    Profiles are left out: what a run takes from one is among its settings.
+    """
     files = []
-    for name in ROOMS_OF_RESULTS:
-        path = PACKAGE / name
+    for name in rooms:
+        path = package / name
         files += [path] if path.is_file() else path.rglob("*")
-    return files_digest(files, relative_to=PACKAGE)[:12]
+    profiles = package / "runs" / "profiles"
+    return files_digest(
+        (file for file in files if profiles not in file.parents), relative_to=package
+    )
 
 
 def files_digest(paths: Iterable[Path], *, relative_to: Path) -> str:

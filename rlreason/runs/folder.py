@@ -43,6 +43,7 @@ from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -331,7 +332,13 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
     complete = _complete_checkpoints(run)
     if not complete:
         return None
-    tensors = load_file(complete[-1] / "weights.safetensors")
+    weights = complete[-1] / "weights.safetensors"
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise RunFolderError(
+            f"{weights} is damaged ({error}); delete {run} to train it again"
+        ) from None
     return Checkpoint(tensors, _read_json(complete[-1] / "state.json"))
 
 
@@ -373,6 +380,10 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError as error:
+        raise RunFolderError(
+            f"{path} is damaged ({error}); delete its run folder to start again"
+        ) from None
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

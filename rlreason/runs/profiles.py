@@ -7,6 +7,7 @@ under ``common``, what holds for one of them under its name. A notebook takes fr
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -93,8 +94,9 @@ def profile_path(name: str | Path) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(), Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+        values = yaml.load(path.read_text(encoding="utf8"), Loader=_StrictLoader)
+        json.dumps(values, default=str)  # refuses what holds itself
+    except (yaml.YAMLError, ValueError) as error:
         raise SettingsError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: a profile is a mapping of keys to values")

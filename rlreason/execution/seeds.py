@@ -1,0 +1,106 @@
+"""Runs as jobs: several seeds, or any plans, at once, each trained once.
+
+::
+
+    runs = train_seeds(recipe, "ppo", seeds=range(4))
+    runs = carry_out([plan_of("ppo", each, seed=0) for each in recipes])
+
+A plan goes to its job as a file, so that ``rlreason train PLAN.json`` is all that a
+job does, here or on another machine.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from rlreason.execution.jobs import Executor, Job, JobError, Outcome
+from rlreason.execution.local import LocalExecutor
+from rlreason.policy.progress import tell
+from rlreason.runs.plans import Plan, folder_of, obtain, plan_of
+from rlreason.runs.recipes import Recipe
+from rlreason.settings import canonical_json
+
+
+def train_seeds(recipe: Recipe, step: str, seeds: Iterable[int]) -> list[Any]:
+    """Train several seeds at once, one single-threaded process a core, or a GPU.
+
+    Those that are done are loaded.
+
+    Args:
+        recipe: What is trained.
+        step: "sft", "expert-iteration", "ppo", "orm", "rcrl": as in ``rlreason train``.
+        seeds: A run each.
+
+    Returns:
+        What ``obtain`` gives, a seed.
+    """
+    return carry_out([plan_of(step, recipe, seed) for seed in seeds])
+
+
+def carry_out(plans: Sequence[Plan], executor: Executor | None = None) -> list[Any]:
+    """Train what is not trained yet, each run once, and those it needs before it.
+
+    Args:
+        plans: Of any steps.
+        executor: Processes of this machine where not given.
+
+    Returns:
+        What ``obtain`` gives, in the order of the plans.
+
+    Raises:
+        JobError: A run cannot be carried out; says what is to be mended.
+        RuntimeError: A run failed; holds the end of what it printed.
+    """
+    missing = _missing(plans)
+    if missing:
+        if torch.cuda.is_available():  # what this process does not use, others may
+            torch.cuda.empty_cache()
+        executor = executor or LocalExecutor(
+            report=lambda job: tell(f"{job.name} is being trained ..."),
+            finished=_tell,
+        )
+        with TemporaryDirectory() as folder:
+            jobs = [_job(plan, name, Path(folder)) for name, plan in missing.items()]
+            outcomes = executor.run(jobs)
+        if faults := [outcome for outcome in outcomes.values() if not outcome.ok]:
+            text = "\n\n".join(fault.message for fault in faults)
+            if all(fault.is_worded for fault in faults):
+                raise JobError(text)
+            raise RuntimeError(text)
+    return [obtain(plan) for plan in plans]
+
+
+def _missing(plans: Iterable[Plan]) -> dict[str, Plan]:
+    """The runs that are not done, by the name of their folder, needs first."""
+    found: dict[str, Plan] = {}
+    for plan in plans:
+        run = folder_of(plan)
+        if not run.done:
+            found |= _missing(plan.needs.values())
+            found[run.path.name] = plan
+    return found
+
+
+def _job(plan: Plan, name: str, folder: Path) -> Job:
+    """A process that carries out one plan, on a core, or a GPU."""
+    file = folder / f"{name}.json"
+    file.write_text(canonical_json(plan), encoding="utf8")
+    return Job(
+        name=name,
+        command=[sys.executable, "-m", "rlreason.cli", "train", str(file)],
+        needs=tuple(_missing(plan.needs.values())),
+        gpus=1,
+        fresh=lambda: folder_of(plan).done,
+        environment={"RLREASON_QUIET": "1"},
+    )
+
+
+def _tell(outcome: Outcome) -> None:
+    if outcome.state == "done":
+        tell(f"{outcome.name} took {outcome.seconds:.0f} s")

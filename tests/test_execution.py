@@ -1,0 +1,233 @@
+"""Jobs: needs, room, failures, and what is left after an interruption."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlreason.execution.jobs import Job, JobError
+from rlreason.execution.local import LocalExecutor, kill_tree, visible_gpus
+
+
+def python(name: str, program: str = "", **options) -> Job:
+    """A job that runs a Python program."""
+    return Job(name, [sys.executable, "-c", program], **options)
+
+
+def writes(folder: Path, name: str, **options) -> Job:
+    """A job that leaves a file, which holds the names of those that were there."""
+    program = (
+        "import os, sys\n"
+        f"there = sorted(os.listdir({str(folder)!r}))\n"
+        f"open({str(folder / name)!r}, 'w').write(' '.join(there))"
+    )
+    return python(name, program, **options)
+
+
+def test_a_job_is_started_when_what_it_needs_is_there(tmp_path):
+    jobs = [
+        writes(tmp_path, "a", needs=("b", "c")),
+        writes(tmp_path, "b", needs=("c",)),
+        writes(tmp_path, "c"),
+    ]
+    outcomes = LocalExecutor(cores=3, gpus=()).run(jobs)
+    assert list(outcomes) == ["c", "b", "a"]
+    assert {outcome.state for outcome in outcomes.values()} == {"done"}
+    assert (tmp_path / "b").read_text() == "c"
+    assert (tmp_path / "a").read_text() == "b c"
+
+
+def test_what_is_there_is_not_made_again_and_is_asked_for_when_its_turn_comes(tmp_path):
+    made = writes(tmp_path, "a")
+    above = python("b", "1 / 0", needs=("a",), fresh=lambda: (tmp_path / "a").is_file())
+    outcomes = LocalExecutor(cores=1, gpus=()).run([above, made])
+    assert [(o.name, o.state) for o in outcomes.values()] == [
+        ("a", "done"),
+        ("b", "fresh"),
+    ]
+
+
+def test_a_failure_keeps_only_those_from_running_that_need_it():
+    jobs = [
+        python("a", "1 / 0"),
+        python("b", needs=("a",)),
+        python("c", needs=("b",)),
+        python("d", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
+        Job("e", ["/no/such/program"]),
+        python("f"),
+    ]
+    outcomes = LocalExecutor(cores=2, gpus=()).run(jobs)
+    states = {name: outcome.state for name, outcome in outcomes.items()}
+    blocked, failed = {"b", "c"}, {"a", "d", "e"}
+    assert {name for name, state in states.items() if state == "blocked"} == blocked
+    assert {name for name, state in states.items() if state == "failed"} == failed
+    assert states["f"] == "done"
+    assert outcomes["a"].told.endswith("ZeroDivisionError: division by zero")
+    assert outcomes["b"].told == "it needs a"
+    assert outcomes["c"].told == "it needs b"
+    assert "SIGKILL (out of memory?)" in outcomes["d"].told
+    assert "/no/such/program" in outcomes["e"].told
+
+
+def test_much_on_standard_error_does_not_block_a_job_and_its_end_is_kept():
+    program = "import sys; sys.stderr.write('x' * 500_000 + 'last'); sys.exit(3)"
+    (outcome,) = LocalExecutor(cores=1, gpus=()).run([python("a", program)]).values()
+    assert outcome.state == "failed"
+    assert outcome.told.endswith("last")
+    assert len(outcome.told) < 50_000
+
+
+def test_jobs_run_at_the_same_time_each_with_its_cores_as_threads(tmp_path):
+    # Each waits for the other's file: one at a time, neither would end
+    wait = (
+        "import os, pathlib, time\nassert os.environ['OMP_NUM_THREADS'] == '1'\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n(folder / '{{}}').touch()\n"
+        "while not (folder / '{}').exists():\n    time.sleep(0.02)"
+    )
+    jobs = [python("a", wait.format("a", "b")), python("b", wait.format("b", "a"))]
+    outcomes = LocalExecutor(cores=2, gpus=()).run(jobs)
+    assert all(outcome.state == "done" for outcome in outcomes.values())
+
+
+def most_at_a_time(executor: LocalExecutor, jobs: list[Job]) -> int:
+    """How many jobs an executor had running at most."""
+    running, most = set(), 0
+
+    def begin(job):
+        nonlocal most
+        running.add(job.name)
+        most = max(most, len(running))
+
+    LocalExecutor(
+        executor.cores, executor.gpus, begin, lambda o: running.discard(o.name)
+    ).run(jobs)
+    return most
+
+
+def test_no_more_run_than_there_is_room_for():
+    short = "import time; time.sleep(0.1)"
+    jobs = [python(name, short) for name in "abcd"]
+    assert most_at_a_time(LocalExecutor(cores=2, gpus=()), jobs) == 2
+    wide = [python(name, short, cores=2) for name in "abc"]
+    assert most_at_a_time(LocalExecutor(cores=3, gpus=()), wide) == 1
+    # One that wants more than there is runs alone
+    assert most_at_a_time(LocalExecutor(cores=1, gpus=()), wide) == 1
+    on_gpus = [python(name, short, gpus=1) for name in "abc"]
+    assert most_at_a_time(LocalExecutor(cores=8, gpus=["0", "1"]), on_gpus) == 2
+    assert most_at_a_time(LocalExecutor(cores=8, gpus=()), on_gpus) == 3
+
+
+def test_each_job_sees_gpus_of_its_own(tmp_path):
+    program = (
+        "import os, pathlib, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "(folder / os.environ['CUDA_VISIBLE_DEVICES']).touch()\n"
+        "while len(list(folder.iterdir())) < 2:\n    time.sleep(0.02)"
+    )
+    jobs = [python(name, program, gpus=1) for name in "ab"]
+    LocalExecutor(cores=2, gpus=["3", "5"]).run(jobs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "5"]
+
+
+def test_the_gpus_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-7")
+    assert visible_gpus() == ["4", "GPU-7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+
+
+@pytest.mark.parametrize(
+    ("jobs", "message"),
+    [
+        ([python("a"), python("a")], "more than one job is named a"),
+        ([python("a", needs=("b",))], "a needs b, which is no job"),
+        ([python("a", needs=("b",)), python("b", needs=("a",))], "need each other"),
+    ],
+)
+def test_jobs_that_do_not_fit_together_are_refused_before_one_is_started(jobs, message):
+    started = []
+    with pytest.raises(JobError, match=message):
+        LocalExecutor(cores=1, gpus=(), report=started.append).run(jobs)
+    assert started == []
+
+
+# Ending
+
+
+# A job that starts a process in a session of its own, as a Jupyter kernel has
+FAMILY = """
+import subprocess, sys, pathlib, time
+child = subprocess.Popen(
+    [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
+)
+draft = pathlib.Path("{pid}.partial")
+draft.write_text(str(child.pid))
+draft.rename("{pid}")
+time.sleep(600)
+"""
+
+
+def wait_for(path: Path) -> int:
+    """The process id in a file, once it is there."""
+    for _ in range(600):
+        if path.is_file():
+            return int(path.read_text())
+        time.sleep(0.05)
+    raise AssertionError(f"no {path}")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def ends(pid: int) -> bool:
+    """Whether a process comes to its end; killing takes the system a moment."""
+    limit = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < limit:
+        time.sleep(0.02)
+    return not is_running(pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interruption_ends_all_that_was_started_and_starts_nothing(tmp_path, number):
+    file = tmp_path / "pid"
+    start = f"open({str(tmp_path / 'started')!r}, 'w')"
+    jobs = [
+        python("a", FAMILY.format(pid=file)),
+        python("b", start, needs=("a",)),
+        python("c", start),
+    ]
+
+    def interrupt():
+        wait_for(file)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        LocalExecutor(cores=1, gpus=()).run(jobs)
+    assert ends(wait_for(file))
+    assert not psutil.Process().children()
+    assert not (tmp_path / "started").exists()
+    assert signal.getsignal(number) is before
+
+
+def test_a_killed_tree_is_gone_and_one_that_has_ended_is_no_fault(tmp_path):
+    program = FAMILY.format(pid=tmp_path / "pid")
+    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    child = wait_for(tmp_path / "pid")
+    kill_tree(process.pid)
+    assert process.wait() == -signal.SIGKILL
+    assert ends(child)
+    kill_tree(process.pid)
