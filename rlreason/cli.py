@@ -59,6 +59,8 @@ def app() -> None:
     rlreason book                         all notebooks, and the HTML book
     rlreason train expert-iteration       one training run, into a run folder
     rlreason evaluate runs/sft-1f0c9a...  maj@1, maj@k, pass@k of what it trained
+    rlreason record rloo                  several seeds against SFT, into the records
+    rlreason claims                       the paper's claims, by the records
     rlreason bench sample                 speed beside transformers, here and now
 
     A profile is a set of parameters: smoke (seconds, for tests), tiny (minutes on two
@@ -367,48 +369,72 @@ def evaluate(
     click.echo(str(report))
 
 
-@app.command()
-@click.argument("algorithms", nargs=-1)
+class RecordCommand(click.Command):
+    """Its help ends with the catalogue."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a line a comparison, under those of the tables."""
+        from rlreason.experiments.catalogue import CATALOGUE
+
+        formatter.write("\n" + "\n".join(CATALOGUE.lines()) + "\n")
+
+
+@app.command(cls=RecordCommand)
+@click.argument("names", nargs=-1, metavar="[NAME]...")
 @profile_option
 @set_option
-def gains(algorithms: tuple[str, ...], profile: str, changes) -> None:
-    """Train all seeds and record what each algorithm gains.
+@click.option("--list", "only_list", is_flag=True, help="List the names, and stop.")
+def record(names: tuple[str, ...], profile: str, changes, only_list: bool) -> None:
+    """Train all seeds, compare on the test split, and record it.
 
-    It is judged on the test split. ALGORITHMS are these, all by default. A longer name
-    is the first of its line with one thing changed (ppo-weak-orm: a judge that knows
-    little, and no KL penalty):
-
-    \b
-      expert-iteration  expert-iteration-orm
-      ppo  ppo-dense  ppo-shaped  ppo-sparse-orm  ppo-dense-orm
-           ppo-backtracking  ppo-replay  ppo-best-half  ppo-weak-orm
-      reinforce  rloo  grpo
-      rcrl  rcrl-orm  rcrl-10  rcrl-100
-      orm
-
-    The table is written to book/results/PROFILE/gains.csv, and what each phase of PPO
-    was paid to phases.csv beside it, unless settings are changed.
+    NAME is a comparison, or a table of them: see below. All by default. Rows are
+    written to comparisons.csv in book/results/PROFILE, the phases of PPO to
+    training.csv beside it, each comparison when it is measured. With changed settings
+    they are only shown.
     """
-    from rlreason.experiments.gains import (
-        ALGORITHMS,
-        check_algorithms,
-        gains_path,
-        measure_gains,
-        measure_phases,
-        phases_path,
-        write_gains,
-        write_phases,
-    )
+    from rlreason.experiments.catalogue import CATALOGUE
 
-    recipe = _recipe(profile, changes)
-    check_algorithms(algorithms)
-    for algorithm in algorithms or ALGORITHMS:
-        rows = measure_gains(recipe, [algorithm], report=click.echo)
-        if not changes:  # after each one, so that what was measured is kept
-            write_gains(rows, gains_path(profile))
-            write_phases(measure_phases(recipe, algorithm), phases_path(profile))
+    chosen = CATALOGUE.find(names)
+    if only_list:
+        click.echo("\n".join(CATALOGUE.lines()))
+        return
+    from rlreason.experiments import measures, records
+    from rlreason.runs.plans import obtain
+
+    context = measures.Context(
+        _recipe(profile, changes), lambda plans: [obtain(plan) for plan in plans]
+    )
+    for comparison in chosen:
+        rows = measures.measure(context, comparison)
+        for row in rows:
+            click.echo(str(row))
+        if not changes:
+            phases = measures.measure_training(context, comparison)
+            records.write_records(
+                records.Record, rows, records.comparisons_path(profile)
+            )
+            records.write_records(
+                records.TrainingRecord, phases, records.training_path(profile)
+            )
     if not changes:
-        click.echo(f"written to {gains_path(profile)}")
+        click.echo(f"written to {records.comparisons_path(profile)}")
+
+
+@app.command()
+@profile_option
+def claims(profile: str) -> None:
+    """Say what is recorded for and against the paper's claims.
+
+    Each claim with how sure it is that the paper makes it, the effects with their 95%
+    intervals, the verdict, and what it rests on. The verdict is computed: supported
+    where all effects lie where the claim expects them, with their whole intervals,
+    contradicted where one lies elsewhere with its whole interval.
+    """
+    from rlreason.experiments.claims import judge_claims
+    from rlreason.experiments.records import recorded
+
+    for judged in judge_claims(recorded(profile)):
+        click.echo(f"{judged}\n")
 
 
 @app.group()

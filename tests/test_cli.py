@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 from click.testing import CliRunner
@@ -13,10 +12,9 @@ from toys import run_toy, toy_profile, toy_recipe
 from rlreason import cli
 from rlreason.algorithms.ppo import BaselineSettings
 from rlreason.bench import doctor
-from rlreason.experiments import gains
+from rlreason.experiments.catalogue import CATALOGUE
 from rlreason.runs import steps as train
 from rlreason.runs.recipes import Recipe
-from rlreason.settings import settings_hash
 
 
 def call(*arguments: str, monkeypatch) -> int:
@@ -59,11 +57,14 @@ def test_the_help_of_a_training_run_tells_its_choices():
     assert "--set rcrl_labels orm" in page("train", "rcrl")
     assert "rlreason evaluate --label" in page("train", "rcrl")
     assert "--label LABEL [GOOD] or [BAD] before every step" in page("evaluate")
-    for algorithm in gains.ALGORITHMS:
-        assert algorithm in page("gains")
+    for name in CATALOGUE.comparisons:
+        assert name in page("record")
 
 
-@pytest.mark.parametrize("program", ["import rlreason", "import rlreason.cli"])
+@pytest.mark.parametrize(
+    "program",
+    ["import rlreason", "import rlreason.cli", "import rlreason.experiments.catalogue"],
+)
 def test_the_package_and_its_help_do_not_wait_for_torch(program):
     check = f"{program}; import sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
@@ -97,7 +98,7 @@ def test_public_names_are_there_and_others_are_not():
         (["train", "ppo", "--set", "reward.size", "1.0"], "size means nothing to a sp"),
         (["train", "orm", "--set", "orm_samples", "ppo"], "'sft' or 'expert-iteration"),
         (["train", "rcrl", "--set", "rcrl.k", "few"], "rcrl.k: Input should be a val"),
-        (["gains", "sft"], "no algorithm 'sft'; there are expert-iteration, exp"),
+        (["record", "sft"], "no comparison 'sft'; there are expert-iteration, exp"),
         (["evaluate", "nano", "--label", "[GOOD]"], "has no token '[GOOD]'"),
         (["bench", "ppo", "--profile", "big"], "no profile 'big'"),
     ],
@@ -262,47 +263,6 @@ def test_a_setting_within_what_a_profile_leaves_out_is_made(monkeypatch):
     assert isinstance(recipe, Recipe)
     assert recipe.ppo.lora.rank == 4
     assert recipe.ppo.credit == BaselineSettings(kind="rloo")
-
-
-def test_gains_are_written_one_by_one_and_only_for_a_profile_as_it_is(
-    toy, monkeypatch, capsys, tmp_path
-):
-    asked = []
-
-    def measure(recipe, algorithms, *, report):
-        if algorithms == ["rcrl"]:
-            raise KeyboardInterrupt
-        asked.append(settings_hash(recipe))
-        report(f"{algorithms[0]}: a line")
-        names = {field.name: "" for field in fields(gains.Gain)}
-        return [gains.Gain(**names | {"algorithm": algorithms[0]})]
-
-    def phases(recipe, algorithm):
-        rows = [{"algorithm": algorithm, "phase": number} for number in (1, 2)]
-        return rows if algorithm == "ppo" else []
-
-    monkeypatch.setattr(gains, "measure_gains", measure)
-    monkeypatch.setattr(gains, "measure_phases", phases)
-    monkeypatch.setattr(gains, "project_root", lambda: tmp_path)
-    table = tmp_path / "book" / "results" / "toy" / "gains.csv"
-    shown = {"monkeypatch": monkeypatch, "capsys": capsys}
-    lines = told(toy, "gains", "ppo", "--set", "seeds", "1", **shown)
-    assert lines == ["ppo: a line"]
-    assert not table.exists()
-    lines = told(toy, "gains", "ppo", "orm", **shown)
-    assert lines == ["ppo: a line", "orm: a line", f"written to {table}"]
-    assert asked[0] != asked[1] == asked[2] == settings_hash(toy_recipe(toy))
-    beside = gains.read_table(table.with_name("phases.csv"))
-    assert [(row["algorithm"], row["phase"]) for row in beside] == [
-        ("ppo", "1"),
-        ("ppo", "2"),
-    ]
-    # What was measured before an interruption is kept; by default all are measured
-    table.unlink()
-    with pytest.raises(AssertionError):
-        told(toy, "gains", **shown)  # the exit code of an interruption
-    kept = [row["algorithm"] for row in gains.read_table(table)]
-    assert kept == list(gains.ALGORITHMS[: gains.ALGORITHMS.index("rcrl")])
 
 
 def test_the_benchmark_of_ppo_is_a_table(toy, monkeypatch, capsys):

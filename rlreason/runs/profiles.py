@@ -48,7 +48,7 @@ def load_profile(name: str | Path) -> Profile:
     Raises:
         SettingsError: No such profile, or the file is not one; says what is wrong.
     """
-    return load_settings(Profile, _read_yaml(profile_path(name)))
+    return load_settings(Profile, read_yaml(profile_path(name)))
 
 
 def load_recipe(
@@ -92,14 +92,19 @@ def profile_path(name: str | Path) -> Path:
     return path
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping in which every key stands once.
+
+    Raises:
+        SettingsError: It does not; says where and why.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf8"), Loader=_StrictLoader)
         json.dumps(values, default=str)  # refuses what holds itself
     except (yaml.YAMLError, ValueError) as error:
         raise SettingsError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise SettingsError(f"{path}: a profile is a mapping of keys to values")
+        raise SettingsError(f"{path}: not a mapping of keys to values")
     return values
 
 
