@@ -64,7 +64,7 @@ StepScorer = Callable[[Sequence[Rollout]], Sequence[Sequence[float]]]
 
 _QUESTIONS_AT_ONCE = 256  # between two chances to save
 # Random streams of their own, beside those of the rounds of expert iteration
-_SAMPLING, _LABELLING = 900, 901
+SAMPLING_STREAM, LABELLING_STREAM = 900, 901
 
 
 class RcrlSettings(Settings):
@@ -226,7 +226,7 @@ def _sample_some(expert, problems, data, settings, recorder) -> float:
             k=settings.samples,
             temperature=settings.temperature,
             max_new_tokens=settings.max_new_tokens,
-            seed=1000 * settings.seed + _SAMPLING,
+            seed=1000 * settings.seed + SAMPLING_STREAM,
         )
     rewards = sparse_rewards(rollouts, asked)
     data.solutions += distinct_solutions(rollouts, rewards, problems)
@@ -390,7 +390,7 @@ def prefix_success(
         k=settings.k,
         temperature=settings.temperature,
         max_new_tokens=settings.max_new_tokens - min(len(t) for _, t in prefixes),
-        seed=1000 * settings.seed + _LABELLING,
+        seed=1000 * settings.seed + LABELLING_STREAM,
     )
     rates = {}
     for n, (i, tokens) in enumerate(prefixes):

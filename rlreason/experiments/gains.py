@@ -42,7 +42,7 @@ from rlreason.evaluation.intervals import (
 )
 from rlreason.policy.load import Policy
 from rlreason.policy.sampler import sample
-from rlreason.rewards.orm import OutcomeRewardModel, score
+from rlreason.rewards.orm import OutcomeRewardModel, score_responses
 from rlreason.rewards.sparse import sparse_rewards
 from rlreason.runs.environment import commit, environment, project_root
 from rlreason.runs.folder import RunFolder
@@ -410,7 +410,7 @@ def paid_and_right(
         max_new_tokens=recipe.max_new_tokens,
         seed=seed,
     )
-    scores, right = score(judge, rollouts), sparse_rewards(rollouts, problems)
+    scores, right = score_responses(judge, rollouts), sparse_rewards(rollouts, problems)
     by_problem = len(problems), k
     return (
         np.reshape(scores, by_problem).mean(1),

@@ -103,7 +103,9 @@ def sample_conditioned(
         _Row(i, j, room=max_new_tokens) for i in range(len(problems)) for j in range(k)
     ]
     live, turn = rows, 0
-    with progress_bar(len(rows), label, unit="sample", show=progress) as bar:
+    with progress_bar(
+        len(rows), f"sampling after {label}", unit="sample", show=progress
+    ) as bar:
         while live or turn == 0:
             for row in live:
                 if row.step == len(row.tokens):
