@@ -15,7 +15,7 @@ from rlreason.evaluation.classifier import (
     auc_interval,
     calibration_curve,
     calibration_error,
-    judge_scores,
+    classification_metrics,
 )
 
 QUARTERS = [i / 4 for i in range(5)]
@@ -177,7 +177,7 @@ def test_one_class_alone_can_be_calibrated_but_not_ranked():
 
 def test_what_an_orm_is_judged_by():
     scores, labels = [0.9, 0.1, 0.4, 0.6], [True, False, True, False]
-    found = judge_scores(scores, labels, "aabb")
+    found = classification_metrics(scores, labels, "aabb")
     assert found == {
         "auc": 0.75,
         "auc_low": 0.0,

@@ -6,6 +6,7 @@ import inspect
 import json
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,8 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlreason.evaluation import evaluate as module
-from rlreason.evaluation.evaluate import compare, evaluate, judge_greedy, judge_samples
+from rlreason.evaluation.evaluate import compare, evaluate, grade_greedy, grade_samples
 from rlreason.evaluation.metrics import maj_at_k, pass_at_k, rerank_at_k
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
@@ -47,36 +47,31 @@ class Script:
     name: str = "script"
 
 
-@pytest.fixture
-def scripted_sampler(monkeypatch):
+def play(script, problems, *, label, **options):
     """Sampling reads the script, last problem first; the real signature is checked."""
+    assert label is None
+    call = inspect.signature(sample_groups).bind(script, problems, **options)
+    greedy = call.arguments["temperature"] == 0
+    for i in reversed(range(len(problems))):
+        texts = [script.greedy[problems[i].id]]
+        if not greedy:
+            texts = script.samples[problems[i].id][: call.arguments["k"]]
+        yield (
+            i,
+            [
+                rollout(
+                    problems[i], text, number=j, finished=text not in script.unfinished
+                )
+                for j, text in enumerate(texts)
+            ],
+        )
 
-    def play(*args, **options):
-        call = inspect.signature(sample_groups).bind(*args, **options)
-        call.apply_defaults()
-        script, problems = call.arguments["policy"], call.arguments["problems"]
-        greedy, k = call.arguments["temperature"] == 0, call.arguments["k"]
-        for i in reversed(range(len(problems))):
-            name = problems[i].id
-            texts = [script.greedy[name]] if greedy else script.samples[name][:k]
-            yield (
-                i,
-                [
-                    rollout(
-                        problems[i],
-                        text,
-                        number=j,
-                        finished=text not in script.unfinished,
-                    )
-                    for j, text in enumerate(texts)
-                ],
-            )
 
-    monkeypatch.setattr(module, "sample_groups", play)
+played = partial(evaluate, sampler=play)
 
 
 @pytest.fixture
-def script(scripted_sampler):
+def script():
     right = [solve(f"{i}+1", i + 1) for i in range(4)]
     other = [solve(f"1+{i}", i + 1) for i in range(4)]
     wrong = [solve(f"{i}+2", i + 2) for i in range(4)]
@@ -120,23 +115,23 @@ def tiny_policy():
 
 
 @pytest.mark.filterwarnings("ignore:.*of the solutions were cut:UserWarning")
-def test_a_real_policy_is_sampled_and_judged_and_the_seed_decides(tiny_policy):
-    def judge(seed):
+def test_a_real_policy_is_sampled_and_graded_and_the_seed_decides(tiny_policy):
+    def report_of(seed):
         return evaluate(tiny_policy, PROBLEMS, k=3, max_new_tokens=24, seed=seed)
 
-    report = judge(0)
+    report = report_of(0)
     assert (report.policy, report.k, len(report.results)) == ("tiny", 3, 4)
     assert all(len(r.finished) == 3 for r in report.results)
     assert report.truncated_sampled == np.mean(
         [not f for r in report.results for f in r.finished]
     )
-    assert judge(0) == report
-    finished = {tuple(r.finished for r in judge(s).results) for s in range(4)}
+    assert report_of(0) == report
+    finished = {tuple(r.finished for r in report_of(s).results) for s in range(4)}
     assert len(finished) > 1
 
 
 def test_metrics_are_the_means_over_problems(script):
-    report = evaluate(script, PROBLEMS, k=4)
+    report = played(script, PROBLEMS, k=4)
     assert report.maj_1.mean == 1 / 4
     assert report.maj_k.mean == 2 / 4  # problem 0, and 2 where nothing else votes
     assert report.pass_k.mean == 3 / 4
@@ -151,13 +146,13 @@ def test_metrics_are_the_means_over_problems(script):
 
 
 def test_results_stand_in_the_order_of_the_problems_whatever_finishes_first(script):
-    report = evaluate(script, PROBLEMS[::-1], k=4)
+    report = played(script, PROBLEMS[::-1], k=4)
     assert [r.id for r in report.results] == [p.id for p in PROBLEMS[::-1]]
     assert report.values("maj@1").tolist() == [0, 0, 0, 1]
 
 
 def test_smaller_k_from_the_same_samples_are_the_exact_metrics(script):
-    report = evaluate(script, PROBLEMS, k=4, orm=lambda p, rollouts: [0.1, 0.2, 0.4, 1])
+    report = played(script, PROBLEMS, k=4, orm=lambda p, rollouts: [0.1, 0.2, 0.4, 1])
     for i, r in enumerate(report.results):
         for k in (1, 2, 3, 4):
             passed = pass_at_k(4, sum(r.correct), k)
@@ -179,20 +174,20 @@ def test_scores_choose_the_sample_and_see_one_problem_with_its_samples(script):
         calls.append((problem.id, [r.problem_id for r in rollouts]))
         return sparse_rewards(rollouts, [problem])
 
-    report = evaluate(script, PROBLEMS, k=4, orm=oracle)
+    report = played(script, PROBLEMS, k=4, orm=oracle)
     assert report.rerank_k.mean == report.pass_k.mean == 3 / 4
     assert sorted(calls) == [(p.id, [p.id] * 4) for p in PROBLEMS]
-    inverted = evaluate(
+    inverted = played(
         script, PROBLEMS, k=4, orm=lambda p, r: [-s for s in oracle(p, r)]
     )
     assert inverted.rerank_k.mean == 0.0
     with pytest.raises(ValueError, match="orm gave 1 scores for the 4 samples"):
-        evaluate(script, PROBLEMS, k=4, orm=lambda p, r: [0.5])
+        played(script, PROBLEMS, k=4, orm=lambda p, r: [0.5])
 
 
 @pytest.mark.parametrize("k", [0, None])
 def test_without_samples_the_report_is_greedy(script, k):
-    report = evaluate(script, PROBLEMS, k=k)
+    report = played(script, PROBLEMS, k=k)
     assert list(report.metrics) == ["maj@1"]
     assert report.k == 0
     assert report.truncated_sampled is None
@@ -204,7 +199,7 @@ def test_without_samples_the_report_is_greedy(script, k):
 
 
 def test_one_sample_is_its_accuracy_and_not_the_greedy_solution(script):
-    report = evaluate(script, PROBLEMS, k=1)
+    report = played(script, PROBLEMS, k=1)
     assert report.maj_1.mean == 1 / 4
     assert report.maj_k == report.accuracy == report.pass_k
     assert report.accuracy.mean == 1 / 4
@@ -213,10 +208,10 @@ def test_one_sample_is_its_accuracy_and_not_the_greedy_solution(script):
 def test_truncated_share_is_reported_and_warned_of_above_two_percent(script):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert evaluate(script, PROBLEMS, k=4).truncated_sampled == 0
+        assert played(script, PROBLEMS, k=4).truncated_sampled == 0
     script.unfinished = (script.samples["t/3"][0],)
     with pytest.warns(UserWarning, match="cut at 64 tokens.*raise max_new_tokens"):
-        report = evaluate(script, PROBLEMS, k=4, max_new_tokens=64)
+        report = played(script, PROBLEMS, k=4, max_new_tokens=64)
     assert report.truncated_greedy == 1 / 4
     assert report.truncated_sampled == 2 / 16
     assert "truncated: greedy 25.0%, sampled 12.5%" in str(report)
@@ -224,7 +219,7 @@ def test_truncated_share_is_reported_and_warned_of_above_two_percent(script):
 
 
 def test_report_is_safe_for_json_and_reads_well(script):
-    report = evaluate(script, PROBLEMS, k=4, seed=7)
+    report = played(script, PROBLEMS, k=4, seed=7)
     summary = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert summary["metrics"]["maj@1"]["mean"] == 0.25
     assert (summary["problems"], summary["seed"], summary["k"]) == (4, 7, 4)
@@ -240,19 +235,19 @@ def test_report_is_safe_for_json_and_reads_well(script):
 
 
 def test_two_reports_are_compared_problem_by_problem(script):
-    before = evaluate(script, PROBLEMS, k=4)
+    before = played(script, PROBLEMS, k=4)
     script.greedy = {p.id: solve("0+0", p.answer) for p in PROBLEMS}
-    after = evaluate(script, PROBLEMS, k=4)
+    after = played(script, PROBLEMS, k=4)
     gain = compare(before, after, "maj@1")
     assert gain.mean == 3 / 4
     assert gain.excludes(0.0)
     assert compare(before, after, "pass@2").mean == 0
     with pytest.raises(ValueError, match="cannot be paired"):
-        compare(before, evaluate(script, PROBLEMS[::-1], k=0), "maj@1")
+        compare(before, played(script, PROBLEMS[::-1], k=0), "maj@1")
 
 
 def test_unknown_metrics_are_errors_that_name_those_that_exist(script):
-    report = evaluate(script, PROBLEMS, k=4)
+    report = played(script, PROBLEMS, k=4)
     with pytest.raises(ValueError, match=r"no metric 'f1'.*maj@1, maj@4, pass@4"):
         report.values("f1")
     with pytest.raises(ValueError, match="no metric 'best'"):
@@ -265,22 +260,22 @@ def test_unknown_metrics_are_errors_that_name_those_that_exist(script):
 
 def test_no_problems_and_shared_ids_are_clear_errors(script):
     with pytest.raises(ValueError, match="the list is empty"):
-        evaluate(script, [])
+        played(script, [])
     with pytest.raises(ValueError, match="share an id"):
-        evaluate(script, [PROBLEMS[0], PROBLEMS[0]])
+        played(script, [PROBLEMS[0], PROBLEMS[0]])
     with pytest.raises(TypeError, match="unexpected keyword"):
-        evaluate(script, PROBLEMS, top_p=0.3)
+        played(script, PROBLEMS, top_p=0.3)
 
 
-def test_rollouts_that_are_there_can_be_judged_again():
+def test_rollouts_that_are_there_can_be_graded_again():
     problem = PROBLEMS[1]
-    result = judge_greedy(problem, rollout(problem, "#### 2"))
+    result = grade_greedy(problem, rollout(problem, "#### 2"))
     samples = [rollout(problem, f"#### {n}", number=n) for n in range(4)]
-    judged = judge_samples(result, problem, samples, orm=lambda p, r: np.arange(4))
-    assert judged.greedy_correct
-    assert judged.answers == ("0", "1", "2", "3")
-    assert judged.correct == (False, False, True, False)
-    assert judged.scores == (0.0, 1.0, 2.0, 3.0)
+    graded = grade_samples(result, problem, samples, orm=lambda p, r: np.arange(4))
+    assert graded.greedy_correct
+    assert graded.answers == ("0", "1", "2", "3")
+    assert graded.correct == (False, False, True, False)
+    assert graded.scores == (0.0, 1.0, 2.0, 3.0)
 
 
 def test_sparse_reward_is_one_for_the_right_number_and_belongs_to_its_problem():

@@ -26,8 +26,8 @@ from rlreason.algorithms import expert_iteration as module
 from rlreason.algorithms.expert_iteration import (
     ExpertIterationSettings,
     OnRound,
-    Scorer,
     Solution,
+    SolutionScorer,
     expert_iteration,
     grow,
     orm_filter,
@@ -38,7 +38,7 @@ from rlreason.mdp import trajectory
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
-from rlreason.rewards.orm import OutcomeRewardModel, score
+from rlreason.rewards.orm import OutcomeRewardModel, score_responses
 from rlreason.rewards.sparse import sparse_rewards
 from rlreason.tasks.answers import operation_key
 from rlreason.tasks.problem import Problem
@@ -166,7 +166,7 @@ def run(
     problems: list[Problem] = TOY_PROBLEMS,
     solved: list[Problem] | tuple = (),
     shots: list[Problem] | tuple = (),
-    orm: Scorer | None = None,
+    orm: SolutionScorer | None = None,
     on_round: OnRound | None = None,
     **changes,
 ) -> Policy:
@@ -413,7 +413,7 @@ def test_orm_ei_learns_from_what_the_orm_likes_and_says_how_much_that_is(seen):
 def test_a_reward_model_can_be_the_scorer():
     model = OutcomeRewardModel(toy_policy())  # untrained: one half for all
     recorder = Memory()
-    scorer = partial(score, model)
+    scorer = partial(score_responses, model)
     for threshold, kept in ((0.5, 1.0), (0.51, 0.0)):
         run(recorder, orm=scorer, orm_threshold=threshold, rounds=1,
             solved=TOY_PROBLEMS[:1])  # fmt: skip

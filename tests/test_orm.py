@@ -24,11 +24,11 @@ from toys import (
     weights,
 )
 
-from rlreason.algorithms import orm as module
+from rlreason.algorithms import reward_modelling as module
 from rlreason.algorithms.batching import response_token_count
 from rlreason.algorithms.finetune import FinetuneSettings, accumulate
 from rlreason.algorithms.optim import cosine_lr
-from rlreason.algorithms.orm import (
+from rlreason.algorithms.reward_modelling import (
     LabelledExample,
     OrmSettings,
     build_dataset,
@@ -37,7 +37,7 @@ from rlreason.algorithms.orm import (
     label_rollouts,
     train_orm,
 )
-from rlreason.evaluation.classifier import auc, judge_scores
+from rlreason.evaluation.classifier import auc, classification_metrics
 from rlreason.evaluation.evaluate import evaluate
 from rlreason.mdp import discounted_returns, step_spans
 from rlreason.policy.load import Policy
@@ -47,7 +47,7 @@ from rlreason.policy.sampler import sample
 from rlreason.rewards.orm import (
     OutcomeRewardModel,
     dense_orm_reward,
-    score,
+    score_responses,
     score_tokens,
     sparse_orm_reward,
 )
@@ -103,7 +103,9 @@ def test_p36_a_score_alone_is_the_score_in_any_batch(kind):
         assert farthest(together, alone) < 1e-5
     backwards = score_tokens(orm, rollouts[::-1])[::-1]
     assert farthest(backwards, alone) < 1e-5
-    assert score(orm, rollouts) == [s[-1] for s in score_tokens(orm, rollouts)]
+    assert score_responses(orm, rollouts) == [
+        s[-1] for s in score_tokens(orm, rollouts)
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,7 +133,7 @@ def test_p36_the_score_of_the_last_column_would_be_the_score_of_padding():
     logits, batch = orm.logits(rollouts)
     assert len(logits) == sum(len(r.tokens) for r in rollouts)
     last_column = orm.network(batch.input_ids, {})[:, -1].sigmoid().tolist()
-    at_the_end = score(orm, rollouts)
+    at_the_end = score_responses(orm, rollouts)
     pairs = zip(last_column, at_the_end, strict=True)
     assert max(abs(wrong - right) for wrong, right in pairs) > 0.1
 
@@ -165,7 +167,9 @@ def test_p16_a_prefix_is_scored_as_if_nothing_followed():
     (scores,) = score_tokens(orm, [rollout])
     for t in range(1, len(rollout.tokens)):
         prefix = LabelledExample(rollout.prompt_tokens, rollout.tokens[:t], "", False)
-        assert score(orm, [prefix])[0] == pytest.approx(scores[t - 1], abs=1e-5)
+        assert score_responses(orm, [prefix])[0] == pytest.approx(
+            scores[t - 1], abs=1e-5
+        )
 
 
 def test_repeats_are_scored_once(monkeypatch):
@@ -187,7 +191,7 @@ def test_repeats_are_scored_once(monkeypatch):
     # The same response to another question is no repeat
     one = LabelledExample((1, 40), (50, 2), "", True)
     other = LabelledExample((1, 90), (50, 2), "", True)
-    assert score(orm, [one]) != score(orm, [other])
+    assert score_responses(orm, [one]) != score_responses(orm, [other])
 
 
 def test_what_is_scored_at_once_stays_within_the_budget(monkeypatch):
@@ -252,10 +256,10 @@ def test_a_partial_or_foreign_set_of_weights_is_refused_whole():
 def test_empty_responses_and_unknown_tokens_are_clear_errors():
     orm = random_orm(tiny_policy())
     with pytest.raises(ValueError, match="without tokens has no score"):
-        score(orm, [LabelledExample((1,), (), "", True)])
+        score_responses(orm, [LabelledExample((1,), (), "", True)])
     with pytest.raises(ValueError, match="token 9999 is not among the"):
-        score(orm, [LabelledExample((1,), (9999,), "", True)])
-    assert score(orm, []) == []
+        score_responses(orm, [LabelledExample((1,), (9999,), "", True)])
+    assert score_responses(orm, []) == []
 
 
 def test_p44_evaluate_takes_it_as_a_scorer():
@@ -265,7 +269,7 @@ def test_p44_evaluate_takes_it_as_a_scorer():
         policy, TOY_PROBLEMS, k=4, temperature=1.0, max_new_tokens=80, orm=orm
     )
     rollouts = sample(policy, TOY_PROBLEMS, k=4, max_new_tokens=80)
-    expected = score(orm, rollouts)
+    expected = score_responses(orm, rollouts)
     found = [s for result in report.results for s in result.scores]
     assert found == pytest.approx(expected, abs=1e-5)
     assert report.rerank_k is not None
@@ -281,7 +285,7 @@ def test_p19_the_sparse_reward_is_the_score_on_the_last_token():
     orm, rollouts = random_orm(policy), rollouts_of(policy)
     paid = sparse_orm_reward(orm)(rollouts, PROBLEMS[::-1])
     assert [len(row) for row in paid] == [len(r.tokens) for r in rollouts]
-    assert [row[-1] for row in paid] == score(orm, rollouts)
+    assert [row[-1] for row in paid] == score_responses(orm, rollouts)
     assert not any(any(row[:-1]) for row in paid)
 
 
@@ -465,7 +469,7 @@ def uneven(policy: Policy) -> list[LabelledExample]:
 
 
 def naive_loss(orm: OutcomeRewardModel, batch: list[LabelledExample]) -> float:
-    """The equation of ``algorithms.orm``, token by token."""
+    """The equation of ``algorithms.reward_modelling``, token by token."""
     total, count = 0.0, 0
     for example in batch:
         for p in score_tokens(orm, [example])[0]:
@@ -529,7 +533,9 @@ def test_the_prompt_has_no_loss():
 def train(recorder: Memory | None = None, **changes) -> OutcomeRewardModel:
     """The toy's reward model, with ``changes`` to its settings."""
     chosen = QUICK.model_copy(update=changes)
-    return train_orm(toy_policy(), TOY_PROBLEMS, chosen, recorder, judge=judge_scores)
+    return train_orm(
+        toy_policy(), TOY_PROBLEMS, chosen, recorder, evaluator=classification_metrics
+    )
 
 
 def rows(recorder: Memory, kind: str) -> list[dict]:
@@ -587,7 +593,10 @@ def test_what_is_logged_can_be_counted_from_what_was_sampled(sampled):
         seen = sum(u["response_tokens"] for u in updates if u["epoch"] == epoch)
         assert seen == sum(len(e.tokens) for e in data.train)
     last = rows(recorder, "held_out")[-1]
-    scores, labels = score(orm, data.held_out), [e.right for e in data.held_out]
+    scores, labels = (
+        score_responses(orm, data.held_out),
+        [e.right for e in data.held_out],
+    )
     assert len(rows(recorder, "held_out")) == 2
     assert last["loss"] == pytest.approx(naive_loss(orm, data.held_out), rel=1e-5)
     assert last["auc"] == auc(scores, labels)
@@ -689,7 +698,9 @@ LEARN = {"k": 16, "epochs": 8, "batch_size": 16, "lr": 1e-2}
 def learned() -> tuple[OutcomeRewardModel, float]:
     recorder = Memory(save_every=10**9)
     chosen = QUICK.model_copy(update=LEARN)
-    orm = train_orm(toy_policy(), SEEN, chosen, recorder, judge=judge_scores)
+    orm = train_orm(
+        toy_policy(), SEEN, chosen, recorder, evaluator=classification_metrics
+    )
     return orm, rows(recorder, "held_out")[-1]["auc"]
 
 
@@ -711,8 +722,8 @@ def test_p52_flipped_labels_would_rank_the_wrong_ones_first(monkeypatch):
     orm = train_orm(toy_policy(), SEEN, QUICK.model_copy(update=LEARN))
     rollouts = sample(toy_policy(), NEW, k=8, max_new_tokens=24, seed=5)
     labels = [paid == 1.0 for paid in sparse_rewards(rollouts, NEW)]
-    assert auc(score(orm, rollouts), labels) < 0.2
-    assert auc(score(right, rollouts), labels) > 0.9
+    assert auc(score_responses(orm, rollouts), labels) < 0.2
+    assert auc(score_responses(right, rollouts), labels) > 0.9
 
 
 # The likelihood in the logit

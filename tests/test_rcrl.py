@@ -24,23 +24,23 @@ from toys import (
 from rlreason.algorithms import rcrl as module
 from rlreason.algorithms.finetune import FinetuneSettings, nll
 from rlreason.algorithms.rcrl import (
-    BAD,
-    GOOD,
-    LabelledExample,
+    LABELLING_STREAM,
+    SAMPLING_STREAM,
+    ConditionedExample,
     LabelledSolution,
     RcrlSettings,
-    balance,
+    balance_solutions,
     conditional_nll,
+    conditioned_example,
     cut_steps,
     distinct_solutions,
     label_steps,
-    labelled_example,
     prefix_success,
     rcrl,
-    sample_conditioned,
     step_token_count,
 )
 from rlreason.mdp import step_spans
+from rlreason.policy.labels import BAD, GOOD, sample_conditioned
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import micro_batches, token_logprobs
 from rlreason.policy.rollout import Prompt, Rollout
@@ -115,9 +115,9 @@ def test_repeats_and_truncated_solutions_are_dropped_and_right_is_not_wrong():
 def test_the_balance_holds_and_keeps_as_many_as_it_can(outcomes, ratio, seed):
     one = TOY_SOLUTIONS[0]
     given_ = [replace(one, problem=i, right=r) for i, r in enumerate(outcomes)]
-    kept = balance(given_, ratio, seed=seed)
+    kept = balance_solutions(given_, ratio, seed=seed)
     assert [s for s in given_ if s in kept] == kept  # in order, none twice
-    assert balance(given_, ratio, seed=seed) == kept
+    assert balance_solutions(given_, ratio, seed=seed) == kept
     right = sum(s.right for s in kept)
     wrong = len(kept) - right
     if ratio is None:
@@ -132,7 +132,7 @@ def test_the_balance_holds_and_keeps_as_many_as_it_can(outcomes, ratio, seed):
 
 def test_one_kind_of_solutions_alone_is_a_clear_error():
     with pytest.raises(ValueError, match=r"12 right and 0 wrong.*Raise samples"):
-        balance([replace(s, right=True) for s in TOY_SOLUTIONS], 1.0, seed=0)
+        balance_solutions([replace(s, right=True) for s in TOY_SOLUTIONS], 1.0, seed=0)
     with pytest.raises(ValueError, match="0 right and"):
         rcrl(tiny_policy(seed=1), tiny_policy(), TOY_PROBLEMS, MANY_CUT)
 
@@ -191,7 +191,7 @@ def obvious_labels(one: LabelledSolution, shift: int = 0) -> tuple[bool, ...]:
             ],
             k=QUICK.k,
             max_new_tokens=QUICK.max_new_tokens - len(tokens),
-            seed=module._LABELLING,
+            seed=LABELLING_STREAM,
         )
         texts = [policy.decode(tokens + r.tokens) for r in rollouts]
         right = sum(is_correct(text, asked.answer) for text in texts)
@@ -308,7 +308,7 @@ def test_steps_are_those_of_the_process_up_to_the_blank_end(text):
 
 def test_each_label_stands_before_its_step():
     one = replace(TOY_SOLUTIONS[3], good=(True, False))
-    example = labelled_example(student(), one, TOY_PROBLEMS)
+    example = conditioned_example(student(), one, TOY_PROBLEMS)
     good, bad = token_id(student(), GOOD), token_id(student(), BAD)
     line = one.rollout.tokens.index(toy_policy().encode_prompt("\n")[-1]) + 1
     assert example.tokens == (
@@ -323,7 +323,9 @@ def test_each_label_stands_before_its_step():
 
 def test_a_solution_that_spells_a_label_is_not_given_one():
     one = solution("[BAD] so [GOOD]\n#### 2")
-    example = labelled_example(student(), replace(one, good=(True, True)), TOY_PROBLEMS)
+    example = conditioned_example(
+        student(), replace(one, good=(True, True)), TOY_PROBLEMS
+    )
     ids = [token_id(student(), GOOD), token_id(student(), BAD)]
     assert [t for t, i in enumerate(example.tokens) if i in ids] == list(example.labels)
     assert student().decode(example.tokens) == one.rollout.text
@@ -332,12 +334,12 @@ def test_a_solution_that_spells_a_label_is_not_given_one():
 # Loss
 
 
-def labelled_batch() -> list[LabelledExample]:
+def labelled_batch() -> list[ConditionedExample]:
     chosen = [replace(s, good=(s.right, not s.right)) for s in TOY_SOLUTIONS]
-    return [labelled_example(student(), s, TOY_PROBLEMS) for s in chosen]
+    return [conditioned_example(student(), s, TOY_PROBLEMS) for s in chosen]
 
 
-def obvious_loss(policy: Policy, batch: list[LabelledExample]) -> tuple[float, int]:
+def obvious_loss(policy: Policy, batch: list[ConditionedExample]) -> tuple[float, int]:
     """The loss from its definition, token by token, and the tokens it counts."""
     labels = {token_id(policy, GOOD), token_id(policy, BAD)}
     total, count = 0.0, 0
@@ -412,14 +414,14 @@ def test_what_is_logged_can_be_counted(small_chunks):
     assert [row["rollouts"] for row in sampled] == [8, 16, 24]
     assert [row["questions"] for row in labelled] == [2, 4, 6]
     rollouts = sample(
-        toy_policy(), TOY_PROBLEMS, k=4, max_new_tokens=24, seed=module._SAMPLING
+        toy_policy(), TOY_PROBLEMS, k=4, max_new_tokens=24, seed=SAMPLING_STREAM
     )
     rewards = sparse_rewards(rollouts, TOY_PROBLEMS)
     distinct = distinct_solutions(rollouts, rewards, TOY_PROBLEMS)
     assert sum(row["accuracy"] for row in sampled) / 3 == pytest.approx(
         sum(rewards) / 24
     )
-    kept = balance(distinct, 1.0, seed=0)
+    kept = balance_solutions(distinct, 1.0, seed=0)
     last = sampled[-1]
     assert last["right_solutions"] == last["wrong_solutions"] == len(kept) / 2
     solutions, used = label_steps(toy_policy(), kept, TOY_PROBLEMS, QUICK)
@@ -461,14 +463,6 @@ def test_a_run_resumed_does_not_sample_again(small_chunks, monkeypatch):
     monkeypatch.setattr(module, "sample_prompts", None)
     run(recorder)
     assert rows(recorder, "update")
-
-
-@pytest.mark.parametrize("solutions", [[], TOY_SOLUTIONS[:3]], ids=["none", "some"])
-def test_what_is_saved_comes_back(solutions):
-    recorder, labelled = Memory(), [replace(s, good=(True, False)) for s in solutions]
-    data = module._Data(sampled=2, labelled=1, rollouts=24, solutions=labelled)
-    module._save(recorder, data)
-    assert module._unpack(recorder.restore(), toy_policy(), TOY_PROBLEMS) == data
 
 
 def test_a_reward_model_takes_the_place_of_rollouts():
@@ -620,14 +614,14 @@ def test_a_blank_line_gets_no_label_of_its_own(monkeypatch):
             for p in prompts
         ]
 
-    monkeypatch.setattr(module, "sample_prompts", scripted)
+    monkeypatch.setattr("rlreason.policy.labels.sample_prompts", scripted)
     (rollout,) = sample_conditioned(policy, TOY_PROBLEMS[:1])
     plain = [i for i in rollout.tokens if i < token_id(policy, GOOD)]
     asked = LabelledSolution(
         0, replace(rollout, tokens=tuple(plain)), True, (True,) * 2
     )
     # The layout of training, which is what the policy knows
-    assert labelled_example(policy, asked, TOY_PROBLEMS).tokens == rollout.tokens
+    assert conditioned_example(policy, asked, TOY_PROBLEMS).tokens == rollout.tokens
     assert rollout.text == "\n\n1\n#### 2"
 
 
@@ -679,27 +673,27 @@ def test_p52_good_is_right_and_bad_is_wrong():
 
 
 def test_p52_swapped_labels_reverse_it(monkeypatch):
-    whole = module.labelled_example
+    whole = module.conditioned_example
 
     def swapped(student, one, problems):
         other = tuple(not good for good in one.good)
         return whole(student, replace(one, good=other), problems)
 
-    monkeypatch.setattr(module, "labelled_example", swapped)
+    monkeypatch.setattr(module, "conditioned_example", swapped)
     assert trained_gap() < -0.8
 
 
 def test_p52_labels_after_their_steps_teach_nothing(monkeypatch):
-    whole = module.labelled_example
+    whole = module.conditioned_example
 
     def late(student, one, problems):
         example, tokens, labels = whole(student, one, problems), [], []
         for start, end in pairwise([*example.labels, len(example.tokens)]):
             tokens += [*example.tokens[start + 1 : end], example.tokens[start]]
             labels.append(len(tokens) - 1)
-        return LabelledExample(example.prompt_tokens, tuple(tokens), tuple(labels))
+        return ConditionedExample(example.prompt_tokens, tuple(tokens), tuple(labels))
 
-    monkeypatch.setattr(module, "labelled_example", late)
+    monkeypatch.setattr(module, "conditioned_example", late)
     assert abs(trained_gap()) < 0.4
 
 

@@ -9,14 +9,12 @@ from toys import TOY_PROBLEMS, toy_policy
 
 from rlreason.algorithms.finetune import FinetuneSettings
 from rlreason.algorithms.rcrl import (
-    BAD,
-    GOOD,
     RcrlSettings,
     rcrl,
-    sample_conditioned,
 )
-from rlreason.evaluation import evaluate as module
-from rlreason.evaluation.evaluate import evaluate, judge_greedy, judge_samples
+from rlreason.evaluation.evaluate import evaluate, grade_greedy, grade_samples
+from rlreason.policy import labels as module
+from rlreason.policy.labels import BAD, GOOD, answer_groups, sample_conditioned
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.vocabulary import token_id
@@ -36,33 +34,31 @@ def conditioned() -> Policy:
     return rcrl(toy_policy(), toy_policy(), BANDIT, settings)
 
 
-def judge(label: str | None, **options):
+def report_of(label: str | None, **options):
     return evaluate(conditioned(), BANDIT, max_new_tokens=24, label=label, **options)
 
 
-def test_p52_good_is_judged_better_than_bad(monkeypatch):
-    good, bad = (judge(label, k=16, temperature=1.0) for label in (GOOD, BAD))
+def test_p52_good_is_right_more_often_than_bad():
+    good, bad = (report_of(label, k=16, temperature=1.0) for label in (GOOD, BAD))
     assert (good.maj_1.mean, bad.maj_1.mean) == (1.0, 0.0)
     assert good.accuracy.mean > 0.9 > 0.1 > bad.accuracy.mean
+
     # Wrong: the label is taken and does not reach the sampler
-    whole = module.sample_conditioned
-
     def deaf(*args, label, **options):
-        return whole(*args, label=GOOD, **options)
+        return answer_groups(*args, label=GOOD, **options)
 
-    monkeypatch.setattr(module, "sample_conditioned", deaf)
-    assert judge(BAD, k=0).maj_1.mean == good.maj_1.mean
+    assert report_of(BAD, k=0, sampler=deaf).maj_1.mean == good.maj_1.mean
 
 
 @pytest.mark.parametrize("label", [GOOD, BAD])
-def test_a_report_is_the_judgement_of_conditioned_samples(label):
-    report = judge(label, k=3, temperature=0.9, seed=5)
+def test_a_report_is_of_conditioned_samples(label):
+    report = report_of(label, k=3, temperature=0.9, seed=5)
     options = {"label": label, "max_new_tokens": 24, "seed": 5}
     greedy = sample_conditioned(conditioned(), BANDIT, temperature=0.0, **options)
     samples = sample_conditioned(conditioned(), BANDIT, k=3, temperature=0.9, **options)
     for i, problem in enumerate(BANDIT):
-        alone = judge_greedy(problem, greedy[i])
-        expected = judge_samples(alone, problem, samples[3 * i : 3 * i + 3])
+        alone = grade_greedy(problem, greedy[i])
+        expected = grade_samples(alone, problem, samples[3 * i : 3 * i + 3])
         assert report.results[i] == expected
 
 
@@ -90,11 +86,11 @@ def test_a_label_with_shots_or_without_its_token_is_a_clear_error():
     with pytest.raises(ValueError, match=r"no token '\[GOOD\]'.*add_tokens"):
         evaluate(toy_policy(), BANDIT, k=0, label=GOOD)
     with pytest.raises(ValueError, match=r"no token '\[BEST\]'"):
-        judge("[BEST]", k=0)
+        report_of("[BEST]", k=0)
 
 
 def test_a_reward_model_that_does_not_know_the_labels_says_so():
     unknown = token_id(conditioned(), GOOD)
     orm = OutcomeRewardModel(toy_policy())
     with pytest.raises(ValueError, match=f"token {unknown} is not among the 260"):
-        judge(GOOD, k=2, orm=orm)
+        report_of(GOOD, k=2, orm=orm)

@@ -39,7 +39,7 @@ from rlreason.rewards.dense import dense_reward
 from rlreason.rewards.orm import (
     OutcomeRewardModel,
     dense_orm_reward,
-    score,
+    score_responses,
     score_tokens,
     sparse_orm_reward,
 )
@@ -235,7 +235,7 @@ def test_labels_from_orm_hand_over_a_score_for_every_token(folder, handed):
     assert scores == score_tokens(reward_model(), rollouts)
     assert [len(each) for each in scores] == [len(r.tokens) for r in rollouts]
     # Wrong: the score of the solution, which every step of it would get
-    assert score(reward_model(), rollouts) == [each[-1] for each in scores]
+    assert score_responses(reward_model(), rollouts) == [each[-1] for each in scores]
     assert any(len(set(each)) > 1 for each in scores)
     # The expert samples, the base learns
     base = weights(recipe.base())

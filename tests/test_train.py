@@ -70,7 +70,7 @@ ORM_KILLS = {
     "sampling": (partial(die_in, orm_module, "sample", 1), [1]),
     "between-save-and-rename": (partial(save, 1), [1]),
     "learning-in-epoch-1": (partial(die_in, orm_module, "classification_loss", 4), [0]),
-    "judging": (partial(die_in, train, "judge_scores", 1), [0]),
+    "judging": (partial(die_in, train, "classification_metrics", 1), [0]),
     "learning-in-epoch-2": (partial(die_in, orm_module, "classification_loss", 9), [0]),
     "before-the-last-save": (partial(die_in, OutcomeRewardModel, "tensors", 1), [0]),
     "after-the-last-save": (partial(die_in_run, "orm", "_close_logs", 1), [0]),

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from rlreason.algorithms.batching import Example
 from rlreason.algorithms.finetune import FinetuneSettings, finetune
-from rlreason.algorithms.recorder import Checkpoint
+from rlreason.algorithms.recorder import MemoryRecorder
 from rlreason.policy.load import Policy
 from rlreason.runs.folder import RunFolder
 from rlreason.runs.recipes import Recipe
@@ -86,8 +85,8 @@ class InterruptedRunError(Exception):
     """What ``Memory`` raises in place of a kill."""
 
 
-class Memory:
-    """A recorder that behaves as a run folder does, without the disk.
+class Memory(MemoryRecorder):
+    """A recorder in memory that can be interrupted.
 
     Args:
         save_every: Rows from one checkpoint to the next one that is due.
@@ -95,35 +94,14 @@ class Memory:
     """
 
     def __init__(self, *, save_every: int = 1, die_at: int | None = None) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.save_every, self.die_at = save_every, die_at
-        self.saved: tuple[dict[str, Tensor], str, int] | None = None
+        super().__init__(save_every=save_every)
+        self.die_at = die_at
 
     def log(self, kind: str, **metrics: Any) -> None:
         if len(self.rows) == self.die_at:
             self.die_at = None
             raise InterruptedRunError
-        self.rows.append({"kind": kind, **metrics})
-
-    def clock(self, stage: str) -> nullcontext[None]:
-        return nullcontext()
-
-    def due(self) -> bool:
-        return len(self.rows) - (self.saved[2] if self.saved else 0) >= self.save_every
-
-    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self.saved = own, json.dumps(state), len(self.rows)
-
-    def restore(self) -> Checkpoint | None:
-        if self.saved is None:
-            self.rows.clear()
-            return None
-        tensors, state, rows = self.saved
-        del self.rows[rows:]
-        # As from the disk: an optimiser goes on in the very tensors that it is given
-        own = {name: tensor.clone() for name, tensor in tensors.items()}
-        return Checkpoint(own, json.loads(state))
+        super().log(kind, **metrics)
 
 
 def weights(policy: Policy) -> dict[str, Tensor]:

@@ -19,14 +19,12 @@ it scores below ``orm_threshold``. It is given, and does not learn along.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor
 
 from rlreason.algorithms.batching import Example
 from rlreason.algorithms.finetune import (
@@ -34,8 +32,10 @@ from rlreason.algorithms.finetune import (
     finetune,
     load_model_tensors,
 )
+from rlreason.algorithms.optim import DivergedError
 from rlreason.algorithms.recorder import (
     Checkpoint,
+    NestedRecorder,
     NullRecorder,
     Recorder,
     pack_lists,
@@ -46,7 +46,7 @@ from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
 from rlreason.rewards.sparse import sparse_rewards
-from rlreason.settings import Settings
+from rlreason.settings import Settings, setting
 from rlreason.tasks.answers import operation_key
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt, format_response
@@ -55,34 +55,54 @@ from rlreason.tasks.prompts import format_prompt, format_response
 class ExpertIterationSettings(Settings):
     """How to run expert iteration. The defaults are the paper's."""
 
-    k: int = Field(96, ge=1, description="Samples a question and round.")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
-    rounds: int = Field(2, ge=1, description="Rounds of sampling and distilling.")
-    start_from: Literal["base", "current"] = Field(
-        "base", description="What each round fine-tunes: the base, or the last policy."
+    k: int = setting(96, "Samples a question and round.", source="paper", ge=1)
+    temperature: float = setting(1.0, "Sampling temperature.", source="paper", gt=0)
+    rounds: int = setting(2, "Rounds of sampling and distilling.", source="paper", ge=1)
+    start_from: Literal["base", "current"] = setting(
+        "base",
+        "What each round fine-tunes: the base, or the last policy.",
+        source="paper",
     )
-    deduplicate: Literal["operations", "text", "none"] = Field(
-        "operations", description="Which two solutions of a question count as one."
+    deduplicate: Literal["operations", "text", "none"] = setting(
+        "operations",
+        "Which two solutions of a question count as one.",
+        source="paper",
     )
-    max_per_question: int | None = Field(
-        None, ge=1, description="Solutions kept a question, over all rounds; None: all."
-    )
-    reference_solutions: bool = Field(
-        True, description="Whether D_0 holds the solutions that SFT learned from."
-    )
-    first_round_shots: int = Field(
-        0, ge=0, description="Solved examples in the prompt of round 1; later ones: 0."
-    )
-    orm_threshold: float | None = Field(
+    max_per_question: int | None = setting(
         None,
+        "Solutions kept a question, over all rounds; None: all.",
+        source="ours",
+        neutral=None,
+        ge=1,
+    )
+    reference_solutions: bool = setting(
+        True,
+        "Whether D_0 holds the solutions that SFT learned from.",
+        source="paper",
+    )
+    first_round_shots: int = setting(
+        0,
+        "Solved examples in the prompt of round 1; later ones: 0.",
+        source="paper",
+        neutral=0,
+        ge=0,
+    )
+    orm_threshold: float | None = setting(
+        None,
+        "ORM-EI: least score of a right solution to be kept; None: no ORM.",
+        source="ours",
+        neutral=None,
         ge=0,
         le=1,
-        description="ORM-EI: least score of a right solution to be kept; None: no ORM.",
     )
-    max_new_tokens: int = Field(256, ge=1, description="Length limit of a response.")
-    seed: int = Field(0, ge=0, description="Seed of sampling and of the order of data.")
-    finetune: FinetuneSettings = Field(
-        default_factory=FinetuneSettings, description="The update of each round."
+    max_new_tokens: int = setting(
+        256, "Length limit of a response.", source="precursor", ge=1
+    )
+    seed: int = setting(
+        0, "Seed of sampling and of the order of data.", source="ours", ge=0
+    )
+    finetune: FinetuneSettings = setting(
+        FinetuneSettings, "The update of each round.", source="paper"
     )
 
 
@@ -102,7 +122,8 @@ class Solution:
 
 
 OnRound = Callable[[int, Policy], dict[str, Any]]
-Scorer = Callable[[Sequence[Rollout]], list[float]]
+# How likely each solution is right, as a reward model says
+SolutionScorer = Callable[[Sequence[Rollout]], list[float]]
 
 
 def expert_iteration(
@@ -113,7 +134,7 @@ def expert_iteration(
     *,
     solved: Sequence[Problem] = (),
     shots: Sequence[Problem] = (),
-    orm: Scorer | None = None,
+    orm: SolutionScorer | None = None,
     recorder: Recorder | None = None,
     on_round: OnRound | None = None,
 ) -> Policy:
@@ -127,8 +148,8 @@ def expert_iteration(
         settings: See the class.
         solved: The subset of problems whose reference solutions make D_0.
         shots: Solved examples for the prompt of round 1.
-        orm: ORM-EI: scores rollouts between 0 and 1, e.g. ``partial(score, model)``
-            with ``rewards.orm.score``; needs ``orm_threshold``.
+        orm: ORM-EI: scores rollouts between 0 and 1, e.g. ``partial(score_responses,
+            model)`` with ``rewards.orm``; needs ``orm_threshold``.
         recorder: Where metrics and checkpoints go.
         on_round: Called with (round, policy) after each round; what it returns is
             logged with the round's metrics.
@@ -157,69 +178,92 @@ def expert_iteration(
             f"{'no orm' if orm is None else 'an orm'}: ORM-EI needs both, and plain "
             "expert iteration neither"
         )
-    policy, dataset, first_round = (
-        start,
-        _initial_data(base, problems, solved, settings),
-        0,
-    )
+    policy, first_round = start, 0
+    dataset = _initial_data(base, problems, solved, settings)
     saved = recorder.restore()
     if saved is not None:
-        first_round = saved.state["round"]
-        dataset = _unpack(saved)
-        policy = start if first_round == 0 else _with_weights(start, saved, "policy.")
-
+        first_round, dataset = saved.state["round"], _unpack(saved)
+        policy = _with_weights(start, saved, "policy.") if first_round else start
     for round_ in range(first_round, settings.rounds):
+        # Only the first round can go on in the middle of its fine-tuning
         resumed = saved if saved is not None and saved.state["updates"] else None
         saved = None
         if resumed is None:
-            rollouts = sample(
-                policy,
-                problems,
-                k=settings.k,
-                temperature=settings.temperature,
-                max_new_tokens=settings.max_new_tokens,
-                seed=settings.seed * 1000 + round_,
-                shots=shots[: settings.first_round_shots] if round_ == 0 else (),
+            asked = shots[: settings.first_round_shots] if round_ == 0 else ()
+            dataset, metrics = _explore(
+                policy, problems, dataset, settings, round_, asked, orm, recorder
             )
-            rewards = sparse_rewards(rollouts, problems)
-            before = len(dataset)
-            passed = rewards
-            if orm is not None:
-                passed = orm_filter(rollouts, rewards, orm, settings.orm_threshold)
-            dataset = grow(dataset, rollouts, passed, problems, settings)
-            metrics = _round_metrics(rollouts, rewards, dataset, before, settings)
-            if orm is not None:
-                metrics["orm_kept"] = _share_kept(rollouts, rewards, passed)
-            metrics["rollouts"] = (round_ + 1) * len(rollouts)
         else:
             metrics = resumed.state["metrics"]
-        if not dataset:
-            raise ValueError(
-                f"round {round_ + 1} found no right solution among "
-                f"{metrics['rollouts']} rollouts, so there is nothing to learn from; "
-                f"start from SFT, raise k or max_new_tokens, or set first_round_shots"
-            )
-        student = (base if settings.start_from == "base" else policy).clone()
-        inner = _RoundRecorder(recorder, round_, policy, dataset, metrics, resumed)
-        policy = finetune(
-            student,
+        inner = NestedRecorder(
+            recorder,
+            saved=resumed,
+            **_packed(round_, policy, dataset, metrics),
+            round=round_ + 1,
+        )
+        seed = settings.finetune.seed + settings.seed * 1000 + round_
+        policy = _distil(
+            (base if settings.start_from == "base" else policy).clone(),
             [_example(base, problems, solution) for solution in dataset],
-            settings.finetune.model_copy(
-                update={"seed": settings.finetune.seed + settings.seed * 1000 + round_}
-            ),
+            settings.finetune.model_copy(update={"seed": seed}),
             inner,
         )
         if on_round is not None:
             metrics |= on_round(round_ + 1, policy)
         recorder.log("round", round=round_ + 1, **metrics)
-        _save(recorder, round_ + 1, policy, dataset, updates=0, metrics={})
+        packed = _packed(round_ + 1, policy, dataset, {})
+        recorder.save(packed["tensors"], packed["state"] | {"updates": 0})
     return policy
+
+
+def _explore(
+    policy, problems, dataset, settings, round_, shots, orm, recorder
+) -> tuple[list[Solution], dict[str, Any]]:
+    """Sample, filter, de-duplicate, grow: D_i and the round's metrics so far."""
+    with recorder.clock("sampling"):
+        rollouts = sample(
+            policy,
+            problems,
+            k=settings.k,
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed * 1000 + round_,
+            shots=shots,
+        )
+    rewards = passed = sparse_rewards(rollouts, problems)
+    if orm is not None:
+        with recorder.clock("scoring"):
+            passed = orm_filter(rollouts, rewards, orm, settings.orm_threshold)
+    grown = grow(dataset, rollouts, passed, problems, settings)
+    metrics = _round_metrics(rollouts, rewards, grown, len(dataset), settings)
+    if orm is not None:
+        metrics["orm_kept"] = _share_kept(rollouts, rewards, passed)
+    metrics["rollouts"] = (round_ + 1) * len(rollouts)
+    if not grown:
+        raise ValueError(
+            f"round {round_ + 1} found no right solution among "
+            f"{metrics['rollouts']} rollouts, so there is nothing to learn from; "
+            f"start from SFT, raise k or max_new_tokens, or set first_round_shots"
+        )
+    return grown, metrics
+
+
+def _distil(student, examples, settings, recorder: NestedRecorder) -> Policy:
+    """Fine-tune; where that diverges, say in which round and what is left of it."""
+    try:
+        return finetune(student, examples, settings, recorder)
+    except DivergedError as error:
+        round_ = recorder.labels["round"]
+        kept = f". The policy of round {round_ - 1} is in {recorder!r}"
+        raise DivergedError(
+            f"round {round_}, {error}{kept if round_ > 1 else ''}"
+        ) from None
 
 
 def orm_filter(
     rollouts: Sequence[Rollout],
     rewards: Sequence[float],
-    orm: Scorer,
+    orm: SolutionScorer,
     threshold: float,
 ) -> list[float]:
     """``rewards``, with 0 for right rollouts that score below ``threshold``.
@@ -250,9 +294,7 @@ def grow(
     index = {problem.id: i for i, problem in enumerate(problems)}
     grown = list(dataset)
     seen = {(s.problem, s.key) for s in grown}
-    counts: dict[int, int] = {}
-    for solution in grown:
-        counts[solution.problem] = counts.get(solution.problem, 0) + 1
+    counts = Counter(solution.problem for solution in grown)
     for rollout, reward in zip(rollouts, rewards, strict=True):
         episode = trajectory(rollout, reward)
         if not episode.terminal or episode.returns()[0] < 1.0:
@@ -260,12 +302,12 @@ def grow(
         i = index[rollout.problem_id]
         key = solution_key(rollout.text, settings.deduplicate, len(grown))
         full = settings.max_per_question is not None and (
-            counts.get(i, 0) >= settings.max_per_question
+            counts[i] >= settings.max_per_question
         )
         if full or (i, key) in seen:
             continue
         seen.add((i, key))
-        counts[i] = counts.get(i, 0) + 1
+        counts[i] += 1
         grown.append(Solution(i, key, rollout.tokens))
     return grown
 
@@ -339,49 +381,14 @@ def _round_metrics(rollouts, rewards, dataset, before, settings) -> dict[str, An
 # --- Checkpoints -------------------------------------------------------------------
 
 
-class _RoundRecorder:
-    """The recorder that a round's fine-tuning sees: adds the round to what it saves."""
-
-    def __init__(self, outer, round_, policy, dataset, metrics, resumed):
-        self.outer, self.round, self.policy = outer, round_, policy
-        self.dataset, self.metrics, self.resumed = dataset, metrics, resumed
-
-    def log(self, kind: str, **metrics: Any) -> None:
-        self.outer.log(kind, round=self.round + 1, **metrics)
-
-    def clock(self, stage: str) -> AbstractContextManager[None]:
-        return self.outer.clock(stage)
-
-    def due(self) -> bool:
-        return self.outer.due()
-
-    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        _save(
-            self.outer,
-            self.round,
-            self.policy,
-            self.dataset,
-            updates=state["updates"],
-            metrics=self.metrics,
-            more=tensors,
-        )
-
-    def restore(self) -> Checkpoint | None:
-        return self.resumed
-
-
-def _save(recorder, round_, policy, dataset, *, updates, metrics, more=None) -> None:
-    """Keep the sampling policy, D, and the state of a fine-tuning under way, if any."""
+def _packed(round_, policy, dataset, metrics) -> dict[str, Any]:
+    """What decides all that follows a round's sampling: its policy, D, metrics."""
     tensors = {f"policy.{k}": v for k, v in policy.model.state_dict().items()}
     tensors["data.problem"] = torch.tensor([s.problem for s in dataset])
     tensors |= pack_lists("data.tokens", [s.tokens for s in dataset])
-    state = {
-        "round": round_,
-        "updates": updates,
-        "metrics": metrics,
-        "keys": [list(solution.key) for solution in dataset],
-    }
-    recorder.save(tensors | (more or {}), state)
+    keys = [list(solution.key) for solution in dataset]
+    state = {"round": round_, "metrics": metrics, "keys": keys}
+    return {"tensors": tensors, "state": state}
 
 
 def _unpack(saved: Checkpoint) -> list[Solution]:

@@ -14,12 +14,11 @@ Left out: weight decay schedules, gradient noise, mixed precision on CPU (slower
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from rlreason.algorithms.batching import (
@@ -29,8 +28,10 @@ from rlreason.algorithms.batching import (
 )
 from rlreason.algorithms.optim import (
     adamw,
+    check_finite,
     clip_gradients,
     cosine_lr,
+    largest_weight,
     load_optimizer_tensors,
     optimizer_tensors,
     set_lr,
@@ -38,7 +39,8 @@ from rlreason.algorithms.optim import (
 from rlreason.algorithms.recorder import NullRecorder, Recorder
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import micro_batches, token_logprobs
-from rlreason.settings import Settings
+from rlreason.policy.progress import progress_bar
+from rlreason.settings import Settings, setting
 
 AnyExample = TypeVar("AnyExample", bound=Example)
 LossSum = Callable[[list[AnyExample]], Tensor]
@@ -47,22 +49,30 @@ LossSum = Callable[[list[AnyExample]], Tensor]
 class FinetuneSettings(Settings):
     """How to fine-tune. The defaults are the paper's (epochs, batch, rates)."""
 
-    epochs: int = Field(4, ge=1, description="Passes over the examples.")
-    batch_size: int = Field(128, ge=1, description="Examples an update.")
-    lr: float = Field(2e-5, gt=0, description="Peak learning rate.")
-    lr_floor: float = Field(
-        2e-7, ge=0, description="Learning rate that the schedule ends at."
+    epochs: int = setting(4, "Passes over the examples.", source="paper", ge=1)
+    batch_size: int = setting(128, "Examples an update.", source="paper", ge=1)
+    lr: float = setting(2e-5, "Peak learning rate.", source="paper", gt=0)
+    lr_floor: float = setting(
+        2e-7, "Learning rate that the schedule ends at.", source="paper", ge=0
     )
-    warmup: float = Field(0.05, ge=0, le=1, description="Share of updates of warm-up.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay.")
-    max_grad_norm: float = Field(
-        1.0, gt=0, description="Clip the gradient to this norm."
+    warmup: float = setting(
+        0.05, "Share of updates of warm-up.", source="ours", ge=0, le=1
     )
-    micro_tokens: int = Field(
-        1024, ge=1, description="Tokens that go through the model at once."
+    betas: tuple[float, float] = setting(
+        (0.9, 0.95), "AdamW's moments.", source="precursor"
     )
-    seed: int = Field(0, ge=0, description="Seed of the order of the examples.")
+    weight_decay: float = setting(0.0, "AdamW's decay.", source="ours", ge=0)
+    max_grad_norm: float = setting(
+        1.0, "Clip the gradient to this norm.", source="ours", gt=0
+    )
+    micro_tokens: int = setting(
+        1024,
+        "Tokens that go through the model at once.",
+        source="ours",
+        placement=True,
+        ge=1,
+    )
+    seed: int = setting(0, "Seed of the order of the examples.", source="ours", ge=0)
 
 
 def finetune(
@@ -78,21 +88,17 @@ def finetune(
 
     Raises:
         ValueError: there are no examples.
+        DivergedError: A loss, a gradient or the weights are not finite.
     """
     if not examples:
         raise ValueError("nothing to fine-tune on: the list of examples is empty")
-    recorder = recorder or NullRecorder()
-    optimizer = new_adamw(policy.model.parameters(), settings)
-    start = restore_training(recorder, policy.model, optimizer)
     fit(
         policy.model,
-        optimizer,
+        new_adamw(policy.model.parameters(), settings),
         examples,
         settings,
-        recorder,
+        recorder or NullRecorder(),
         loss=partial(nll, policy),
-        start=start,
-        save=partial(save_training, recorder, policy.model, optimizer),
     )
     return policy
 
@@ -105,51 +111,55 @@ def fit(
     recorder: Recorder,
     *,
     loss: LossSum,
-    save: Callable[[int], None],
     count: Callable[[Sequence[AnyExample]], int] = response_token_count,
-    start: int = 0,
     after_epoch: Callable[[int], None] | None = None,
 ) -> None:
     """The loop of every supervised update: SFT, distilling, reward model, RCRL.
+
+    It goes on from the recorder's checkpoint. What stands after the last update is the
+    caller's to keep.
 
     Args:
         model: What learns, in place.
         optimizer: Over its weights; a group may have an ``lr_scale``.
         examples: In any order; each epoch shuffles them.
         settings: Epochs, batches, schedule, clipping.
-        recorder: Gets a row an update, see ``finetune``.
+        recorder: Gets a row an update, see ``finetune``, and checkpoints.
         loss: Summed over the tokens of a micro-batch.
-        save: Called with the number of updates made, whenever a checkpoint is due.
-            What stands after the last update is the caller's to keep.
         count: Tokens of a batch that have a loss; its sum is divided by them.
-        start: Updates that were made before.
         after_epoch: Called with the epoch's index after its last update is logged.
+
+    Raises:
+        DivergedError: Loss, gradient or weights are not finite. The update is not made,
+            or its weights are not kept.
     """
     per_epoch = math.ceil(len(examples) / settings.batch_size)
     total = per_epoch * settings.epochs
+    start = saved = restore_training(recorder, model, optimizer)
     was_training = model.training
     model.eval()  # dropout stays off: what is scored is what is sampled
-    for epoch in range(start // per_epoch, settings.epochs):
-        batches = shuffled_batches(
-            examples, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch
+
+    def check(update: int, **numbers: float) -> None:
+        kept = (
+            f"the last good checkpoint, after update {saved}, is kept in {recorder!r}"
+            if saved
+            else "no checkpoint of this training had been taken yet"
         )
-        for i, batch in enumerate(batches):
-            update = epoch * per_epoch + i
-            if update < start:
-                continue
-            lr = cosine_lr(
-                update,
-                total=total,
-                warmup=math.ceil(settings.warmup * total),
-                peak=settings.lr,
-                floor=min(settings.lr_floor, settings.lr),
-            )
+        remedy = f"Lower lr (now {settings.lr:g}), or load the policy in float32"
+        check_finite(numbers, where=f"update {update + 1}", then=f"{kept}. {remedy}")
+
+    with progress_bar(total, "training", unit="update", done=start) as progress:
+        for update, batch in _batches(examples, settings, start):
+            epoch, last = update // per_epoch, (update + 1) % per_epoch == 0
+            lr = _lr_of(update, total, settings)
             set_lr(optimizer, lr)
             tokens = count(batch)
-            mean = accumulate(loss, batch, tokens, max_tokens=settings.micro_tokens)
-            norm = clip_gradients(model, settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with recorder.clock("learning"):
+                mean = accumulate(loss, batch, tokens, max_tokens=settings.micro_tokens)
+                norm = clip_gradients(model, settings.max_grad_norm)
+                check(update, loss=mean, grad_norm=norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             recorder.log(
                 "update",
                 update=update,
@@ -159,11 +169,40 @@ def fit(
                 lr=lr,
                 response_tokens=tokens,
             )
-            if i + 1 == per_epoch and after_epoch is not None:
+            progress.update(loss=mean)
+            due = recorder.due() and update + 1 < total
+            if due or last:
+                check(update, weights=largest_weight(model))
+            if last and after_epoch is not None:
                 after_epoch(epoch)
-            if recorder.due() and update + 1 < total:
-                save(update + 1)
+            if due:
+                save_training(recorder, model, optimizer, update + 1)
+                saved = update + 1
     model.train(was_training)
+
+
+def _batches(
+    examples: Sequence[AnyExample], settings: FinetuneSettings, start: int
+) -> Iterator[tuple[int, list[AnyExample]]]:
+    """The batch of each update from ``start`` on, with the number of the update."""
+    update = 0
+    for epoch in range(settings.epochs):
+        for batch in shuffled_batches(
+            examples, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch
+        ):
+            if update >= start:
+                yield update, batch
+            update += 1
+
+
+def _lr_of(update: int, total: int, settings: FinetuneSettings) -> float:
+    return cosine_lr(
+        update,
+        total=total,
+        warmup=math.ceil(settings.warmup * total),
+        peak=settings.lr,
+        floor=min(settings.lr_floor, settings.lr),
+    )
 
 
 def nll(policy: Policy, batch: Sequence[Example]) -> Tensor:
@@ -224,9 +263,12 @@ def save_training(recorder, model, optimizer, updates: int) -> None:
 
 
 def restore_training(recorder, model, optimizer) -> int:
-    """Undo ``save_training``; returns the number of updates already made."""
+    """Undo ``save_training``; returns the number of updates already made.
+
+    A checkpoint from before the first of them holds other data and no weights.
+    """
     checkpoint = recorder.restore()
-    if checkpoint is None:
+    if checkpoint is None or not checkpoint.state["updates"]:
         return 0
     load_model_tensors(model, checkpoint.tensors)
     load_optimizer_tensors(optimizer, "adamw", checkpoint.tensors)

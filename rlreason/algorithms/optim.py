@@ -1,4 +1,4 @@
-"""Optimisation that the algorithms share: schedules, and optimiser state as tensors.
+"""Optimisation that the algorithms share: schedules, optimiser state, divergence.
 
 State goes through plain tensors and numbers, never through pickle, so that it fits in a
 safetensors file and a resumed run continues to the bit.
@@ -7,11 +7,32 @@ safetensors file and a resumed run continues to the bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class DivergedError(ValueError):
+    """Training has left the region where going on makes sense."""
+
+
+def check_finite(metrics: Mapping[str, float], *, where: str, then: str) -> None:
+    """Stop at the first numbers that are none.
+
+    Args:
+        metrics: By name.
+        where: E.g. ``"update 5"``.
+        then: What is left, and what mends it.
+
+    Raises:
+        DivergedError: Names all that is not finite.
+    """
+    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if broken:
+        verb = "is not a finite number" if len(broken) == 1 else "are not finite"
+        raise DivergedError(f"{where}: {', '.join(broken)} {verb}; {then}")
 
 
 def cosine_lr(
@@ -134,6 +155,11 @@ def load_optimizer_tensors(
                 state.setdefault(int(index), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def largest_weight(model: nn.Module) -> float:
+    """The largest absolute weight of a model; NaN where a weight is."""
+    return max(float(p.detach().abs().max()) for p in model.parameters())
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

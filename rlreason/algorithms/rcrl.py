@@ -14,7 +14,7 @@ log pi(a_t | s_t, g_t), where g_t says what comes of it, and then ask for the go
 4. *Lay out*: the label stands before its step, as a token that no text can spell.
 5. *Learn*, starting from the pretrained base: cross-entropy on the tokens of the steps,
    EOS included, given the labels. The labels themselves are not learned.
-6. *Ask* (``sample_conditioned``): force ``[GOOD]``, sample a step, force ``[GOOD]``,
+6. *Ask* (``policy.labels``): force ``[GOOD]``, sample a step, force ``[GOOD]``,
    and so on. With ``[BAD]`` in its place the same policy must be right less often; that
    gap is the evidence that the labels mean something to it.
 
@@ -30,77 +30,76 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from rlreason.algorithms.batching import Example
-from rlreason.algorithms.finetune import (
-    FinetuneSettings,
-    fit,
-    load_model_tensors,
-    new_adamw,
-)
-from rlreason.algorithms.optim import load_optimizer_tensors, optimizer_tensors
+from rlreason.algorithms.finetune import FinetuneSettings, fit, new_adamw
 from rlreason.algorithms.recorder import (
     Checkpoint,
+    NestedRecorder,
     NullRecorder,
     Recorder,
     pack_lists,
     unpack_lists,
 )
 from rlreason.mdp import Span, Tokens, step_spans
+from rlreason.policy.labels import BAD, GOOD
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import token_logprobs
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.rollout import Prompt, Rollout
 from rlreason.policy.sampler import sample, sample_prompts
-from rlreason.policy.vocabulary import add_tokens, newline_ids, token_id
+from rlreason.policy.vocabulary import add_tokens, token_id
 from rlreason.rewards.sparse import sparse_rewards
-from rlreason.settings import Settings
+from rlreason.settings import Settings, setting
 from rlreason.tasks.answers import is_correct, operation_key
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt
-
-GOOD, BAD = "[GOOD]", "[BAD]"
 
 # p(correct) after each token of each rollout, as an outcome reward model gives it
 StepScorer = Callable[[Sequence[Rollout]], Sequence[Sequence[float]]]
 
 _QUESTIONS_AT_ONCE = 256  # between two chances to save
 # Random streams of their own, beside those of the rounds of expert iteration
-_SAMPLING, _LABELLING = 900, 901
+SAMPLING_STREAM, LABELLING_STREAM = 900, 901
 
 
 class RcrlSettings(Settings):
     """How to run return-conditioned RL. What the paper leaves open is said so."""
 
-    samples: int = Field(
-        4, ge=1, description="Solutions sampled a question (open in the paper)."
+    samples: int = setting(
+        4, "Solutions sampled a question (open in the paper).", source="ours", ge=1
     )
-    temperature: float = Field(
-        1.0, gt=0, description="Sampling temperature, of solutions and of labels."
+    temperature: float = setting(
+        1.0, "Sampling temperature, of solutions and of labels.", source="paper", gt=0
     )
-    k: int = Field(
+    k: int = setting(
         8,
+        "Rollouts that label a prefix (the paper's sister work has 8); 0: every step "
+        "takes the label of its solution. Not used with a reward model.",
+        source="precursor",
         ge=0,
-        description="Rollouts that label a prefix (the paper's sister work has 8); "
-        "0: every step takes the label of its solution. Not used with a reward model.",
     )
-    threshold: float = Field(
-        0.5, gt=0, le=1, description="Success from which on a step is good."
+    threshold: float = setting(
+        0.5, "Success from which on a step is good.", source="paper", gt=0, le=1
     )
-    positive_ratio: float | None = Field(
+    positive_ratio: float | None = setting(
         1.0,
+        "Right solutions for a wrong one (the paper: 100, 10, 1), what is over on "
+        "either side being dropped; None: as they were sampled.",
+        source="paper",
+        neutral=None,
         gt=0,
-        description="Right solutions for a wrong one (the paper: 100, 10, 1), what is "
-        "over on either side being dropped; None: as they were sampled.",
     )
-    max_new_tokens: int = Field(256, ge=1, description="Length limit of a response.")
-    seed: int = Field(0, ge=0, description="Seed of sampling, balance and order.")
-    finetune: FinetuneSettings = Field(
-        default_factory=FinetuneSettings, description="The update."
+    max_new_tokens: int = setting(
+        256, "Length limit of a response.", source="precursor", ge=1
+    )
+    seed: int = setting(0, "Seed of sampling, balance and order.", source="ours", ge=0)
+    finetune: FinetuneSettings = setting(
+        FinetuneSettings, "The update.", source="paper"
     )
 
 
@@ -122,7 +121,7 @@ class LabelledSolution:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledExample(Example):
+class ConditionedExample(Example):
     """An example some of whose response tokens are given and not learned.
 
     Attributes:
@@ -158,11 +157,13 @@ def rcrl(
     ``right_solutions`` and ``wrong_solutions`` (without repeats, so far; in the last
     row, what the balance left). While labelling (``kind="label"``): ``questions``,
     ``rollouts`` (all, those of sampling included), ``steps`` and ``good_steps`` (the
-    share of them) so far. At each update: as ``finetune``.
+    share of them) so far. At each update: as ``finetune``. Stages on the recorder's
+    clock: ``sampling``, ``scoring`` (the labels), ``learning``.
 
     Raises:
         ValueError: All solutions are right or all are wrong, so that there is nothing
             to tell apart; or the tokenizers differ.
+        DivergedError: A loss, a gradient or the weights are not finite.
     """
     recorder = recorder or NullRecorder()
     if expert.tokenizer.get_vocab() != base.tokenizer.get_vocab():
@@ -173,13 +174,29 @@ def rcrl(
         )
     saved = recorder.restore()
     data = _Data() if saved is None else _unpack(saved, expert, problems)
-    while data.sampled < len(problems):
-        _sample_some(expert, problems, data, settings, recorder)
-    while data.labelled < len(problems):
-        _label_some(expert, problems, data, settings, recorder, orm)
+    with progress_bar(
+        len(problems), "sampling solutions", unit="question", done=data.sampled
+    ) as progress:
+        while data.sampled < len(problems):
+            accuracy = _sample_some(expert, problems, data, settings, recorder)
+            progress.update(data.sampled - progress.done, accuracy=accuracy)
+    with progress_bar(
+        len(problems), "labelling steps", unit="question", done=data.labelled
+    ) as progress:
+        while data.labelled < len(problems):
+            good = _label_some(expert, problems, data, settings, recorder, orm)
+            progress.update(data.labelled - progress.done, good_steps=good)
     student = add_tokens(base, [GOOD, BAD])
-    examples = [labelled_example(student, s, problems) for s in data.solutions]
-    _learn(student, examples, data, settings, recorder, saved)
+    seed = settings.finetune.seed + 1000 * settings.seed
+    fit(
+        student.model,
+        new_adamw(student.model.parameters(), settings.finetune),
+        [conditioned_example(student, s, problems) for s in data.solutions],
+        settings.finetune.model_copy(update={"seed": seed}),
+        NestedRecorder(recorder, saved=saved, **_packed(data)),
+        loss=partial(conditional_nll, student),
+        count=step_token_count,
+    )
     return student
 
 
@@ -199,36 +216,38 @@ class _Data:
         return sum(solution.right is right for solution in self.solutions)
 
 
-def _sample_some(expert, problems, data, settings, recorder) -> None:
-    """Sample the next questions; after the last one, balance."""
+def _sample_some(expert, problems, data, settings, recorder) -> float:
+    """Sample the next questions, after the last one balance; returns the accuracy."""
     asked = problems[data.sampled : data.sampled + _QUESTIONS_AT_ONCE]
-    rollouts = sample(
-        expert,
-        asked,
-        k=settings.samples,
-        temperature=settings.temperature,
-        max_new_tokens=settings.max_new_tokens,
-        seed=1000 * settings.seed + _SAMPLING,
-    )
+    with recorder.clock("sampling"):
+        rollouts = sample(
+            expert,
+            asked,
+            k=settings.samples,
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            seed=1000 * settings.seed + SAMPLING_STREAM,
+        )
     rewards = sparse_rewards(rollouts, asked)
     data.solutions += distinct_solutions(rollouts, rewards, problems)
     data.sampled += len(asked)
     data.rollouts += len(rollouts)
     if data.sampled == len(problems):
-        data.solutions = balance(
+        data.solutions = balance_solutions(
             data.solutions, settings.positive_ratio, seed=settings.seed
         )
+    accuracy = sum(rewards) / len(rewards)
     recorder.log(
         "sample",
         questions=data.sampled,
         rollouts=data.rollouts,
-        accuracy=sum(rewards) / len(rewards),
+        accuracy=accuracy,
         truncated=sum(not r.finished for r in rollouts) / len(rollouts),
         right_solutions=data.count(True),
         wrong_solutions=data.count(False),
     )
-    if recorder.due():
-        _save(recorder, data)
+    _save_if_due(recorder, data)
+    return accuracy
 
 
 def distinct_solutions(
@@ -246,7 +265,7 @@ def distinct_solutions(
     return kept
 
 
-def balance(
+def balance_solutions(
     solutions: Sequence[LabelledSolution], positive_ratio: float | None, *, seed: int
 ) -> list[LabelledSolution]:
     """As many as can be had at so many right solutions for a wrong one, in order.
@@ -276,28 +295,30 @@ def balance(
 # --- 3: label ----------------------------------------------------------------------
 
 
-def _label_some(expert, problems, data, settings, recorder, orm) -> None:
-    """Label the solutions of the next questions."""
+def _label_some(expert, problems, data, settings, recorder, orm) -> float:
+    """Label the solutions of the next questions; returns the share of good steps."""
     end = min(len(problems), data.labelled + _QUESTIONS_AT_ONCE)
     places = [
         i for i, s in enumerate(data.solutions) if data.labelled <= s.problem < end
     ]
     chosen = [data.solutions[i] for i in places]
-    labelled, used = label_steps(expert, chosen, problems, settings, orm=orm)
+    with recorder.clock("scoring"):
+        labelled, used = label_steps(expert, chosen, problems, settings, orm=orm)
     for i, solution in zip(places, labelled, strict=True):
         data.solutions[i] = solution
     data.labelled = end
     data.rollouts += used
     labels = [good for solution in data.solutions for good in solution.good]
+    good_steps = sum(labels) / max(1, len(labels))
     recorder.log(
         "label",
         questions=data.labelled,
         rollouts=data.rollouts,
         steps=len(labels),
-        good_steps=sum(labels) / max(1, len(labels)),
+        good_steps=good_steps,
     )
-    if recorder.due():
-        _save(recorder, data)
+    _save_if_due(recorder, data)
+    return good_steps
 
 
 def label_steps(
@@ -369,7 +390,7 @@ def prefix_success(
         k=settings.k,
         temperature=settings.temperature,
         max_new_tokens=settings.max_new_tokens - min(len(t) for _, t in prefixes),
-        seed=1000 * settings.seed + _LABELLING,
+        seed=1000 * settings.seed + LABELLING_STREAM,
     )
     rates = {}
     for n, (i, tokens) in enumerate(prefixes):
@@ -398,7 +419,7 @@ def _scores_at(ends, solutions, orm) -> list[list[float]]:
 
 
 def cut_steps(policy: Policy, tokens: Sequence[int]) -> list[Span]:
-    """The steps of a response, as ``sample_conditioned`` meets them: ``[start, end)``.
+    """The steps of a response, as ``policy.labels`` meets them: ``[start, end)``.
 
     As ``mdp.step_spans``, but what is blank after the last newline (EOS alone, mostly)
     is a step of its own: whoever samples step by step cannot know that nothing follows.
@@ -414,9 +435,9 @@ def cut_steps(policy: Policy, tokens: Sequence[int]) -> list[Span]:
     return [*spans, (start, end)]
 
 
-def labelled_example(
+def conditioned_example(
     student: Policy, solution: LabelledSolution, problems: Sequence[Problem]
-) -> LabelledExample:
+) -> ConditionedExample:
     """The solution with each step's label before it, EOS at the end."""
     prompt = student.encode_prompt(format_prompt(problems[solution.problem]))
     ids = {True: token_id(student, GOOD), False: token_id(student, BAD)}
@@ -426,13 +447,13 @@ def labelled_example(
     for (start, end), good in zip(spans, solution.good, strict=True):
         labels.append(len(tokens))
         tokens += [ids[good], *solution.rollout.tokens[start:end]]
-    return LabelledExample(tuple(prompt), tuple(tokens), tuple(labels))
+    return ConditionedExample(tuple(prompt), tuple(tokens), tuple(labels))
 
 
 # --- 5: learn ----------------------------------------------------------------------
 
 
-def conditional_nll(policy: Policy, batch: Sequence[LabelledExample]) -> Tensor:
+def conditional_nll(policy: Policy, batch: Sequence[ConditionedExample]) -> Tensor:
     """Summed negative log-likelihood (nats) of all steps given their labels: a scalar.
 
     A label is read like a prompt: it stands before its step and has no loss itself.
@@ -448,161 +469,28 @@ def conditional_nll(policy: Policy, batch: Sequence[LabelledExample]) -> Tensor:
     return -(logprobs * learned).sum()
 
 
-def step_token_count(batch: Sequence[LabelledExample]) -> int:
+def step_token_count(batch: Sequence[ConditionedExample]) -> int:
     """The number of tokens the loss of this batch is divided by: no labels."""
     return sum(len(example.tokens) - len(example.labels) for example in batch)
-
-
-def _learn(student, examples, data, settings, recorder, saved) -> None:
-    """Fine-tune in place with the loss above."""
-    seed = settings.finetune.seed + 1000 * settings.seed
-    chosen = settings.finetune.model_copy(update={"seed": seed})
-    model = student.model
-    optimizer = new_adamw(model.parameters(), chosen)
-    start = 0
-    if saved is not None and saved.state["updates"]:
-        start = saved.state["updates"]
-        load_model_tensors(model, saved.tensors)
-        load_optimizer_tensors(optimizer, "adamw", saved.tensors)
-    fit(
-        model,
-        optimizer,
-        examples,
-        chosen,
-        recorder,
-        loss=partial(conditional_nll, student),
-        count=step_token_count,
-        start=start,
-        save=partial(_save, recorder, data, model, optimizer),
-    )
-
-
-# --- 6: ask ------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Row:
-    """A response under way."""
-
-    problem: int
-    sample: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    step: int = 0  # where the step begins that is being written, label included
-    room: int = 0  # tokens that may still be sampled
-    finished: bool = False
-
-
-def sample_conditioned(
-    policy: Policy,
-    problems: Sequence[Problem],
-    *,
-    label: str = GOOD,
-    k: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    seed: int = 0,
-    byte_budget: int | None = None,
-    progress: bool | None = None,
-) -> list[Rollout]:
-    """Draw ``k`` answers to each problem, every step of them after a forced ``label``.
-
-    A forced label is no action. It stands in a rollout's ``tokens``, so that
-    ``prompt_tokens + tokens`` is what the policy read, token in, token out; its
-    log-probability is 0.0, that of what is certain to come; it is not in ``text`` and
-    is not counted by ``max_new_tokens``. So the sum of ``logprobs`` is the
-    log-probability of the answer given the labels.
-
-    Args:
-        policy: As ``rcrl`` returns it.
-        problems: The questions. Two with the same id get the same samples.
-        label: ``"[GOOD]"``, or as the control ``"[BAD]"``.
-        max_new_tokens: Sampled tokens an answer, over all its steps, EOS included.
-        progress: Show a bar; by default where somebody watches.
-
-    The other arguments are as in ``sample``; what is returned is in the same order.
-    """
-    forced, ends = token_id(policy, label), newline_ids(policy)
-    prompts = [tuple(policy.encode_prompt(format_prompt(p))) for p in problems]
-    rows = [
-        _Row(i, j, room=max_new_tokens) for i in range(len(problems)) for j in range(k)
-    ]
-    live, turn = rows, 0
-    with progress_bar(len(rows), label, unit="sample", show=progress) as bar:
-        while live or turn == 0:
-            for row in live:
-                if row.step == len(row.tokens):
-                    row.tokens.append(forced)
-                    row.logprobs.append(0.0)
-            # All begin alike, so the K samples of a question share the first prompt
-            asked = [row for row in live if turn or row.sample == 0]
-            parts = sample_prompts(
-                policy,
-                [
-                    Prompt(
-                        problems[row.problem].id,
-                        prompts[row.problem] + tuple(row.tokens),
-                        f" sample {row.sample} turn {turn}" if turn else "",
-                    )
-                    for row in asked
-                ],
-                k=k if turn == 0 else 1,
-                temperature=temperature,
-                max_new_tokens=max((row.room for row in live), default=max_new_tokens),
-                seed=seed,
-                stop_ids=ends,
-                byte_budget=byte_budget,
-                progress=False,
-            )
-            for row, part in zip(live, parts, strict=True):
-                _take(policy, row, part)
-            still = [row for row in live if row.room and not row.finished]
-            bar.update(len(live) - len(still))
-            live, turn = still, turn + 1
-    texts = policy.decode_batch([row.tokens for row in rows])
-    return [
-        Rollout(
-            problem_id=problems[row.problem].id,
-            sample=row.sample,
-            prompt_tokens=prompts[row.problem],
-            tokens=tuple(row.tokens),
-            logprobs=tuple(row.logprobs),
-            text=text,
-            finished=row.finished,
-        )
-        for row, text in zip(rows, texts, strict=True)
-    ]
-
-
-def _take(policy: Policy, row: _Row, part: Rollout) -> None:
-    """Add what was sampled; a row with less room than others is cut here."""
-    tokens = part.tokens[: row.room]
-    row.tokens += tokens
-    row.logprobs += part.logprobs[: row.room]
-    row.room -= len(tokens)
-    row.finished = tokens[-1] == policy.eos_id
-    # A blank line belongs to the step after it, as in ``step_spans``
-    if policy.decode(row.tokens[row.step :]).strip():
-        row.step = len(row.tokens)
 
 
 # --- Checkpoints -------------------------------------------------------------------
 
 
-def _save(recorder, data: _Data, model=None, optimizer=None, updates: int = 0) -> None:
-    """Keep the data, and the state of learning where it has begun."""
-    tensors: dict[str, Tensor] = {}
-    if model is not None:
-        tensors |= {f"model.{k}": v for k, v in model.state_dict().items()}
-        tensors |= optimizer_tensors(optimizer, "adamw")
+def _save_if_due(recorder: Recorder, data: _Data) -> None:
+    if recorder.due():
+        NestedRecorder(recorder, **_packed(data)).save({}, {"updates": 0})
+
+
+def _packed(data: _Data) -> dict[str, Any]:
+    """How far the run has come before it learns, as every checkpoint holds it."""
     rollouts = [solution.rollout for solution in data.solutions]
-    tensors |= {
+    logprobs = [rollout.logprobs for rollout in rollouts]
+    tensors = {
         "data.problem": torch.tensor([s.problem for s in data.solutions]),
         "data.sample": torch.tensor([r.sample for r in rollouts]),
         **pack_lists("data.tokens", [r.tokens for r in rollouts]),
-        **pack_lists(
-            "data.logprobs", [r.logprobs for r in rollouts], dtype=torch.float32
-        ),
+        **pack_lists("data.logprobs", logprobs, dtype=torch.float32),
     }
     state = {
         "sampled": data.sampled,
@@ -610,13 +498,12 @@ def _save(recorder, data: _Data, model=None, optimizer=None, updates: int = 0) -
         "rollouts": data.rollouts,
         "right": [solution.right for solution in data.solutions],
         "good": [list(solution.good) for solution in data.solutions],
-        "updates": updates,
     }
-    recorder.save(tensors, state)
+    return {"tensors": tensors, "state": state}
 
 
 def _unpack(saved: Checkpoint, expert: Policy, problems) -> _Data:
-    """Undo ``_save``; prompts and texts are made anew from the tokens."""
+    """Undo ``_packed``; prompts and texts are made anew from the tokens."""
     tokens = unpack_lists("data.tokens", saved.tensors)
     columns = zip(
         saved.tensors["data.problem"].tolist(),

@@ -1,8 +1,9 @@
 """What an algorithm asks of the place it is run in: log, save, restore.
 
 Algorithms know this protocol and nothing of folders, so that they can be called bare
-in a notebook (``NullRecorder``) and be stopped and taken up again in a batch
-(``rlreason.runs.folder.RunFolder``).
+in a notebook (``NullRecorder``, or ``MemoryRecorder`` to see what it logged) and be
+stopped and taken up again in a batch (``rlreason.runs.folder.RunFolder``). An algorithm
+that is a part of another one gets a ``NestedRecorder``.
 
 The contract of a resumable algorithm, which is what makes a killed run equal an
 undisturbed one to the bit:
@@ -21,6 +22,7 @@ undisturbed one to the bit:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -110,3 +112,80 @@ class NullRecorder:
     def restore(self) -> Checkpoint | None:
         """Return None: every run starts from nothing."""
         return None
+
+
+class MemoryRecorder(NullRecorder):
+    """Keeps rows and the last checkpoint in memory, and restores as a run folder does.
+
+    Attributes:
+        rows: What was logged, each with its ``kind``.
+        save_every: Rows from one checkpoint to the next one that is due; None: none is.
+    """
+
+    def __init__(self, *, save_every: int | None = None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.save_every = save_every
+        self.saved: tuple[dict[str, Tensor], str, int] | None = None
+
+    def log(self, kind: str, **metrics: Any) -> None:
+        """Append the row."""
+        self.rows.append({"kind": kind, **metrics})
+
+    def due(self) -> bool:
+        """True when ``save_every`` rows were logged since the last checkpoint."""
+        since = len(self.rows) - (self.saved[2] if self.saved else 0)
+        return self.save_every is not None and since >= self.save_every
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Keep copies of both, in place of those of the last checkpoint."""
+        own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.saved = own, json.dumps(state), len(self.rows)
+
+    def restore(self) -> Checkpoint | None:
+        """Take rows back to the last checkpoint, and return a copy of it."""
+        tensors, state, rows = self.saved or ({}, "", 0)
+        del self.rows[rows:]
+        if self.saved is None:
+            return None
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        return Checkpoint(own, json.loads(state))
+
+
+class NestedRecorder:
+    """What a part of an algorithm writes to: it goes on into the recorder of the whole.
+
+    Args:
+        outer: The recorder of the whole.
+        saved: Where the part goes on from; None: it begins.
+        tensors: What the whole needs to go on, added to each checkpoint of the part.
+        state: The same, of what is no tensor.
+        labels: Added to each row, e.g. ``round=2``.
+    """
+
+    def __init__(
+        self,
+        outer: Recorder,
+        *,
+        saved: Checkpoint | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        state: Mapping[str, Any] | None = None,
+        **labels: Any,
+    ) -> None:
+        self.outer, self.saved, self.labels = outer, saved, labels
+        self.tensors, self.state = dict(tensors or {}), dict(state or {})
+        self.clock, self.due = outer.clock, outer.due
+
+    def __repr__(self) -> str:
+        return repr(self.outer)
+
+    def log(self, kind: str, **metrics: Any) -> None:
+        """Append the row, with its labels, to those of the whole."""
+        self.outer.log(kind, **self.labels, **metrics)
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Keep part and whole together."""
+        self.outer.save(self.tensors | tensors, self.state | state)
+
+    def restore(self) -> Checkpoint | None:
+        """Return where the part goes on from, with what the whole had added."""
+        return self.saved

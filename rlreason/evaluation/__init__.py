@@ -1,1 +1,1 @@
-"""How a policy is judged: metrics from K samples, with intervals."""
+"""How a policy is evaluated: metrics from K samples, with intervals."""

@@ -1,16 +1,17 @@
-"""Judge a classifier by its scores: does it rank, and do its probabilities hold?
+"""Evaluate a classifier by its scores: does it rank, and do its probabilities hold?
 
 =========================  ==========================================================
 function                   the question it answers
 =========================  ==========================================================
 ``auc``                    how often does a right sample score above a wrong one?
 ``auc_interval``           how sure is that, over other questions?
+``auc_within``             does it, among samples of *one* question?
 ``calibration_curve``      of what scores 0.8, are 80% right?
 ``calibration_error``      by how much are they off, on average?
 =========================  ==========================================================
 
-Written for the outcome reward model; what is judged are numbers and labels, whoever
-gave them. A good ranking with poor calibration is enough for reranking, and is not
+Written for the outcome reward model; it reads numbers and labels, whoever gave
+them. A good ranking with poor calibration is enough for reranking, and is not
 enough for a threshold.
 
 Left out: precision and recall at a threshold, and recalibration.
@@ -109,6 +110,44 @@ def auc_interval(
     return Interval(mean, float(low), float(high), level, n, "bootstrap over questions")
 
 
+def auc_within(
+    scores: ArrayLike, labels: ArrayLike, questions: Sequence[Hashable]
+) -> dict[Hashable, float]:
+    """``auc`` among the samples of each question that has both kinds, by question.
+
+    What reranking needs: it chooses among the samples of one question. A classifier
+    that knows only how hard a question is has an ``auc`` well above one half, and 0.5
+    here. A question solved always or never has no value. The interval of their mean is
+    over questions, ``intervals.bootstrap_interval(list(values.values()))``.
+
+    Args:
+        scores: As in ``auc``.
+        labels: As in ``auc``.
+        questions: (N,), which question each sample answers.
+
+    Raises:
+        ValueError: No question has both right and wrong samples; or as ``auc``.
+
+    >>> auc_within([0.9, 0.8, 0.2, 0.1], [True, True, True, False], "aabb")
+    {'b': 1.0}
+    """
+    scores, labels = _checked(scores, labels)
+    members: dict[Hashable, list[int]] = {}
+    for i in range(len(scores)):
+        members.setdefault(questions[i], []).append(i)
+    within = {
+        question: auc(scores[rows], labels[rows])
+        for question, rows in members.items()
+        if labels[rows].min() < labels[rows].max()
+    }
+    if not within:
+        raise ValueError(
+            f"none of the {len(members)} questions has both right and wrong samples, "
+            "so there is nothing to tell apart within one; give more samples a question"
+        )
+    return within
+
+
 def calibration_curve(
     scores: ArrayLike, labels: ArrayLike, *, bins: int = 10, level: float = 0.95
 ) -> list[Bin]:
@@ -156,10 +195,10 @@ def calibration_error(scores: ArrayLike, labels: ArrayLike, *, bins: int = 10) -
     return sum(gaps) / sum(b.right.n for b in curve)
 
 
-def judge_scores(
+def classification_metrics(
     scores: ArrayLike, labels: ArrayLike, questions: Sequence[Hashable]
 ) -> dict[str, float]:
-    """AUC with its 95% interval, and the calibration error: the ``judge`` of an ORM."""
+    """AUC with its 95% interval, and the calibration error, of held-out samples."""
     interval = auc_interval(scores, labels, questions)
     return {
         "auc": interval.mean,
@@ -198,6 +237,6 @@ def _checked(
     if both and labels.min() == labels.max():
         raise ValueError(
             f"all {len(labels)} samples are {'right' if labels[0] else 'wrong'}, so "
-            "there is nothing to tell apart; judge on more questions or samples"
+            "there is nothing to tell apart; evaluate on more questions or samples"
         )
     return scores, labels

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlreason.algorithms.rcrl import sample_conditioned
 from rlreason.evaluation.diversity import count_operation_sequences
 from rlreason.evaluation.intervals import (
     Interval,
@@ -34,9 +33,10 @@ from rlreason.evaluation.intervals import (
     paired_interval,
 )
 from rlreason.evaluation.metrics import maj_curve, pass_at_k, rerank_at_k
+from rlreason.policy.labels import answer_groups
 from rlreason.policy.load import Policy
+from rlreason.policy.progress import progress_bar
 from rlreason.policy.rollout import Rollout
-from rlreason.policy.sampler import sample_groups
 from rlreason.rewards.sparse import sparse_reward
 from rlreason.tasks.answers import extract_answer
 from rlreason.tasks.problem import Problem
@@ -292,39 +292,6 @@ class Report:
         return interval(values, level=self.level, seed=self.seed)
 
 
-def answer_groups(
-    policy: Policy,
-    problems: Sequence[Problem],
-    *,
-    k: int,
-    shots: Sequence[Problem] = (),
-    label: str | None = None,
-    **settings: Any,
-) -> Iterator[tuple[int, list[Rollout]]]:
-    """Sample ``k`` answers to each problem, plainly or after a forced label.
-
-    Args:
-        settings: What ``sample`` takes beside these.
-
-    Yields:
-        The index of a problem and its answers, in the order of finishing.
-
-    Raises:
-        ValueError: A label and shots, which have none.
-    """
-    if label is None:
-        yield from sample_groups(policy, problems, k=k, shots=shots, **settings)
-        return
-    if shots:
-        raise ValueError("worked examples have no labels: give shots or a label")
-    stride = max(1, 4096 // k)  # answers held in memory at once
-    for first in range(0, len(problems), stride):
-        part = problems[first : first + stride]
-        rollouts = sample_conditioned(policy, part, label=label, k=k, **settings)
-        for i in range(len(part)):
-            yield first + i, rollouts[i * k : (i + 1) * k]
-
-
 def evaluate(
     policy: Policy,
     problems: Sequence[Problem],
@@ -373,14 +340,25 @@ def evaluate(
         shots=shots,
         label=label,
         byte_budget=byte_budget,
-        progress=progress,
+        progress=False,
     )
     results = {}
-    for i, (rollout,) in groups(k=1, temperature=0.0):
-        results[i] = judge_greedy(problems[i], rollout)
+    with progress_bar(
+        len(problems), "greedy solutions", unit="sample", show=progress
+    ) as bar:
+        for i, (rollout,) in groups(k=1, temperature=0.0):
+            results[i] = grade_greedy(problems[i], rollout)
+            right = sum(result.greedy_correct for result in results.values())
+            bar.update(accuracy=right / len(results))
     if k:
-        for i, rollouts in groups(k=k, temperature=temperature):
-            results[i] = judge_samples(results[i], problems[i], rollouts, orm=orm)
+        right = 0
+        with progress_bar(
+            len(problems) * k, "sampled solutions", unit="sample", show=progress
+        ) as bar:
+            for i, rollouts in groups(k=k, temperature=temperature):
+                results[i] = grade_samples(results[i], problems[i], rollouts, orm=orm)
+                right += sum(results[i].correct)
+                bar.update(k, accuracy=right / (bar.done + k))
     report = Report(
         policy=policy.name,
         k=k or 0,
@@ -394,7 +372,7 @@ def evaluate(
     return report
 
 
-def judge_greedy(problem: Problem, rollout: Rollout) -> ProblemResult:
+def grade_greedy(problem: Problem, rollout: Rollout) -> ProblemResult:
     """The result of a problem from its greedy solution, without samples as yet."""
     return ProblemResult(
         id=problem.id,
@@ -405,7 +383,7 @@ def judge_greedy(problem: Problem, rollout: Rollout) -> ProblemResult:
     )
 
 
-def judge_samples(
+def grade_samples(
     result: ProblemResult,
     problem: Problem,
     rollouts: Sequence[Rollout],
@@ -422,7 +400,7 @@ def judge_samples(
         correct=correct,
         finished=tuple(r.finished for r in rollouts),
         sequences=tuple(sorted(sequences.values(), reverse=True)),
-        scores=None if orm is None else _score(orm, problem, rollouts),
+        scores=None if orm is None else _scores_of(orm, problem, rollouts),
     )
 
 
@@ -442,7 +420,7 @@ def compare(before: Report, after: Report, name: str) -> Interval:
     )
 
 
-def _score(
+def _scores_of(
     orm: Scorer, problem: Problem, rollouts: Sequence[Rollout]
 ) -> tuple[float, ...]:
     scores = tuple(float(score) for score in orm(problem, rollouts))

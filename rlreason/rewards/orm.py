@@ -5,7 +5,8 @@ of its own, a copy of the policy, with a linear layer in place of the output lay
 logit at every token of the response, from that token and what stands before it. So each
 prefix has a score, and the score of the last token is the one of the solution.
 
-1. *Score*: ``score_tokens``, a probability after every token; ``score``, the last one.
+1. *Score*: ``score_tokens``, a probability after every token; ``score_responses``, the
+   last one.
 2. *Rerank*: a model is a scorer of ``evaluate(..., orm=orm)``.
 3. *Pay*: ``sparse_orm_reward`` pays the score of the solution on its last token,
    ``dense_orm_reward`` pays the score of the prefix at the end of every step.
@@ -24,7 +25,7 @@ tells it that from the start (see the log of what was tried).
 A score is a guess, and a policy that is paid for it learns what the model likes, right
 or not; watch the true accuracy beside it. The model reads tokens as they were sampled,
 prompt included: whoever asks with worked examples has it score what it was not trained
-on. Training is ``rlreason.algorithms.orm``.
+on. Training is ``rlreason.algorithms.reward_modelling``.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class OutcomeRewardModel:
     def __call__(self, problem: Problem, rollouts: Sequence[Rollout]) -> list[float]:
         """Score the samples of one problem: the ``orm`` of ``evaluate``."""
         problems_of(rollouts, [problem])
-        return score(self, rollouts)
+        return score_responses(self, rollouts)
 
     def _check(self, responses: Sequence[Response]) -> None:
         known = self.vocabulary
@@ -230,7 +231,7 @@ def score_tokens(
     return scores
 
 
-def score(
+def score_responses(
     orm: OutcomeRewardModel,
     responses: Sequence[Response],
     *,
@@ -247,7 +248,7 @@ def sparse_orm_reward(orm: OutcomeRewardModel) -> RewardFunction:
         rollouts: Sequence[Rollout], problems: Sequence[Problem]
     ) -> list[tuple[float, ...]]:
         problems_of(rollouts, problems)
-        scores = score(orm, rollouts)
+        scores = score_responses(orm, rollouts)
         return [pay_last_token(r, s) for r, s in zip(rollouts, scores, strict=True)]
 
     return reward

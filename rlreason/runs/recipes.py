@@ -15,7 +15,7 @@ from pydantic import model_validator
 
 from rlreason.algorithms.expert_iteration import ExpertIterationSettings
 from rlreason.algorithms.finetune import FinetuneSettings
-from rlreason.algorithms.orm import OrmSettings
+from rlreason.algorithms.reward_modelling import OrmSettings
 from rlreason.algorithms.ppo import PpoSettings
 from rlreason.algorithms.rcrl import RcrlSettings
 from rlreason.policy.load import Policy, load_policy

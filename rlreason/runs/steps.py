@@ -18,11 +18,11 @@ from rlreason.algorithms.expert_iteration import (
     expert_iteration,
 )
 from rlreason.algorithms.finetune import FinetuneSettings
-from rlreason.algorithms.orm import OrmSettings, train_orm
+from rlreason.algorithms.reward_modelling import OrmSettings, train_orm
 from rlreason.algorithms.ppo import PpoSettings, ppo
 from rlreason.algorithms.rcrl import BAD, GOOD, RcrlSettings, rcrl
 from rlreason.algorithms.sft import sft
-from rlreason.evaluation.classifier import judge_scores
+from rlreason.evaluation.classifier import classification_metrics
 from rlreason.policy.load import Policy, load_policy
 from rlreason.policy.vocabulary import add_tokens
 from rlreason.rewards.base import RewardFunction
@@ -30,7 +30,7 @@ from rlreason.rewards.dense import dense_reward
 from rlreason.rewards.orm import (
     OutcomeRewardModel,
     dense_orm_reward,
-    score,
+    score_responses,
     score_tokens,
     sparse_orm_reward,
 )
@@ -155,7 +155,7 @@ class ExpertIterationPlan(Plan):
             self.algorithm,
             solved=self.task.solved_problems() if self.start else (),
             shots=self.task.shot_problems(self.shots),
-            orm=partial(score, judged.orm) if judged else None,
+            orm=partial(score_responses, judged.orm) if judged else None,
             recorder=run,
             on_round=lambda _, policy: look(policy),
         )
@@ -201,13 +201,13 @@ class RewardModelPlan(Plan):
     def make(
         self, base: Policy, needed: Mapping[str, Any], run: RunFolder
     ) -> OutcomeRewardModel:
-        """See ``algorithms.orm``."""
+        """See ``algorithms.reward_modelling``."""
         return train_orm(
             needed["start"].policy,
             self.task.question_problems(),
             self.algorithm,
             run,
-            judge=judge_scores,
+            evaluator=classification_metrics,
         )
 
     def load(self, run: RunFolder) -> TrainedRewardModel:

@@ -39,20 +39,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from rlreason.algorithms.batching import Example
-from rlreason.algorithms.finetune import (
-    FinetuneSettings,
-    fit,
-    new_adamw,
-    restore_training,
-    save_training,
-)
+from rlreason.algorithms.finetune import FinetuneSettings, fit, new_adamw
+from rlreason.algorithms.optim import check_finite
 from rlreason.algorithms.recorder import (
     Checkpoint,
+    NestedRecorder,
     NullRecorder,
     Recorder,
     pack_lists,
@@ -63,33 +58,45 @@ from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
 from rlreason.rewards.orm import OutcomeRewardModel, score_tokens
 from rlreason.rewards.sparse import sparse_rewards
+from rlreason.settings import setting
 from rlreason.tasks.problem import Problem
 
 
 class OrmSettings(FinetuneSettings):
     """How to train the reward model. The paper gives none of these."""
 
-    k: int = Field(96, ge=2, description="Samples a question.")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
-    max_new_tokens: int = Field(256, ge=1, description="Length limit of a response.")
-    max_per_question: int | None = Field(
+    k: int = setting(96, "Samples a question.", source="paper", ge=2)
+    temperature: float = setting(1.0, "Sampling temperature.", source="paper", gt=0)
+    max_new_tokens: int = setting(
+        256, "Length limit of a response.", source="precursor", ge=1
+    )
+    max_per_question: int | None = setting(
         None,
+        "Distinct samples used of a question, the first; None: all.",
+        source="ours",
+        neutral=None,
         ge=1,
-        description="Distinct samples used of a question, the first; None: all.",
     )
-    held_out: float = Field(
-        0.1, gt=0, lt=1, description="Share of the questions that are not trained on."
-    )
-    epochs: int = Field(1, ge=1, description="Passes over the samples.")
-    likelihood: bool = Field(
-        False,
-        description="Whether the logit also holds how likely the model finds what it "
-        "reads, which is not in the paper; see rewards.orm.",
-    )
-    head_lr_scale: float = Field(
-        10.0,
+    held_out: float = setting(
+        0.1,
+        "Share of the questions that are not trained on.",
+        source="ours",
         gt=0,
-        description="Learning rate of what starts from nothing, as a multiple of lr.",
+        lt=1,
+    )
+    epochs: int = setting(1, "Passes over the samples.", source="ours", ge=1)
+    likelihood: bool = setting(
+        False,
+        "Whether the logit also holds how likely the model finds what it reads, which "
+        "is not in the paper; see rewards.orm.",
+        source="ours",
+        neutral=False,
+    )
+    head_lr_scale: float = setting(
+        10.0,
+        "Learning rate of what starts from nothing, as a multiple of lr.",
+        source="ours",
+        gt=0,
     )
 
 
@@ -109,8 +116,8 @@ class OrmData:
     held_out: list[LabelledExample]
 
 
-# Judges held-out scores: (scores at the last token, labels, question ids) to metrics
-Judge = Callable[[list[float], list[bool], list[str]], dict[str, Any]]
+# Of held-out samples: scores at the last token, labels, question ids
+Evaluator = Callable[[list[float], list[bool], list[str]], dict[str, Any]]
 
 
 def train_orm(
@@ -119,7 +126,7 @@ def train_orm(
     settings: OrmSettings,
     recorder: Recorder | None = None,
     *,
-    judge: Judge | None = None,
+    evaluator: Evaluator | None = None,
 ) -> OutcomeRewardModel:
     """Train a reward model on samples of ``policy``, starting from its weights.
 
@@ -128,8 +135,8 @@ def train_orm(
         problems: Questions with their final answers.
         settings: See the class.
         recorder: Where metrics and checkpoints go.
-        judge: Called with what was held out after each epoch; what it returns is
-            logged, e.g. ``evaluation.classifier.judge_scores``.
+        evaluator: Called with what was held out after each epoch; what it returns is
+            logged, e.g. ``evaluation.classifier.classification_metrics``.
 
     Logged once (``kind="sample"``): ``rollouts``, ``accuracy``, ``truncated`` (shares
     of them), ``distinct`` (without repeats), ``train``, ``held_out`` (balanced
@@ -137,10 +144,13 @@ def train_orm(
     (``kind="update"``): ``update``, ``epoch``, ``loss`` (nats a response token),
     ``grad_norm``, ``lr``, ``response_tokens``. After each epoch (``kind="held_out"``):
     ``epoch``, ``loss`` (nats a response token), ``accuracy`` (share on the right side
-    of one half at the last token), and what ``judge`` returns.
+    of one half at the last token), and what ``evaluator`` returns.
+
+    Stages on the recorder's clock: ``sampling``, ``learning``, ``scoring`` (held out).
 
     Raises:
         ValueError: What is to be trained on, or held out, is all right or all wrong.
+        DivergedError: A loss, a gradient, the weights or a score are not finite.
     """
     recorder = recorder or NullRecorder()
     orm = OutcomeRewardModel(policy, likelihood=settings.likelihood)
@@ -148,8 +158,8 @@ def train_orm(
     saved = recorder.restore()
     if saved is None:
         # Other streams than those of expert iteration (seed * 1000 + round), which may
-        # sample the same policy and have its samples judged by this model.
-        with recorder.clock("sample"):
+        # sample the same policy and have its samples scored by this model.
+        with recorder.clock("sampling"):
             rollouts = sample(
                 policy,
                 problems,
@@ -160,16 +170,15 @@ def train_orm(
             )
         data = build_dataset(label_rollouts(rollouts, problems), settings)
         recorder.log("sample", **_sample_metrics(rollouts, problems, data))
-        inner = _DataRecorder(recorder, data, None)
-        save_training(inner, orm.network, optimizer, 0)
     else:
         data = _unpack(saved)
-        inner = _DataRecorder(recorder, data, saved)
-    start = restore_training(inner, orm.network, optimizer)
+    inner = NestedRecorder(recorder, saved=saved, **_packed(data))
+    if saved is None:
+        inner.save({}, {"updates": 0})  # so that nothing is sampled twice
 
-    def judge_held_out(epoch: int) -> None:
-        with recorder.clock("held_out"):
-            metrics = _held_out_metrics(orm, data.held_out, judge)
+    def log_held_out(epoch: int) -> None:
+        with recorder.clock("scoring"):
+            metrics = _held_out_metrics(orm, data.held_out, evaluator)
         recorder.log("held_out", epoch=epoch, **metrics)
 
     fit(
@@ -177,11 +186,9 @@ def train_orm(
         optimizer,
         data.train,
         settings,
-        recorder,
+        inner,
         loss=partial(classification_loss, orm),
-        start=start,
-        save=partial(save_training, inner, orm.network, optimizer),
-        after_epoch=judge_held_out,
+        after_epoch=log_held_out,
     )
     return orm
 
@@ -203,8 +210,8 @@ def label_rollouts(
 ) -> list[LabelledExample]:
     """Each rollout with the label of its final answer, in the rollouts' order."""
     return [
-        LabelledExample(r.prompt_tokens, r.tokens, r.problem_id, paid == 1.0)
-        for r, paid in zip(rollouts, sparse_rewards(rollouts, problems), strict=True)
+        LabelledExample(r.prompt_tokens, r.tokens, r.problem_id, reward == 1.0)
+        for r, reward in zip(rollouts, sparse_rewards(rollouts, problems), strict=True)
     ]
 
 
@@ -227,7 +234,7 @@ def build_dataset(
     order = torch.randperm(len(groups), generator=generator).tolist()
     out = max(1, round(settings.held_out * len(order)))
     held_out, train = (
-        balance([example for i in part for example in groups[i]], generator)
+        balance_classes([example for i in part for example in groups[i]], generator)
         for part in (order[:out], order[out:])
     )
     for part, name in ((held_out, "to hold out"), (train, "to train on")):
@@ -248,7 +255,7 @@ def deduplicate(examples: Sequence[LabelledExample]) -> list[LabelledExample]:
     return list(first.values())
 
 
-def balance(
+def balance_classes(
     examples: Sequence[LabelledExample], generator: torch.Generator
 ) -> list[LabelledExample]:
     """All of the rarer class and as many of the other, first the right ones."""
@@ -295,9 +302,14 @@ def _sample_metrics(rollouts, problems, data: OrmData) -> dict[str, Any]:
     }
 
 
-def _held_out_metrics(orm, examples, judge: Judge | None) -> dict[str, Any]:
+def _held_out_metrics(orm, examples, evaluator: Evaluator | None) -> dict[str, Any]:
     scores = score_tokens(orm, examples)
     last = [s[-1] for s in scores]
+    check_finite(
+        {"a score": sum(map(sum, scores))},
+        where="held-out samples",
+        then="lower lr, or load the policy in float32",
+    )
     labels = [example.right for example in examples]
     # A probability of 0 or 1 that is wrong costs what float32 can tell from it
     tiny = 1e-7
@@ -311,39 +323,27 @@ def _held_out_metrics(orm, examples, judge: Judge | None) -> dict[str, Any]:
         "loss": sum(losses) / len(losses),
         "accuracy": sum(agree) / len(agree),
     }
-    if judge is not None:
-        metrics |= judge(last, labels, [example.problem_id for example in examples])
+    if evaluator is not None:
+        metrics |= evaluator(last, labels, [example.problem_id for example in examples])
     return metrics
 
 
 # --- Checkpoints -------------------------------------------------------------------
 
 
-class _DataRecorder:
-    """What training saves to: adds the data, so that nothing is sampled twice."""
-
-    def __init__(self, outer: Recorder, data: OrmData, saved: Checkpoint | None):
-        self.outer, self.data, self.saved = outer, data, saved
-
-    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.outer.save(*_pack(self.data, tensors, state))
-
-    def restore(self) -> Checkpoint | None:
-        return self.saved
-
-
-def _pack(data, tensors, state) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _packed(data: OrmData) -> dict[str, Any]:
+    """The samples, as every checkpoint holds them."""
     examples = [*data.train, *data.held_out]
     prompts = {e.problem_id: e.prompt_tokens for e in examples}
     index = {problem_id: i for i, problem_id in enumerate(prompts)}
-    packed = {
+    tensors = {
         "data.question": torch.tensor([index[e.problem_id] for e in examples]),
         "data.right": torch.tensor([e.right for e in examples]),
         **pack_lists("data.tokens", [e.tokens for e in examples]),
         **pack_lists("data.prompts", prompts.values()),
     }
-    more = {"questions": list(prompts), "train": len(data.train)}
-    return tensors | packed, state | more
+    state = {"questions": list(prompts), "train": len(data.train)}
+    return {"tensors": tensors, "state": state}
 
 
 def _unpack(saved: Checkpoint) -> OrmData:
