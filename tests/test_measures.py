@@ -297,7 +297,7 @@ def scripted(tmp_path):
             for seed, plan in enumerate(plans)
         ]
 
-    def evaluate(given, plan, *, greedy_only, label=None, prompted=False):
+    def evaluate(given, plan, *, greedy_only, label, prompted):
         assert given == recipe
         asked.append((plan, label, prompted))
         changed = plan.step != "sft" and plan != plan_of(
@@ -331,27 +331,30 @@ def test_greedy_compares_the_same_seed_of_the_start_or_of_what_is_varied(
     assert numbers(row) == limits(AFTER - BEFORE)
     after = COMPARISONS[name].after
     expected = [
-        *(plan_of(after.step, after.recipe(context.recipe), s) for s in range(SEEDS)),
         *(plan_of(before, context.recipe, s) for s in range(SEEDS)),
+        *(plan_of(after.step, after.recipe(context.recipe), s) for s in range(SEEDS)),
     ]
     assert asked == [(plan, label, False) for plan in expected]
 
 
-def test_from_the_base_the_start_is_the_prompted_base(scripted):
+@pytest.mark.parametrize(("step", "kept"), [("ppo", True), ("expert-iteration", False)])
+def test_from_the_base_the_start_and_what_learned_with_the_prompt_are_prompted(
+    step, kept, scripted
+):
     context, asked = scripted
-    recipe = context.recipe.changed({"start": "base"})
 
-    def evaluate(given, policy, *, prompted=False, **options):
+    def evaluate(given, policy, *, prompted, **options):
         asked.append((policy, prompted))
-        rows = AFTER if hasattr(policy, "algorithm") else BEFORE
-        return SimpleNamespace(values=lambda name: rows[0])
+        table = AFTER if hasattr(policy, "algorithm") else BEFORE
+        return SimpleNamespace(values=lambda name: table[0])
 
-    (row,) = MEASURES["greedy"](
-        replace(context, recipe=recipe, evaluate=evaluate), COMPARISONS["ppo"]
+    entry = Comparison(
+        "mine", "from the base", Variant("mine", step, {"start": "base"})
     )
+    (row,) = MEASURES["greedy"](replace(context, evaluate=evaluate), entry)
     assert row.against == "base"
-    assert [prompted for _, prompted in asked] == [False] * SEEDS + [True] * SEEDS
-    assert {policy.start for policy, prompted in asked if not prompted} == {None}
+    assert [prompted for _, prompted in asked] == [True] * SEEDS + [kept] * SEEDS
+    assert [policy.start for policy, _ in asked[SEEDS:]] == [None] * SEEDS
 
 
 def test_labels_are_compared_within_a_policy_and_variants_with_good_alone(scripted):

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,6 @@ from rlreason.runs.environment import commit, environment
 from rlreason.runs.evaluate import evaluate_recipe
 from rlreason.runs.plans import (
     Plan,
-    Trained,
     TrainedRewardModel,
     folder_of,
     plan_of,
@@ -50,6 +49,16 @@ from rlreason.tasks.problem import Problem
 
 ObtainAll = Callable[[Sequence[Plan]], Sequence[Any]]
 """Train what is not trained yet, and return it in the order of the plans."""
+
+KEEP_THE_PROMPT = ("ppo",)
+"""Steps that, from the base, learn with the solved examples in every prompt."""
+
+
+class Policies(NamedTuple):
+    """A policy a seed, and whether their questions come with solved examples."""
+
+    each: list[Policy]
+    prompted: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,32 +80,41 @@ class Context:
         """Of all training."""
         return range(self.recipe.seeds)
 
-    def plans(self, step: str, recipe: Recipe | None = None) -> list[Plan]:
-        """A plan a seed."""
-        return [plan_of(step, recipe or self.recipe, seed) for seed in self.seeds]
+    def plans(self, variant: Variant, step: str | None = None) -> list[Plan]:
+        """A plan a seed, of the variant's step or of another of its recipe."""
+        recipe = variant.recipe(self.recipe)
+        return [plan_of(step or variant.step, recipe, seed) for seed in self.seeds]
 
-    def trained(self, variant: Variant) -> Sequence[Trained]:
-        """A trained policy a seed."""
-        plans = self.plans(variant.step, variant.recipe(self.recipe))
-        return self.obtain_all(plans)
+    def trained(self, variant: Variant) -> Policies:
+        """What a variant trains."""
+        start, step = variant.recipe(self.recipe).start, variant.step
+        each = [run.policy for run in self.obtain_all(self.plans(variant))]
+        return Policies(each, start == "base" and step in KEEP_THE_PROMPT)
+
+    def starts(self, variant: Variant) -> Policies:
+        """What a variant's training started from."""
+        recipe = variant.recipe(self.recipe)
+        if recipe.start == "sft":
+            runs = self.obtain_all(self.plans(variant, "sft"))
+            return Policies([run.policy for run in runs])
+        policy = load_trained(recipe.policy if recipe.start == "base" else recipe.start)
+        return Policies([policy] * recipe.seeds, recipe.start == "base")
 
     def reward_models(self, variant: Variant) -> Sequence[TrainedRewardModel]:
-        """The reward model of a variant, one a seed."""
-        return self.obtain_all(self.plans("orm", variant.recipe(self.recipe)))
+        """The reward models of a variant's recipe."""
+        return self.obtain_all(self.plans(variant, "orm"))
 
-    def starts(self) -> list[Policy]:
-        """What training started from, a policy a seed."""
-        if self.recipe.start == "base":
-            return [self.recipe.base()] * len(self.seeds)
-        if self.recipe.start == "sft":
-            return [run.policy for run in self.obtain_all(self.plans("sft"))]
-        return [load_trained(self.recipe.start)] * len(self.seeds)
-
-    def greedy(self, policies: Sequence[Policy], **options: Any) -> np.ndarray:
+    def greedy(self, policies: Policies, label: str | None = None) -> np.ndarray:
         """Which problems each seed's policy solves greedily: (seeds, problems)."""
         reports = [
-            self.evaluate(self.recipe, policy, greedy_only=True, **options)
-            for policy in policies
+            self.evaluate(
+                self.recipe,
+                policy,
+                greedy_only=True,
+                label=label,
+                prompted=policies.prompted,
+            )
+            for policy in policies.each
         ]
         return np.stack([report.values("maj@1") for report in reports])
 
@@ -108,8 +126,7 @@ def measure(context: Context, comparison: Comparison) -> list[Record]:
     """Train what is not trained yet, and measure it: the rows of a comparison."""
     found = (MEASURES[name](context, comparison) for name in comparison.measures)
     rows = [row for rows in found for row in rows]
-    after = comparison.after
-    plans = context.plans(after.step, after.recipe(context.recipe))
+    plans = context.plans(comparison.after)
     seconds = fmean(folder_of(plan).status["seconds"] for plan in plans)
     where = {
         "seconds": seconds,
@@ -123,7 +140,6 @@ def measure(context: Context, comparison: Comparison) -> list[Record]:
 
 def measure_training(context: Context, comparison: Comparison) -> list[TrainingRecord]:
     """The phases of PPO of every seed, as the runs wrote them; none of other steps."""
-    after = comparison.after
     return [
         TrainingRecord(
             comparison=comparison.name,
@@ -134,9 +150,7 @@ def measure_training(context: Context, comparison: Comparison) -> list[TrainingR
             kl=row.get("kl"),
             settings=settings_hash(plan),
         )
-        for seed, plan in enumerate(
-            context.plans(after.step, after.recipe(context.recipe))
-        )
+        for seed, plan in enumerate(context.plans(comparison.after))
         for row in folder_of(plan).metrics
         if row["kind"] == "phase"
     ]
@@ -144,43 +158,43 @@ def measure_training(context: Context, comparison: Comparison) -> list[TrainingR
 
 def greedy(context: Context, comparison: Comparison) -> list[Row]:
     """See the table above."""
-    label = GOOD if comparison.after.step == "rcrl" else None
-    policies = [run.policy for run in context.trained(comparison.after)]
-    after = context.greedy(policies, label=label)
+    variant, other = comparison.after, comparison.before
+    label = GOOD if variant.step == "rcrl" else None
     metric = f"maj@1 with {label}" if label else "maj@1"
-    if comparison.before is not None:
-        policies = [run.policy for run in context.trained(comparison.before)]
-        before = context.greedy(policies, label=label)
-        return [paired(comparison, metric, comparison.before.name, before, after)]
-    prompted = context.recipe.start == "base"
-    before = context.greedy(context.starts(), prompted=prompted)
-    return [paired(comparison, metric, context.recipe.start, before, after)]
+    held = context.trained(other) if other else context.starts(variant)
+    against = other.name if other else variant.recipe(context.recipe).start
+    before = context.greedy(held, label if other else None)
+    after = context.greedy(context.trained(variant), label)
+    return [paired(comparison, metric, against, before, after)]
 
 
 def labels(context: Context, comparison: Comparison) -> list[Row]:
     """See the table above."""
-    policies = [run.policy for run in context.trained(comparison.after)]
-    bad, good = (context.greedy(policies, label=label) for label in (BAD, GOOD))
+    policies = context.trained(comparison.after)
+    bad, good = (context.greedy(policies, label) for label in (BAD, GOOD))
     return [paired(comparison, f"maj@1 with {GOOD}", BAD, bad, good)]
 
 
 def score_and_accuracy(context: Context, comparison: Comparison) -> list[Row]:
     """See the table above: did what was rewarded rise, and what it stands for?"""
-    recipe = context.recipe
+    recipe, variant = context.recipe, comparison.after
     problems = recipe.task.load("test", recipe.evaluation.problems)
-    models = [model.orm for model in context.reward_models(comparison.after)]
+    models = [model.orm for model in context.reward_models(variant)]
 
-    def found(policies: Sequence[Policy]) -> np.ndarray:
+    def found(policies: Policies) -> np.ndarray:
+        shots = recipe.shot_problems() if policies.prompted else ()
         each = [
-            reward_and_accuracy(recipe, policy, orm, problems, seed=seed)
-            for policy, orm, seed in zip(policies, models, context.seeds, strict=True)
+            reward_and_accuracy(recipe, policy, orm, problems, seed=seed, shots=shots)
+            for policy, orm, seed in zip(
+                policies.each, models, context.seeds, strict=True
+            )
         ]
         return np.swapaxes(each, 0, 1)  # (2, seeds, problems)
 
-    before = found(context.starts())
-    after = found([run.policy for run in context.trained(comparison.after)])
+    against = variant.recipe(recipe).start
+    before, after = found(context.starts(variant)), found(context.trained(variant))
     return [
-        paired(comparison, metric, recipe.start, *tables)
+        paired(comparison, metric, against, *tables)
         for metric, *tables in zip((SCORE, ACCURACY), before, after, strict=True)
     ]
 
@@ -198,6 +212,7 @@ def reward_and_accuracy(
     *,
     k: int = 1,
     seed: int = 0,
+    shots: Sequence[Problem] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """What a reward model gives to ``k`` answers to each problem, and what is right.
 
@@ -214,6 +229,7 @@ def reward_and_accuracy(
         temperature=recipe.ppo.temperature,
         max_new_tokens=recipe.max_new_tokens,
         seed=seed,
+        shots=shots,
     )
     scores, right = score(orm, rollouts), sparse_rewards(rollouts, problems)
     by_problem = len(problems), k
@@ -248,9 +264,9 @@ def reranking(context: Context, comparison: Comparison) -> list[Row]:
     recipe, chosen = context.recipe, context.recipe.evaluation
     size = chosen.recorded_problems or chosen.sampled_problems
     recipe = recipe.changed({"evaluation.sampled_problems": size})
-    policies = [run.policy for run in context.obtain_all(context.plans("sft"))]
+    sampled = context.obtain_all(context.plans(comparison.after, "sft"))
     models = [model.orm for model in context.reward_models(comparison.after)]
-    plans = context.plans("orm", comparison.after.recipe(recipe))
+    plans = context.plans(comparison.after, "orm")
     learned_from = context.obtain_all([plan.start for plan in plans])
     likelihoods = [
         OutcomeRewardModel(run.policy, likelihood=True) for run in learned_from
@@ -258,10 +274,8 @@ def reranking(context: Context, comparison: Comparison) -> list[Row]:
 
     def reports(scorers: Sequence[Scorer]) -> list[Report]:
         return [
-            context.evaluate(recipe, policy, orm=scorer, seed=seed)
-            for policy, scorer, seed in zip(
-                policies, scorers, context.seeds, strict=True
-            )
+            context.evaluate(recipe, run.policy, orm=scorer, seed=seed)
+            for run, scorer, seed in zip(sampled, scorers, context.seeds, strict=True)
         ]
 
     def table(reports: Sequence[Report], metric: str) -> np.ndarray:
