@@ -33,7 +33,7 @@ from rlreason.experiments.measures import (
 )
 from rlreason.experiments.records import Record, read_records, write_records
 from rlreason.policy.sampler import sample
-from rlreason.rewards.orm import OutcomeRewardModel, score
+from rlreason.rewards.orm import OutcomeRewardModel, score_responses
 from rlreason.rewards.sparse import sparse_rewards
 from rlreason.runs.evaluate import evaluate_recipe
 from rlreason.runs.plans import folder_of, obtain, plan_of
@@ -240,7 +240,9 @@ def test_scores_and_truth_are_means_over_the_answers_to_each_problem(context, ro
         seed=5,
     )
     groups = [[r for r in answers if r.problem_id == p.id] for p in problems]
-    assert scores == pytest.approx([fmean(score(orm, g)) for g in groups], abs=1e-5)
+    assert scores == pytest.approx(
+        [fmean(score_responses(orm, g)) for g in groups], abs=1e-5
+    )
     assert right == pytest.approx([fmean(sparse_rewards(g, problems)) for g in groups])
     assert 0 < right.mean() < 1
 

@@ -11,6 +11,7 @@ from toys import toy_profile, toy_recipe
 
 from rlreason import cli
 from rlreason.evaluation.intervals import Interval
+from rlreason.execution import seeds
 from rlreason.experiments import records
 from rlreason.experiments.catalogue import CATALOGUE
 from rlreason.experiments.records import (
@@ -28,7 +29,7 @@ from rlreason.experiments.records import (
 )
 from rlreason.runs.environment import project_root
 from rlreason.runs.folder import RunFolder
-from rlreason.runs.plans import folder_of, plan_of
+from rlreason.runs.plans import folder_of, obtain, plan_of
 from rlreason.runs.profiles import load_recipe
 from rlreason.settings import Settings, setting, settings_hash
 
@@ -159,8 +160,9 @@ def test_a_row_is_current_as_long_as_the_recipe_makes_its_plan(tmp_path):
     assert is_current(row, recipe)
     assert is_current(phase, recipe)
     assert not is_current(replace(phase, seed=0), recipe)
-    # What others do, and where it is computed, is all the same
+    # In how many pieces, where, and what others do is all the same
     for same in (
+        {"sft.micro_tokens": 77},
         {"orm.lr": 0.5},
         {"reward.kind": "sparse"},
         {"ppo.credit": {"kind": "grpo"}},  # which the variant changes anyway
@@ -300,14 +302,20 @@ def test_rlreason_record_writes_each_comparison_when_it_is_measured(
     profile = toy_profile(tmp_path, seeds=1)
     table = results.parent / "toy" / "comparisons.csv"
 
-    def run(*arguments: str) -> list[str]:
-        told = ["rlreason", "record", *arguments, "--profile", str(profile)]
-        monkeypatch.setattr("sys.argv", told)
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return [str(exit_.value.code), *out.splitlines(), *err.splitlines()[-1:]]
+    def here(plans):
+        """Train in this process: others take seconds to start."""
+        return [obtain(plan) for plan in plans]
 
+    def run(*arguments: str) -> list[str]:
+        code = 0
+        try:
+            cli.main(["record", *arguments, "--profile", str(profile)])
+        except SystemExit as exit_:
+            code = exit_.code
+        out, err = capsys.readouterr()
+        return [str(code), *out.splitlines(), *err.splitlines()[-1:]]
+
+    monkeypatch.setattr(seeds, "carry_out", here)
     code, line, *_ = run("ppo", "--set", "ppo.phases", "1")
     assert (code, line.partition(" ")[0]) == ("0", "ppo:")
     assert not table.exists()  # other settings than the profile's

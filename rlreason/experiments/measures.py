@@ -32,7 +32,7 @@ from rlreason.experiments.catalogue import Comparison, Variant
 from rlreason.experiments.records import Record, Row, TrainingRecord
 from rlreason.policy.load import Policy
 from rlreason.policy.sampler import sample
-from rlreason.rewards.orm import OutcomeRewardModel, score
+from rlreason.rewards.orm import OutcomeRewardModel, score_responses
 from rlreason.rewards.sparse import sparse_rewards
 from rlreason.runs.environment import commit, environment
 from rlreason.runs.evaluate import evaluate_recipe
@@ -231,7 +231,7 @@ def reward_and_accuracy(
         seed=seed,
         shots=shots,
     )
-    scores, right = score(orm, rollouts), sparse_rewards(rollouts, problems)
+    scores, right = score_responses(orm, rollouts), sparse_rewards(rollouts, problems)
     by_problem = len(problems), k
     return (
         np.reshape(scores, by_problem).mean(1),
