@@ -203,6 +203,7 @@ def test_a_table_says_what_when_and_where(results):
     rerank = {"comparison": "orm", "metric": "rerank@96", "against": "maj@96"}
     unsure = replace(ROW, **rerank, low=-0.1, high=0.3, problems=300)
     write_records(Record, [ROW, LOSS, AUC, unsure], path)
+    assert [row.comparison for row in recorded("tiny", "orm", "ppo")][-1] == "ppo"
     table, note = recorded_table("tiny", ["credit", "orm"]).split("\n\n")
     # What must not be torn apart has spaces that do not break
     assert "-10.0\xa0[-20.0,\xa0-5.0] | a\xa0loss |" in table

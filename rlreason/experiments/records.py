@@ -163,18 +163,26 @@ def results_folder(profile: str | Path) -> Path:
 
 
 def recorded(profile: str | Path, *names: str) -> list[Record]:
-    """The recorded rows of some comparisons, of all where none is named."""
+    """The recorded rows of some comparisons, in their order; all where none is named.
+
+    Raises:
+        CatalogueError: There is no comparison or table of such a name.
+        RecordError: The file is damaged.
+    """
     return _of(names, read_records(Record, comparisons_path(profile)))
 
 
 def recorded_training(profile: str | Path, *names: str) -> list[TrainingRecord]:
-    """The recorded phases of some comparisons, of all where none is named."""
+    """The recorded phases of PPO, likewise."""
     return _of(names, read_records(TrainingRecord, training_path(profile)))
 
 
 def _of(names: Sequence[str], rows: list[R]) -> list[R]:
-    wanted = {comparison.name for comparison in CATALOGUE.find(names)}
-    return [row for row in rows if not names or row.comparison in wanted]
+    if not names:
+        return rows
+    order = [comparison.name for comparison in CATALOGUE.find(names)]
+    found = [row for row in rows if row.comparison in order]
+    return sorted(found, key=lambda row: order.index(row.comparison))
 
 
 def read_records(kind: type[R], path: Path) -> list[R]:
@@ -299,7 +307,12 @@ def recorded_table(
         "|---|---|--:|--:|---|---|",
         *map(_table_line, rows, [None, *rows]),
     ]
-    return "\n".join(lines) + f"\n\n{_provenance(profile, rows)}{_other(rows, run)}."
+    first = CATALOGUE.find(names)[0].name
+    settings = {row.settings for row in rows if row.comparison == first}
+    note = ""
+    if run is not None and settings and settings_hash(run.settings) not in settings:
+        note = f" `{first}` was recorded with other settings than the run above."
+    return "\n".join(lines) + f"\n\n{_provenance(profile, rows)}{note}"
 
 
 def _table_line(row: Record, above: Record | None) -> str:
@@ -336,16 +349,8 @@ def _provenance(profile: str | Path, rows: Sequence[Record]) -> str:
         f"{all_of(commits - {''}) or 'unknown'} on "
         f"{all_of(row.device for row in rows)}, profile {Path(profile).stem}, "
         f"{seeds} seeds, {problems} test problems. Differences of percentages are in "
-        "points"
+        "points."
     )
-
-
-def _other(rows: Sequence[Record], run: RunFolder | None) -> str:
-    first = rows[0].comparison
-    same = {row.settings for row in rows if row.comparison == first}
-    if run is None or settings_hash(run.settings) in same:
-        return ""
-    return f". `{first}` was recorded with other settings than the run above"
 
 
 def in_points(interval: Interval) -> str:
