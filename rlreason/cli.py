@@ -398,12 +398,10 @@ def record(names: tuple[str, ...], profile: str, changes, only_list: bool) -> No
     if only_list:
         click.echo("\n".join(CATALOGUE.lines()))
         return
+    from rlreason.execution.seeds import carry_out
     from rlreason.experiments import measures, records
-    from rlreason.runs.plans import obtain
 
-    context = measures.Context(
-        _recipe(profile, changes), lambda plans: [obtain(plan) for plan in plans]
-    )
+    context = measures.Context(_recipe(profile, changes), carry_out)
     for comparison in chosen:
         rows = measures.measure(context, comparison)
         for row in rows:
