@@ -103,7 +103,7 @@ def test_public_names_are_there_and_others_are_not():
         lambda: int("not a number"),
         lambda: json.loads("{"),
         lambda: exec(compile("int('x')", cli.__file__, "exec")),  # in a line of ours
-        lambda: open("/no/such/file"),
+        lambda: Path("/no/such/file").read_text(),
         lambda: {}["key"],
     ],
     ids=["elsewhere", "in a library", "in ours", "file", "key"],
