@@ -16,7 +16,8 @@ book: $(STAMP) ## Execute the notebooks and build the HTML book (profile tiny)
 	$(BIN)/rlreason book --profile tiny
 
 test: $(STAMP) ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 \
+	  --dist loadgroup --no-loadscope-reorder
 
 lab: $(STAMP) ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir notebooks

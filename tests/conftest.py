@@ -21,6 +21,18 @@ settings.load_profile("seeded")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
 
 
+def pytest_collection_modifyitems(items):
+    """Keep a file in one process, for its fixtures, but share out what says so.
+
+    What is shared out takes longest, so it comes first.
+    """
+    for item in items:
+        spread = item.get_closest_marker("spread")
+        name = item.nodeid if spread else item.path.name
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: item.get_closest_marker("spread") is None)
+
+
 @pytest.fixture(autouse=True)
 def runs(tmp_path, monkeypatch) -> Path:
     """Keep the runs of a test out of the checkout."""

@@ -1,8 +1,9 @@
 """The book: what is executed and when, and what a reader's browser shows.
 
-The book of the repository is built once, at the profile smoke and with the network cut
-off, and every page is opened in headless Chromium. Without a Chromium these tests are
-skipped, unless RLREASON_REQUIRE_BROWSER=1 says that there must be one.
+The book of the repository is at the profile smoke, with the network cut off; its
+notebooks are run by test_chapters. Every page is opened in headless Chromium. Without a
+Chromium these tests are skipped, unless RLREASON_REQUIRE_BROWSER=1 says that there must
+be one.
 """
 
 from __future__ import annotations
@@ -13,180 +14,233 @@ import re
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 import pytest
 import websocket
+from smoke_book import run_chapter, smoke_root
 from test_notebook_runner import write_notebook
 
 from rlreason.bench.doctor import find_browser
-from rlreason.publishing.book import BookError, Executor, build_book, mathjax_files
+from rlreason.execution.jobs import Outcome
+from rlreason.publishing.book import (
+    BookError,
+    Shelf,
+    build_book,
+    mathjax_files,
+    prepare_notebook,
+)
 from rlreason.publishing.notebooks import (
     Record,
     find_notebooks,
     notebook_digest,
-    read_record,
 )
 from rlreason.runs.profiles import Profile
 
 REPOSITORY = Path(__file__).parents[1]
 GLUE = "from myst_nb import glue\nglue('{name}', {value}, display=False)"
+PLAIN = Profile(description="test")
 
 
 # What is executed, and when
 
 
-class Shelf:
-    """Notebooks in a folder, and an executor that notes what it runs."""
+class Quick:
+    """An executor without kernels: a record is written, or a fault told."""
 
-    def __init__(self, folder: Path, jobs: int = 2) -> None:
-        self.notebooks = folder / "notebooks"
-        self.reported: list[str] = []
-        self.executor = Executor("smoke", folder / "run", jobs, self.reported.append)
+    def __init__(self) -> None:
+        self.started: list[str] = []
 
-    def execute(self) -> list[str]:
-        found = find_notebooks(self.notebooks)
-        profile = Profile(description="test")
-        return self.executor.execute(
-            found, {n.name: notebook_digest(n, profile) for n in found}
-        )
+    def run(self, jobs):
+        return {job.name: self.carry_out(job) for job in jobs}
+
+    def carry_out(self, job) -> Outcome:
+        if job.fresh():
+            return Outcome(job.name, "fresh")
+        self.started.append(job.name)
+        path, output = Path(job.command[4]), Path(job.command[-1])
+        if "1 / 0" in path.read_text():
+            told = f"a warning\nrlreason: {job.name} divided by zero"
+            return Outcome(job.name, "failed", told)
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, output)
+        (notebook,) = (n for n in find_notebooks(path.parent) if n.name == job.name)
+        digest = notebook_digest(notebook, PLAIN)
+        record = Record(job.name, "smoke", {}, digest, 1.0, 1, {})
+        (output / f"{job.name}.json").write_text(json.dumps(record.__dict__))
+        return Outcome(job.name, "done")
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Let notebooks be 'run' without a kernel: a record is written, or a fault told."""
-
-    def run(self, notebook):
-        folder = self.folder / "notebooks"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.report(notebook.name)
-        source = notebook.path.read_text()
-        if "1 / 0" in source:
-            return f"{notebook.name} divided by zero"
-        shutil.copy(notebook.path, folder)
-        digest = notebook_digest(notebook, Profile(description="test"))
-        record = Record(notebook.name, "smoke", {}, digest, 1.0, 1, {})
-        (folder / f"{notebook.name}.json").write_text(json.dumps(record.__dict__))
-        return None
-
-    monkeypatch.setattr(Executor, "_run", run)
+def shelf(tmp_path) -> Shelf:
+    return Shelf("smoke", tmp_path / "run", 2, lambda line: None, Quick())
 
 
-@pytest.mark.usefixtures("quick")
-def test_notebooks_run_after_those_that_they_need(tmp_path):
-    shelf = Shelf(tmp_path)
-    write_notebook(shelf.notebooks, "a", needs=("b", "c"))
-    write_notebook(shelf.notebooks, "b", needs=("c",))
-    write_notebook(shelf.notebooks, "c")
-    shelf.execute()
-    assert shelf.reported == ["c", "b", "a"]
+def executed(shelf: Shelf, folder: Path) -> list[str]:
+    """The names of the notebooks of a folder that a shelf had to execute."""
+    found = find_notebooks(folder)
+    return shelf.execute(found, {n.name: notebook_digest(n, PLAIN) for n in found})
 
 
-@pytest.mark.usefixtures("quick")
-def test_what_has_not_changed_is_not_executed_again(tmp_path):
-    shelf = Shelf(tmp_path)
-    write_notebook(shelf.notebooks, "base", "1")
-    write_notebook(shelf.notebooks, "above", "2", needs=("base",))
-    write_notebook(shelf.notebooks, "apart", "3")
-    assert sorted(shelf.execute()) == ["above", "apart", "base"]
-    assert shelf.execute() == []
-    write_notebook(shelf.notebooks, "base", "1 + 1")
-    assert shelf.execute() == ["base", "above"]  # and what stands on it
-    (shelf.executor.folder / "notebooks" / "apart.ipynb").unlink()
-    assert shelf.execute() == ["apart"]
+def test_what_has_not_changed_is_not_executed_again(shelf, tmp_path):
+    write_notebook(tmp_path, "base", "1")
+    write_notebook(tmp_path, "above", "2", needs=("base",))
+    write_notebook(tmp_path, "apart", "3")
+    assert sorted(executed(shelf, tmp_path)) == ["above", "apart", "base"]
+    assert executed(shelf, tmp_path) == []
+    write_notebook(tmp_path, "base", "1 + 1")
+    assert executed(shelf, tmp_path) == ["base", "above"]  # and what stands on it
+    (shelf.outputs / "apart.ipynb").unlink()
+    assert executed(shelf, tmp_path) == ["apart"]
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_failure_stops_only_what_needs_it_and_all_are_told(tmp_path):
-    shelf = Shelf(tmp_path)
-    write_notebook(shelf.notebooks, "a", "1 / 0")
-    write_notebook(shelf.notebooks, "b", needs=("a",))
-    write_notebook(shelf.notebooks, "c", needs=("b",))
-    write_notebook(shelf.notebooks, "d", "1 / 0")
-    write_notebook(shelf.notebooks, "e")
+def test_all_failures_are_told_each_in_its_own_words(shelf, tmp_path):
+    for name in "ad":
+        write_notebook(tmp_path, name, "1 / 0")
+    write_notebook(tmp_path, "e")
     with pytest.raises(BookError) as caught:
-        shelf.execute()
+        executed(shelf, tmp_path)
+    assert str(caught.value) == "a divided by zero\n\nd divided by zero"
+    assert sorted(shelf.executor.started) == ["a", "d", "e"]
+
+
+def test_a_notebook_is_a_job_on_one_thread_with_its_runs_under_the_source(
+    shelf, tmp_path
+):
+    jobs = []
+    shelf.executor.run = lambda given: jobs.extend(given) or {}
+    write_notebook(tmp_path, "a", needs=("b",))
+    write_notebook(tmp_path, "b")
+    executed(shelf, tmp_path)
+    assert {job.name: job.needs for job in jobs} == {"a": ("b",), "b": ()}
+    assert {(job.cores, job.gpus) for job in jobs} == {(1, 1)}
+    runs = {Path(job.environment["RLREASON_RUNS"]).parent for job in jobs}
+    assert runs == {tmp_path / "run"}
+
+
+def test_a_failing_cell_is_told_once_and_keeps_only_those_that_need_it(tmp_path):
+    write_notebook(tmp_path, "a", "1 / 0")
+    write_notebook(tmp_path, "b", needs=("a",))
+    lines = []
+    outputs = tmp_path / "run" / "notebooks"
+    outputs.mkdir(parents=True)
+    (outputs / "a.123.partial.ipynb").touch()  # of a book that was killed
+    with pytest.raises(BookError) as caught:
+        executed(Shelf("smoke", tmp_path / "run", 2, lines.append), tmp_path)
     told = str(caught.value)
-    for line in (
-        "a divided by zero",
-        "b was not run: it needs a",
-        "c was not run: it needs b",
-        "d divided by zero",
-    ):
-        assert told.count(line) == 1
-    assert sorted(shelf.reported) == ["a", "d", "e"]
+    assert told.startswith("a, cell [1] failed")
+    assert told.count("ZeroDivisionError: division by zero") == 1
+    assert told.endswith("b was not begun: it needs a")
+    assert lines == ["a ..."]
+    assert [p.name for p in outputs.iterdir()] == ["a.failed.ipynb"]
 
 
-def test_notebooks_run_at_the_same_time_each_on_one_thread(tmp_path):
-    # Each waits for the other's file: one at a time, neither would end
-    shelf = Shelf(tmp_path)
-    wait = (
-        "import os, time, pathlib\nassert os.environ['OMP_NUM_THREADS'] == '1'\n"
-        f"folder = pathlib.Path({str(tmp_path)!r})\n"
-        "(folder / '{me}').touch()\nlimit = time.time() + 120\n"
-        "while not (folder / '{other}').exists() and time.time() < limit:\n"
-        "    time.sleep(0.05)\nassert (folder / '{other}').exists()"
-    )
-    write_notebook(shelf.notebooks, "a", wait.format(me="a", other="b"))
-    write_notebook(shelf.notebooks, "b", wait.format(me="b", other="a"))
-    assert sorted(shelf.execute()) == ["a", "b"]
+# Notebooks as Sphinx wants them
 
 
-def test_a_failing_cell_is_told_once_with_its_notebook(tmp_path):
-    shelf = Shelf(tmp_path)
-    write_notebook(shelf.notebooks, "a", "1 / 0")
-    with pytest.raises(BookError) as caught:
-        shelf.execute()
-    assert str(caught.value).startswith("a, cell [1] failed")
-    assert str(caught.value).count("ZeroDivisionError: division by zero") == 1
+def test_links_to_pages_and_alt_texts_are_as_the_book_has_them():
+    link = "See [it](../book/notation.md#a) and [ours](01_background.ipynb)."
+    picture = {
+        "data": {"image/png": "AA=="},
+        "metadata": {"image/png": {"alt": "A curve", "width": 5}},
+    }
+    shown = {"data": {"text/markdown": [link, "\n"]}, "metadata": {}}
+    code = {"source": "'](../book/x.md)'", "metadata": {"tags": ["a"]}}
+    code |= {"cell_type": "code", "outputs": [picture, shown, {"text": link}]}
+    prose = {"cell_type": "markdown", "source": ["# A\n", link], "metadata": {}}
+    content = {"cells": [prose, code]}
+    before = json.dumps(content)
+    prepared, right = prepare_notebook(content), content["cells"][1]
+    assert json.dumps(content) == before  # a new one is made
+    prose, code = prepared["cells"]
+    moved = link.replace("../book/", "../")
+    assert prose["source"] == f"# A\n{moved}"
+    assert code["metadata"] == {
+        "tags": ["a"],
+        "mystnb": {"image": {"alt": "A curve"}},
+    }
+    assert code["outputs"][1]["data"]["text/markdown"] == f"{moved}\n"
+    assert code["source"] == right["source"]  # code is not prose
+    assert code["outputs"][2] == {"text": link}
+    assert prepare_notebook(prepared) == prepared
 
 
-# A book of two notebooks: numbers across pages, and faults of pages
+def test_several_pictures_of_a_cell_share_their_texts_and_one_by_hand_stays():
+    def cell(alts, metadata):
+        outputs = [{"metadata": {"image/svg+xml": {"alt": alt}}} for alt in alts]
+        return {"cell_type": "code", "source": "", "metadata": metadata} | {
+            "outputs": outputs
+        }
+
+    by_hand = {"mystnb": {"image": {"alt": "Mine"}}}
+    cells = [cell(["A", "B", "A"], {}), cell(["A"], by_hand), cell([], {})]
+    found = [c["metadata"] for c in prepare_notebook({"cells": cells})["cells"]]
+    assert found == [{"mystnb": {"image": {"alt": "A; B"}}}, by_hand, {}]
 
 
-@pytest.fixture
-def small(tmp_path):
+# A book of two pages: numbers across pages, faults of pages, two books at once
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
     """A project with a first page that shows a number from a notebook's run."""
-    (tmp_path / "plain.yaml").write_text("description: nothing is set")
-    shutil.copytree(REPOSITORY / "book" / "_static", tmp_path / "book" / "_static")
+    root = tmp_path_factory.mktemp("small")
+    (root / "plain.yaml").write_text("description: nothing is set")
+    shutil.copytree(REPOSITORY / "book" / "_static", root / "book" / "_static")
     for name in ("_config.yml", "references.bib"):
-        shutil.copy(REPOSITORY / "book" / name, tmp_path / "book")
-    (tmp_path / "book" / "_toc.yml").write_text(
+        shutil.copy(REPOSITORY / "book" / name, root / "book")
+    (root / "book" / "_toc.yml").write_text(
         "format: jb-book\nroot: intro\nchapters:\n"
         "  - file: notebooks/number\n  - file: status\n"
     )
-    (tmp_path / "book" / "intro.md").write_text(
+    (root / "book" / "intro.md").write_text(
         "# First\n\nAcross pages {glue:text}`notebooks/number.ipynb::answer:s`.\n"
     )
+    prose = "# Number\n\nIt is {glue:text}`answer`; see [first](../book/intro.md)."
     source = GLUE.format(name="answer", value="6 * 7")
-    write_notebook(
-        tmp_path / "notebooks",
-        "number",
-        "# Number\n\nIt is {glue:text}`answer`.",
-        source,
-    )
-    return tmp_path
+    write_notebook(root / "notebooks", "number", prose, source)
+    return root
 
 
-def test_numbers_come_from_the_run_on_their_page_and_on_others(small):
-    built = build_book(str(small / "plain.yaml"), root=small)
-    html = built.index.parent
-    assert built.executed == ["number"]
+@pytest.fixture(scope="module")
+def two_books(small):
+    """The small book, asked for twice at once; with what was reported."""
+    lines = []
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setenv("RLREASON_RUNS", str(small / "runs"))
+        asked = [
+            pool.submit(
+                build_book, str(small / "plain.yaml"), root=small, report=lines.append
+            )
+            for _ in range(2)
+        ]
+        return [future.result() for future in asked], lines
+
+
+def test_of_two_books_at_once_the_second_waits_and_finds_nothing_to_do(two_books):
+    books, lines = two_books
+    assert sorted(book.executed for book in books) == [[], ["number"]]
+    assert books[0].records == books[1].records
+    assert sum("waiting for another book" in line for line in lines) == 1
+    assert lines.count("building the pages ...") == 1
+
+
+def test_numbers_come_from_the_run_on_their_page_and_on_others(small, two_books):
+    html = two_books[0][0].index.parent
     for page in ("intro.html", "notebooks/number.html"):
         assert '<span class="pasted-text">42</span>' in (html / page).read_text()
-    # A second call finds nothing to do
-    before = (html / "intro.html").stat().st_mtime_ns
-    assert build_book(str(small / "plain.yaml"), root=small).executed == []
-    assert (html / "intro.html").stat().st_mtime_ns == before
+    assert 'href="../intro.html"' in (html / "notebooks" / "number.html").read_text()
 
 
-def test_a_fault_of_a_page_is_an_error_and_leaves_the_old_book(small):
+def test_a_fault_of_a_page_is_an_error_and_leaves_the_old_book(
+    small, two_books, monkeypatch
+):
+    monkeypatch.setenv("RLREASON_RUNS", str(small / "runs"))
+    old = (two_books[0][0].index.parent / "intro.html").read_bytes()
     page = small / "book" / "intro.md"
-    html = small / "book" / "_build" / "plain" / "html"
-    html.mkdir(parents=True)
-    (html / "index.html").write_text("the old book")
     page.write_text(
         "# First\n\n[](nowhere.md) {glue:text}`notebooks/number.ipynb::no:s`\n"
     )
@@ -194,13 +248,7 @@ def test_a_fault_of_a_page_is_an_error_and_leaves_the_old_book(small):
         build_book(str(small / "plain.yaml"), root=small)
     assert "nowhere.md" in str(caught.value)
     assert "'no'" in str(caught.value)
-    assert (html / "index.html").read_text() == "the old book"
-
-
-def test_a_profile_with_a_key_that_no_notebook_takes_is_refused(small):
-    (small / "plain.yaml").write_text("description: a\ncommon: {typo: 1}")
-    with pytest.raises(BookError, match=r"no notebook takes common\.typo"):
-        build_book(str(small / "plain.yaml"), root=small)
+    assert (two_books[0][0].index.parent / "intro.html").read_bytes() == old
 
 
 def test_a_folder_without_a_book_is_told(tmp_path):
@@ -220,18 +268,18 @@ def test_mathjax_is_there_with_its_fonts():
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, cut_network):
     """The book at the profile smoke, made with the network cut off."""
-    root = tmp_path_factory.mktemp("book")
-    for name in ("book", "notebooks"):
-        shutil.copytree(
-            REPOSITORY / name,
-            root / name,
-            ignore=shutil.ignore_patterns("_build", ".*"),
-        )
+    root = smoke_root(tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cut_network.environment.items():
             patch.setenv(name, value)
         patch.setenv("RLREASON_RUNS", str(root / "runs"))
+        for notebook in find_notebooks(root / "notebooks"):
+            run_chapter(notebook)
         return build_book("smoke", root=root)
+
+
+def test_the_book_stands_on_the_chapters_that_were_run(built):
+    assert built.executed == []
 
 
 @pytest.fixture(scope="module")
@@ -496,11 +544,3 @@ def test_no_page_asks_the_network_for_anything(views):
     for page, view in views.items():
         outside = [u for u in view["asked"] if not u.startswith(("file:", "data:"))]
         assert outside == [], page.name
-
-
-def test_the_records_of_the_book_say_what_was_run(built):
-    folder = built.index.parents[4] / "runs" / "book" / "smoke" / "notebooks"
-    for record in built.records:
-        assert record == read_record(record.notebook, folder)
-        assert record.profile == "smoke"
-        assert record.peak_mb is None or record.peak_mb > 50

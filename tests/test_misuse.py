@@ -178,6 +178,9 @@ WORDS = [
     (["train", "ppo", "--profile", "toy.yaml", "--start", "folder"], "folder"),
     (["train", "ppo", "--profile", "toy.yaml", "--start", "damaged-run"], "damaged"),
     (["settings", "nope"], "nope"),
+    (["record", "sft"], "no comparison 'sft'"),
+    (["record", "--profile", "big"], "no profile 'big'"),
+    (["claims", "--profile", "big"], "no profile 'big'"),
     # Tasks
     ([*TRAIN, "--set", "task.name", "no.jsonl"], "no.jsonl"),
     ([*TRAIN, "--set", "task.name", "folder"], "folder"),

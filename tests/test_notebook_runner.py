@@ -262,10 +262,11 @@ PAGES, PAGES_AND_RUNS, NOTHING = (True, False), (True, True), (False, False)
     ],
 )
 def test_what_an_edit_refreshes_follows_from_its_room(package, file, refreshes):
-    def digests() -> list[str]:
-        return [rooms_digest(rooms, package) for rooms in both]
+    kinds = (ROOMS_OF_OUTPUTS, ROOMS_OF_RESULTS)
 
-    both = (ROOMS_OF_OUTPUTS, ROOMS_OF_RESULTS)
+    def digests() -> list[str]:
+        return [rooms_digest(rooms, package) for rooms in kinds]
+
     before, path = digests(), package / file
     content = path.read_bytes() if path.is_file() else None
     path.write_bytes((content or b"") + b"# edited\n")

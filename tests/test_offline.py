@@ -57,13 +57,3 @@ def test_problems_policy_samples_and_evaluation_need_no_network(cut_network):
     done = run_python(program, cut_network.environment)
     assert done.returncode == 0, done.stderr
     assert cut_network.attempts == []
-
-
-def test_a_notebook_runs_without_the_network(cut_network, tmp_path):
-    command = [sys.executable, "-m", "rlreason.cli", "run", "notebooks/00_tour.ipynb"]
-    command += ["--profile", "smoke", "--output", str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=cut_network.environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert cut_network.attempts == []

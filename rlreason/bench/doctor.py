@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import psutil
 
@@ -53,15 +54,15 @@ class Finding:
         return "ok" if self.ok else "!!" if self.required else "--"
 
 
-def examine() -> list[Finding]:
-    """Look at everything, most needed first."""
+def examine(package: Path = PACKAGE) -> list[Finding]:
+    """Look at everything, most needed first; ``package`` holds the bundled policies."""
     return [
         _python(),
         _torch(),
         _cores(),
         _memory(),
         _disk(),
-        *(_bundled(name) for name in BUNDLED),
+        *(_bundled(name, package) for name in BUNDLED),
         _gpu(),
         *(_data(task, repo) for task, repo in HUB_DATA.items()),
         *(_model(profile, repo) for profile, repo in HUB_MODELS.items()),
@@ -113,8 +114,15 @@ def _memory() -> Finding:
 
 
 def _disk() -> Finding:
+    """Look at where runs go by writing there; it is made when it is needed."""
     root = runs_root()
     existing = next(path for path in [root, *root.resolve().parents] if path.exists())
+    try:
+        TemporaryFile(dir=existing).close()
+    except OSError as error:
+        remedy = "point RLREASON_RUNS to a folder that can be written"
+        found = f"{root} cannot hold runs: {error.strerror}"
+        return Finding("disk", found, False, True, remedy)
     free = shutil.disk_usage(existing).free
     remedy = "" if free >= DISK_FOR_TINY else "free some, or point RLREASON_RUNS away"
     return Finding(
@@ -122,11 +130,11 @@ def _disk() -> Finding:
     )
 
 
-def _bundled(name: str) -> Finding:
+def _bundled(name: str, package: Path) -> Finding:
     """Look at a bundled policy by opening it: a cut-off file has no readable header."""
     from safetensors import SafetensorError, safe_open
 
-    path = PACKAGE / "assets" / name / "model.safetensors"
+    path = package / "assets" / name / "model.safetensors"
     try:
         with safe_open(path, "pt") as file:
             tensors = len(list(file.keys()))

@@ -36,6 +36,7 @@ from rlreason.policy.progress import is_watched
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = ("nano", "nano-xs")
+CANNOT_LOAD = (OSError, ValueError, RuntimeError, ImportError)
 
 
 class PolicyError(ValueError):
@@ -146,14 +147,7 @@ def load_policy(
             options["use_safetensors"] = True
         with _quiet_unless_watched():
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        ImportError,
-        SafetensorError,
-        struct.error,
-    ) as error:
+    except (*CANNOT_LOAD, SafetensorError, struct.error) as error:
         raise PolicyError(_diagnose(name, error)) from error
     return make_policy(model.to(device), tokenizer, name=name)
 

@@ -242,9 +242,7 @@ class PpoPlan(Plan):
     validation_problems: int | None
     algorithm: PpoSettings
 
-    about: ClassVar[str] = (
-        "Proximal policy optimisation; REINFORCE, RLOO or GRPO by ppo.credit."
-    )
+    about: ClassVar[str] = "Proximal policy optimisation, REINFORCE, RLOO or GRPO."
     part: ClassVar[str] = "ppo"
 
     @classmethod

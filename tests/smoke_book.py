@@ -1,0 +1,56 @@
+"""The repository's book at the profile smoke, shared by all test processes.
+
+Its notebooks are executed once, wherever they are first asked for; who asks meanwhile
+waits. ``RLREASON_RUNS`` must be ``runs`` in the root.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from rlreason.publishing.notebooks import (
+    Notebook,
+    Record,
+    notebook_digest,
+    read_record,
+    results_folder,
+    run_notebook,
+)
+from rlreason.runs.environment import runs_root, source_digest
+from rlreason.runs.profiles import load_profile
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def smoke_root(tmp_path_factory) -> Path:
+    """A copy of the book and the notebooks, the same for all test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    root = folder / "smoke"
+    with FileLock(folder / "smoke.lock"):
+        if not root.is_dir():
+            junk = shutil.ignore_patterns("_build", ".*")
+            for name in ("book", "notebooks"):
+                shutil.copytree(REPOSITORY / name, root / name, ignore=junk)
+    return root
+
+
+def run_chapter(notebook: Notebook) -> Record:
+    """Execute a notebook where the book looks for it, unless that is done."""
+    book = runs_root() / "book" / "smoke"
+    outputs = book / "notebooks"
+    outputs.mkdir(parents=True, exist_ok=True)
+    results = results_folder("smoke")
+    digest = notebook_digest(notebook, load_profile("smoke"), results=results)
+    with FileLock(outputs / f"{notebook.name}.lock"), pytest.MonkeyPatch.context() as m:
+        record = read_record(notebook.name, outputs)
+        if record is not None and record.digest == digest:
+            return record
+        m.setenv("RLREASON_RUNS", str(book / source_digest()))
+        return run_notebook(notebook, profile_name="smoke", folder=outputs)
