@@ -6,7 +6,8 @@ import pytest
 from toys import toy_recipe
 
 from rlreason.algorithms import ppo as algorithm
-from rlreason.algorithms.ppo import (
+from rlreason.algorithms.ppo import Learner
+from rlreason.algorithms.ppo_settings import (
     BaselineSettings,
     KlSettings,
     LoraSettings,
@@ -19,6 +20,7 @@ from rlreason.bench.ppo import (
     bench_ppo,
     format_ppo_benchmark,
 )
+from rlreason.policy.value import score
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +87,22 @@ def test_every_forward_pass_is_counted_and_none_is_made_twice(changes, passes, r
     assert stages["sampling"].needed < whole
 
 
+def score_again(learner: Learner, rollouts) -> None:
+    prompts = [rollout.prompt_tokens for rollout in rollouts]
+    score(learner.policy, prompts, [rollout.tokens for rollout in rollouts])
+
+
 def test_a_second_pass_of_the_policy_is_seen_by_the_count(recipe, monkeypatch):
     plain = measure()
-    score = algorithm._Learner.score
 
-    def twice(self, rollouts):
+    class Twice(Learner):
         """Wrong: log-probabilities by one pass and values by another."""
-        self._score(rollouts, value=True)
-        return score(self, rollouts)
 
-    monkeypatch.setattr(algorithm._Learner, "score", twice)
+        def score(self, rollouts):
+            score_again(self, rollouts)
+            return super().score(rollouts)
+
+    monkeypatch.setattr(algorithm, "Learner", Twice)
     found = measure()
     assert found["scoring"].calls == plain["scoring"].calls + 1
     assert ratios(found)["scoring"] > 1.5
@@ -122,14 +130,14 @@ def test_prompts_computed_for_every_sample_are_seen_by_the_count(recipe, monkeyp
 def test_old_log_probabilities_computed_again_are_seen_by_the_count(
     recipe, monkeypatch
 ):
-    accumulate = algorithm._Learner._accumulate
-
-    def again(self, experience, rows):
+    class Again(Learner):
         """Wrong: those of the sampling policy are scored anew for every mini-batch."""
-        self._score([experience.rollouts[row] for row in rows], value=False)
-        return accumulate(self, experience, rows)
 
-    monkeypatch.setattr(algorithm._Learner, "_accumulate", again)
+        def accumulate(self, experience, mb_rows):
+            score_again(self, [experience.rollouts[row] for row in mb_rows])
+            return super().accumulate(experience, mb_rows)
+
+    monkeypatch.setattr(algorithm, "Learner", Again)
     assert ratios(measure())["learning"] > 1.9
 
 

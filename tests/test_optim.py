@@ -213,10 +213,10 @@ PPO = PpoSettings(
 )
 
 
-def learner_of(dtype: torch.dtype) -> ppo_module._Learner:
+def learner_of(dtype: torch.dtype) -> ppo_module.Learner:
     """A learner after one update, by rollouts that are the same for every type."""
     policy = coarse(toy_policy(), dtype)
-    learner = ppo_module._Learner(policy, PPO)
+    learner = ppo_module.Learner(policy, TOY_PROBLEMS, PPO)
     rollouts = sample(toy_policy(), TOY_PROBLEMS, k=2, max_new_tokens=24, seed=1)
     paid = sparse_token_rewards(rollouts, TOY_PROBLEMS)
     experience = learner.credit(learner.pay(learner.score(rollouts), paid))

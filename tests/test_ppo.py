@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from margins import effect
 from pydantic import ValidationError
 from tiny_models import tiny_policy
 from torch import Tensor
@@ -30,26 +31,28 @@ from toys import (
 
 from rlreason import sample
 from rlreason.algorithms import ppo as algorithm
-from rlreason.algorithms.ppo import (
+from rlreason.algorithms.credit import (
+    bootstrapped,
+    explained_variance,
+    gae,
+    group_ids,
+    response_advantages,
+    whiten,
+)
+from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
+from rlreason.algorithms.ppo import DivergedError, Learner, ppo
+from rlreason.algorithms.ppo_settings import (
     BaselineSettings,
-    DivergedError,
     GaeSettings,
     KlSettings,
     LoraSettings,
     PpoSettings,
-    bootstrapped,
-    explained_variance,
-    gae,
-    kl_estimate,
-    policy_loss,
-    ppo,
-    response_advantages,
-    value_loss,
-    whiten,
 )
+from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.value import ValueSettings
-from rlreason.rewards.sparse import sparse_token_rewards
+from rlreason.rewards.base import pay_last_token
+from rlreason.rewards.sparse import sparse_rewards, sparse_token_rewards
 
 HEAD = ValueSettings(kind="head", layers=1, detach=False)
 QUICK = PpoSettings(
@@ -202,14 +205,16 @@ def test_p22_whitening_is_over_the_mask_alone():
 def test_p22_credit_is_given_and_whitened_over_all_before_the_best_are_kept(
     kind, monkeypatch
 ):
-    select, seen = algorithm._kept, []
+    seen = []
 
-    def noted(experience, paid, settings):
-        kept = select(experience, paid, settings)
-        seen.append([(e.advantages[e.response_mask]) for e in (experience, kept)])
-        return kept
+    class Noted(Learner):
+        def kept(self, experience):
+            kept = super().kept(experience)
+            advantages, mask = experience.advantages, experience.response_mask
+            seen.append([advantages[rows][mask[rows]] for rows in (slice(None), kept)])
+            return kept
 
-    monkeypatch.setattr(algorithm, "_kept", noted)
+    monkeypatch.setattr(algorithm, "Learner", Noted)
     changes = {} if kind == "gae" else {"credit": BaselineSettings(kind=kind)}
     run(settings=quick(phases=1, rollouts=24, n=4, keep=1, **changes))
     ((everything, best),) = seen
@@ -287,7 +292,7 @@ def test_p29_two_questions_of_one_text_are_two_groups():
     def rollout(problem_id):
         return Rollout(problem_id, 0, (1, 2), (3,), (0.0,), "", True)
 
-    ids = algorithm._group_ids([rollout("a"), rollout("b"), rollout("a")])
+    ids = group_ids([rollout("a"), rollout("b"), rollout("a")])
     assert ids.tolist() == [0, 1, 0]
 
 
@@ -337,7 +342,7 @@ def test_p20_what_is_taken_off_the_reward_is_what_is_reported():
 
 def test_an_adaptive_coefficient_follows_ziegler():
     settings = quick(kl=KlSettings(coef=0.1, target=2.0, horizon=100))
-    learner = algorithm._Learner(toy_policy(), settings)
+    learner = Learner(toy_policy(), TOY_PROBLEMS, settings)
     for kl, factor in ((2.0, 1.0), (2.2, 1 + 0.1 * 0.12), (99.0, 1 + 0.2 * 0.12)):
         before = learner.kl_coef
         learner.adapt_kl(kl)
@@ -447,7 +452,7 @@ def test_explained_variance():
 def scored():
     """A learner that has scored, paid and credited twelve rollouts, some cut."""
     settings = quick(max_new_tokens=20, kl=KlSettings(coef=0.1))
-    learner = algorithm._Learner(toy_policy(), settings)
+    learner = Learner(toy_policy(), TOY_PROBLEMS, settings)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # as after some phases: V and policy have moved
         for module in (learner.policy.model, learner.value_function):
@@ -486,7 +491,7 @@ def test_p03_before_the_first_update_the_ratio_is_one_at_every_temperature():
         assert recorder.rows[0]["ratio_error"] < 1e-4
     # Wrong: scored at another temperature than sampled
     policy = toy_policy()
-    learner = algorithm._Learner(policy, quick(temperature=1.0))
+    learner = Learner(policy, TOY_PROBLEMS, quick(temperature=1.0))
     rollouts = sample(policy, TOY_PROBLEMS, k=2, temperature=0.7, max_new_tokens=19)
     found = learner.score(rollouts)
     worst = max(
@@ -523,7 +528,7 @@ def test_p12_padding_that_is_eos_does_no_harm(scored):
     learner, experience, _ = scored
     eos = replace(learner.policy, pad_id=learner.policy.eos_id)
     assert learner.policy.pad_id != eos.pad_id
-    other = algorithm._Learner(eos, learner.settings)
+    other = Learner(eos, TOY_PROBLEMS, learner.settings)
     other.policy, other.value_function = eos, learner.value_function
     found = other.score(experience.rollouts)
     for name in ("response_mask", "logprobs", "values", "last_values"):
@@ -545,73 +550,18 @@ def test_p25_the_gradient_does_not_depend_on_how_a_mini_batch_is_cut(
 ):
     learner, experience, _ = scored
     rows = [7, 0, 3, 10, 5]
-    learner._accumulate(experience, rows)
+    learner.accumulate(experience, rows)
     expected = gradients(learner)
     cut = learner.settings.model_copy(update={"micro_tokens": micro_tokens})
     monkey, learner.settings = learner.settings, cut
-    learner._accumulate(experience, rows)
+    learner.accumulate(experience, rows)
     learner.settings = monkey
     assert torch.allclose(gradients(learner), expected, atol=1e-5)
     # Wrong: the mean of the means of the micro-batches
     for row in rows:
-        learner._accumulate(experience, [row])
+        learner.accumulate(experience, [row])
     wrong = gradients(learner) / len(rows)
     assert not torch.allclose(wrong, expected, atol=1e-3)
-
-
-def test_the_gradient_of_a_mini_batch_is_that_of_the_obvious_loop(scored):
-    learner, experience, _ = scored
-    rows, settings = [1, 4, 8], learner.settings
-    learner._accumulate(experience, rows)
-    expected = gradients(learner)
-    model, head = learner.policy.model, learner.value_function
-    count = sum(len(experience.rollouts[row].tokens) for row in rows)
-    total = 0.0
-    for row in rows:
-        rollout = experience.rollouts[row]
-        ids = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])
-        output = model(ids, output_hidden_states=True)
-        first = len(rollout.prompt_tokens) - 1
-        for t, token in enumerate(rollout.tokens):
-            step = Categorical(logits=output.logits[0, first + t])
-            ratio = (
-                step.log_prob(torch.tensor(token)) - experience.logprobs[row, t]
-            ).exp()
-            advantage = experience.advantages[row, t]
-            clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
-            total = total - torch.minimum(ratio * advantage, clipped * advantage)
-            value = output.hidden_states[-1][0, first + t] @ head.weight + head.bias
-            old, wanted = experience.values[row, t], experience.returns[row, t]
-            near = old + (value - old).clamp(-0.2, 0.2)
-            errors = torch.stack([(value - wanted) ** 2, (near - wanted) ** 2])
-            total = total + 0.5 * errors.max()
-    (total / count).backward()
-    assert torch.allclose(gradients(learner), expected, atol=2e-5)
-
-
-def test_nothing_is_computed_twice(monkeypatch):
-    """Forward passes of a phase: one of policy, one of reference, one an update."""
-    counts = {"policy": 0, "reference": 0}
-    settings = quick(phases=1, micro_tokens=100_000)
-    score = algorithm.score
-
-    def spy(policy, prompts, responses, **options):
-        kind = "policy" if policy is learners[0].policy else "reference"
-        counts[kind] += 1
-        return score(policy, prompts, responses, **options)
-
-    learners = []
-    start = algorithm._Learner.__init__
-
-    def note(self, *args):
-        start(self, *args)
-        learners.append(self)
-
-    monkeypatch.setattr(algorithm._Learner, "__init__", note)
-    monkeypatch.setattr(algorithm, "score", spy)
-    run(settings=settings)
-    updates = settings.epochs * settings.rollouts // settings.batch_size
-    assert counts == {"policy": 1 + updates, "reference": 1}
 
 
 @pytest.mark.parametrize(
@@ -643,13 +593,13 @@ def test_copy_and_swap_are_the_same_run():
 
 
 def test_weights_that_are_swapped_come_back_after_an_error():
-    policy = tiny_policy()
+    start, policy = tiny_policy(), tiny_policy(seed=1)
     before = weights(policy)
-    other = {name: t + 1 for name, t in before.items()}
+    reference = Reference(start, policy, "swap")
 
     def fail_within():
-        with algorithm._swapped(policy.model, other):
-            assert not same_bits(weights(policy), before)
+        with reference.lent() as lent:
+            assert same_bits(weights(lent), weights(start))
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -710,9 +660,8 @@ def test_a_question_that_comes_again_gets_other_samples():
 
 def test_the_penalty_for_cut_responses_is_paid_once(scored):
     learner, experience, paid = scored
-    fined = algorithm._Learner(
-        toy_policy(), learner.settings.model_copy(update={"truncation_penalty": 0.5})
-    )
+    settings = learner.settings.model_copy(update={"truncation_penalty": 0.5})
+    fined = Learner(toy_policy(), TOY_PROBLEMS, settings)
     rewards = fined.pay(experience, paid).rewards
     difference = (experience.rewards - rewards).sum(1)
     for row, rollout in enumerate(experience.rollouts):
@@ -733,13 +682,14 @@ def test_p51_a_rate_of_zero_leaves_everything_as_it_was():
         assert abs(row["kl"]) < 1e-5
 
 
+# Three questions, all with the answer 2, which half of the first answers are
+TWOS = [problem for problem in TOY_PROBLEMS if problem.answer == "2"]
 LEARN = quick(
-    phases=25,
-    rollouts=96,
+    phases=6,
+    rollouts=48,
     n=16,
-    batch_size=48,
-    lr=5e-3,
-    lr_floor=1e-3,
+    batch_size=24,
+    lr=5e-4,
     warmup=0.2,
     micro_tokens=2000,
     credit=GaeSettings(lam=1.0, value=HEAD, value_coef=0.1, value_clip=None),
@@ -749,70 +699,101 @@ LEARN = quick(
 BOOTSTRAPPED = LEARN.credit.model_copy(update={"bootstrap": True, "gamma": 0.98})
 
 
-class LearnedError(Exception):
-    """What ``UntilLearned`` raises: nothing is left to be seen."""
-
-
-class UntilLearned(Memory):
-    """Ends a run after two phases in a row with more than 90% of answers right."""
-
-    def log(self, kind, **metrics):
-        super().log(kind, **metrics)
-        if min(row["accuracy"] for row in [{"accuracy": 0}, *self.rows][-2:]) > 0.9:
-            raise LearnedError
+def learn(seed: int, *, credit: GaeSettings | BaselineSettings = LEARN.credit):
+    settings = LEARN.model_copy(update={"credit": credit, "seed": seed})
+    return ppo(toy_policy(), TWOS, settings)
 
 
 def accuracy(policy) -> float:
-    rollouts = sample(policy, TOY_PROBLEMS, k=16, max_new_tokens=24, seed=99)
-    rewards = sparse_token_rewards(rollouts, TOY_PROBLEMS)
-    return sum(sum(numbers) for numbers in rewards) / len(rollouts)
+    rollouts = sample(policy, TWOS, k=32, max_new_tokens=24, seed=99)
+    return sum(sparse_rewards(rollouts, TWOS)) / len(rollouts)
 
 
-@pytest.mark.parametrize(
-    "credit",
-    [LEARN.credit, BOOTSTRAPPED]
-    + [BaselineSettings(kind=kind) for kind in ("reinforce", "rloo", "grpo")],
-    ids=["gae", "bootstrapped", "reinforce", "rloo", "grpo"],
-)
+@lru_cache(maxsize=1)
+def accuracy_of_the_start() -> float:
+    return accuracy(toy_policy())
+
+
+def rise(credit: GaeSettings | BaselineSettings, seed: int) -> float:
+    return accuracy(learn(seed, credit=credit)) - accuracy_of_the_start()
+
+
+CREDITS = {"gae": LEARN.credit, "bootstrapped": BOOTSTRAPPED} | {
+    kind: BaselineSettings(kind=kind) for kind in ("reinforce", "rloo", "grpo")
+}
+RISES = {
+    name: effect(above=0.2, name=f"ppo_raises_the_accuracy_by_{name}")(
+        partial(rise, credit)
+    )
+    for name, credit in CREDITS.items()
+}
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("credit", RISES)
 def test_p52_it_learns_which_of_two_answers_is_right(credit):
-    recorder = UntilLearned(save_every=10**9)
-    with pytest.raises(LearnedError):
-        run(recorder, settings=LEARN.model_copy(update={"credit": credit}))
-    assert recorder.rows[0]["accuracy"] < 0.6
+    RISES[credit].check()
 
 
-def test_p52_a_flipped_advantage_unlearns(monkeypatch):
+@effect(above=0.2)
+def a_flipped_advantage_lowers_the_accuracy(seed: int) -> float:
     right = algorithm.policy_loss
 
     def flipped(new_logprobs, logprobs, advantages, mask, clip):
         return right(new_logprobs, logprobs, -advantages, mask, clip)
 
-    monkeypatch.setattr(algorithm, "policy_loss", flipped)
-    assert accuracy(toy_policy()) > 0.4
-    assert accuracy(run(settings=LEARN.model_copy(update={"phases": 5}))) < 0.1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(algorithm, "policy_loss", flipped)
+        return accuracy_of_the_start() - accuracy(learn(seed))
 
 
-def test_p17_a_cut_response_that_is_paid_twice_learns_never_to_stop(monkeypatch):
-    right = algorithm._Learner.pay
+@pytest.mark.learning
+def test_p52_a_flipped_advantage_unlearns():
+    a_flipped_advantage_lowers_the_accuracy.check()
 
-    def twice(self, experience, paid):
-        """Pay for the text where it was cut, though V of going on comes on top."""
-        bootstrap, self.settings = self.settings, unpaid
-        rewards = right(self, experience, paid)
-        self.settings = bootstrap
-        return rewards
 
-    unpaid = LEARN  # whose pay() judges cut responses as they stand
-    update = {"credit": BOOTSTRAPPED, "max_new_tokens": 20}
-    update |= {"phases": 10, "warmup": 0.5, "lr_floor": LEARN.lr}
-    settings = LEARN.model_copy(update=update)
-    honest, wrong = Memory(), Memory()
-    run(honest, settings=settings)
-    monkeypatch.setattr(algorithm._Learner, "pay", twice)
-    run(wrong, settings=settings)
-    assert honest.rows[0]["truncated"] == wrong.rows[0]["truncated"] > 0.4
-    assert max(row["truncated"] for row in honest.rows[-3:]) < 0.2
-    assert min(row["truncated"] for row in wrong.rows[-3:]) > 0.9
+class Knowing(Learner):
+    """V is right from the start: whatever is answered is paid 1."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        torch.nn.init.ones_(self.value_function.bias)
+
+
+class PaidTwice(Knowing):
+    """Wrong: pays for the text where it was cut, though V of going on comes on top."""
+
+    def pay(self, experience, paid):
+        settings, self.settings = self.settings, LEARN
+        experience = super().pay(experience, paid)
+        self.settings = settings
+        return experience
+
+
+def truncated_last(learner: type[Learner], seed: int) -> float:
+    """The share of responses that are cut in the last phases, a third in the first."""
+    changes = {"credit": BOOTSTRAPPED, "max_new_tokens": 20, "phases": 8, "seed": seed}
+    recorder = Memory(save_every=10**9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(algorithm, "Learner", learner)
+        ppo(
+            toy_policy(),
+            TWOS,
+            LEARN.model_copy(update=changes),
+            reward=lambda rollouts, _: [pay_last_token(r, 1.0) for r in rollouts],
+            recorder=recorder,
+        )
+    return sum(row["truncated"] for row in recorder.rows[-3:]) / 3
+
+
+@effect(above=0.4)
+def a_cut_response_that_is_paid_twice_learns_not_to_stop(seed: int) -> float:
+    return truncated_last(PaidTwice, seed) - truncated_last(Knowing, seed)
+
+
+@pytest.mark.learning
+def test_p17_a_cut_response_that_is_paid_twice_learns_never_to_stop():
+    a_cut_response_that_is_paid_twice_learns_not_to_stop.check()
 
 
 # Resuming
@@ -854,7 +835,7 @@ def killed() -> Memory:
 def test_p47_what_a_checkpoint_must_hold(lost, killed):
     """Forgetting value function, optimiser or KL coefficient gives another run."""
     tensors, state, rows = killed.saved
-    fresh = algorithm._Learner(toy_policy(), EVERYTHING)
+    fresh = Learner(toy_policy(), TOY_PROBLEMS, EVERYTHING)
     if lost == "value.":
         own = {f"value.{k}": v for k, v in fresh.value_function.state_dict().items()}
         tensors = tensors | own
@@ -915,27 +896,6 @@ def test_p49_every_setting_changes_the_result(name):
 
 def test_p49_no_setting_is_left_out():
     assert set(CHANGED) | OTHERS == set(PpoSettings.model_fields)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"gamma": 0.9},
-        {"lam": 0.3},
-        {"value_coef": 9.0},
-        {"value_clip": 1e-6},
-        {"value_lr_scale": 9.0},
-        {"value_warmup": 1},
-        {"bootstrap": True},
-        {"value": ValueSettings(kind="network")},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_p49_every_setting_of_credit_changes_the_result(changes):
-    credit = VARIED.credit.model_copy(update=changes)
-    assert credit != VARIED.credit
-    changed = VARIED.model_copy(update={"credit": credit})
-    assert not same_bits(weights(run(settings=changed)), plain_run(VARIED)[0])
 
 
 @pytest.mark.parametrize(
@@ -1006,8 +966,8 @@ def test_a_run_away_from_the_reference_is_stopped():
 def test_p33_what_is_handed_back_is_what_was_trained_in_half_precision_too():
     start = toy_policy()
     start.model.bfloat16()
-    lora = {"rank": 4, "alpha": 4.0, "targets": "all-linear"}
-    learner = algorithm._Learner(start, quick(lora=algorithm.LoraSettings(**lora)))
+    lora = LoraSettings(rank=4, alpha=4.0)
+    learner = Learner(start, TOY_PROBLEMS, quick(lora=lora))
     generator = torch.Generator().manual_seed(0)
     for name, weight in learner.policy.model.named_parameters():
         if "lora_B" in name:  # about what the paper's rate leaves after some updates

@@ -9,16 +9,18 @@ import math
 import typing
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
+from margins import effect
 from torch import Tensor
 from torch.distributions import Categorical
 from toys import TOY_PROBLEMS, Memory, same_bits, toy_policy, toy_solutions, weights
 
 from rlreason import sample
 from rlreason.algorithms import ppo as algorithm
+from rlreason.algorithms.credit import explained_variance, whiten
 from rlreason.algorithms.curriculum import (
     BacktrackingSettings,
     QuestionSampler,
@@ -26,15 +28,13 @@ from rlreason.algorithms.curriculum import (
     UniformSettings,
     learning_scores,
 )
-from rlreason.algorithms.ppo import (
+from rlreason.algorithms.ppo import Experience, Learner, ppo
+from rlreason.algorithms.ppo_settings import (
     BaselineSettings,
     GaeSettings,
     KlSettings,
     LoraSettings,
     PpoSettings,
-    explained_variance,
-    ppo,
-    whiten,
 )
 from rlreason.policy.logprobs import token_logprobs, trunk_of
 from rlreason.policy.value import ValueSettings
@@ -78,12 +78,12 @@ def plain_run(settings: PpoSettings) -> dict[str, Tensor]:
     return weights(run(settings=settings))
 
 
-def learner_of(settings: PpoSettings) -> algorithm._Learner:
-    return algorithm._Learner(toy_policy(), settings)
+def learner_of(settings: PpoSettings) -> Learner:
+    return Learner(toy_policy(), TOY_PROBLEMS, settings)
 
 
 @torch.no_grad()
-def move(learner: algorithm._Learner, seed: int) -> None:
+def move(learner: Learner, seed: int) -> None:
     """Change all that is trained, as some phases of learning would."""
     generator = torch.Generator().manual_seed(seed)
     policy = 0.01 if learner.settings.lora is None else 0.05
@@ -106,6 +106,19 @@ def rollouts():
     assert {rollout.finished for rollout in found} == {True, False}
     assert len({len(rollout.tokens) for rollout in found}) > 1
     return found
+
+
+def experiences(monkeypatch) -> list[Experience]:
+    """What each phase of the runs to come learns from, before whitening."""
+    known = []
+
+    class Noted(Learner):
+        def learn(self, experience, phase):
+            known.append(experience)
+            return super().learn(experience, phase)
+
+    monkeypatch.setattr(algorithm, "Learner", Noted)
+    return known
 
 
 def credited(learner, rollouts):
@@ -289,7 +302,7 @@ def update(request, rollouts):
     experience = credited(learner, rollouts)
     move(learner, seed=1)
     rows = [1, 4, 8, 9, 11]
-    learner._accumulate(experience, rows)
+    learner.accumulate(experience, rows)
     return learner, experience, rows, gradients(learner)
 
 
@@ -315,13 +328,19 @@ def test_a_branch_whose_gradient_enters_the_trunk_is_another_update(update):
     assert differ(found, wrong) > 1e-2
 
 
-def test_an_entropy_bonus_raises_the_entropy():
+@effect(above=0.05)
+def an_entropy_bonus_raises_the_entropy(seed: int) -> float:
     def last_entropy(coef: float) -> float:
         recorder = Memory()
-        run(recorder, settings=quick(phases=3, entropy_coef=coef))
+        run(recorder, settings=quick(phases=3, entropy_coef=coef, seed=seed))
         return recorder.rows[-1]["entropy"]
 
-    assert last_entropy(2.0) > last_entropy(0.0) + 0.05
+    return last_entropy(2.0) - last_entropy(0.0)
+
+
+@pytest.mark.learning
+def test_an_entropy_bonus_raises_the_entropy():
+    an_entropy_bonus_raises_the_entropy.check()
 
 
 # What only saves memory
@@ -345,7 +364,7 @@ def test_logit_rows_bounds_the_rows_of_logits_that_are_held_at_once(rollouts):
         with seen_at(heads, height) as scoring:
             experience = credited(learner, rollouts)
         with seen_at(heads, height) as learning:
-            learner._accumulate(experience, [0, 3, 5])
+            learner.accumulate(experience, [0, 3, 5])
         return scoring, learning
 
     tokens = sum(len(rollout.tokens) for rollout in rollouts)
@@ -383,7 +402,7 @@ def test_checkpointed_layers_are_computed_again_in_the_backward_pass(
             with seen_at(parts, lambda *_: 1) as scoring:
                 experience = credited(learner, rollouts)
             with seen_at(parts, lambda *_: 1) as learning:
-                learner._accumulate(experience, [0, 3, 5])
+                learner.accumulate(experience, [0, 3, 5])
             found[name] = len(scoring) / len(parts), len(learning) / len(parts)
         return found
 
@@ -422,7 +441,7 @@ def test_micro_tokens_bounds_what_goes_through_a_model_at_once(rollouts):
             with seen_at([trunk], places) as scoring:
                 experience = credited(learner, rollouts)
             with seen_at([trunk], places) as learning:
-                learner._accumulate(experience, list(range(len(rollouts))))
+                learner.accumulate(experience, list(range(len(rollouts))))
             found[name] = scoring, learning
         return found
 
@@ -497,19 +516,14 @@ def test_shots_stand_before_every_question():
 
 
 def test_replay_is_told_of_the_surprise_before_whitening(monkeypatch):
-    told, known = [], []
-    update, credit = QuestionSampler.update, algorithm._Learner.credit
+    told, update = [], QuestionSampler.update
 
     def listen(self, problem_ids, scores):
         told.append(list(scores))
         return update(self, problem_ids, scores)
 
-    def note(self, experience):
-        known.append(credit(self, experience))
-        return known[-1]
-
     monkeypatch.setattr(QuestionSampler, "update", listen)
-    monkeypatch.setattr(algorithm._Learner, "credit", note)
+    known = experiences(monkeypatch)
     # V is 0 in the first phase, and nothing is discounted: each token of an answer
     # surprises by all that the answer is paid, 0 or 1
     settings = quick(curriculum=ReplaySettings(), kl=KlSettings(coef=0.0), rollouts=24)
@@ -531,13 +545,7 @@ def test_replay_is_told_of_the_surprise_before_whitening(monkeypatch):
 
 
 def test_p21_explained_variance_does_not_see_padding(monkeypatch):
-    known, credit = [], algorithm._Learner.credit
-
-    def note(self, experience):
-        known.append(credit(self, experience))
-        return known[-1]
-
-    monkeypatch.setattr(algorithm._Learner, "credit", note)
+    known = experiences(monkeypatch)
     recorder = Memory()
     run(recorder, settings=quick(phases=4, rollouts=24, batch_size=8))
     wrong = []
@@ -596,8 +604,12 @@ def pay_the_first(rollouts, problems):
     ]
 
 
-def explained(value: ValueSettings, lora: LoraSettings | None, scale: float):
-    """The share of variance that V explains, after each phase."""
+VALUES = {"head": (HEAD, None), "branch": (BRANCH, LORA), "network": (NETWORK, None)}
+
+
+def explained(kind: str, seed: int, scale: float = 100.0) -> float:
+    """The largest share of variance that V explains after a phase."""
+    value, lora = VALUES[kind]
     credit = GaeSettings(lam=1.0, value=value, value_lr_scale=scale, value_clip=None)
     settings = quick(
         phases=4,
@@ -609,25 +621,31 @@ def explained(value: ValueSettings, lora: LoraSettings | None, scale: float):
         lora=lora,
         credit=credit,
         kl=KlSettings(coef=0.0),
+        seed=seed,
     )
     recorder = Memory()
     run(recorder, settings=settings, problems=PAIR, reward=pay_the_first)
-    return [row["explained_variance"] for row in recorder.rows]
-
-
-@pytest.mark.parametrize(
-    ("value", "lora"),
-    [(HEAD, None), (BRANCH, LORA), (NETWORK, None)],
-    ids=["head", "branch-lora", "network"],
-)
-def test_p52_values_learn_which_of_two_questions_is_worth_more(value, lora):
-    found = explained(value, lora, 100.0)
+    found = [row["explained_variance"] for row in recorder.rows]
     assert found[0] == 0
-    assert max(found) > 0.3
+    return max(found)
+
+
+EXPLAINED = {
+    kind: effect(above=0.3, name=f"values_of_a_{kind}_explain_the_returns")(
+        partial(explained, kind)
+    )
+    for kind in VALUES
+}
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("kind", EXPLAINED)
+def test_p52_values_learn_which_of_two_questions_is_worth_more(kind):
+    EXPLAINED[kind].check()
 
 
 def test_p52_values_that_do_not_move_explain_nothing():
-    assert max(map(abs, explained(HEAD, None, 1e-9))) < 0.01
+    assert abs(explained("head", 0, scale=1e-9)) < 0.01
 
 
 # Every setting of the settings within

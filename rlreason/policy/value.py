@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -41,22 +40,28 @@ from rlreason.policy.logprobs import (
     response_logprobs,
     trunk_of,
 )
-from rlreason.settings import Settings
+from rlreason.settings import Settings, setting
 
 
 class ValueSettings(Settings):
     """Which value function. The defaults are the paper's."""
 
-    kind: Literal["head", "branch", "network"] = Field(
-        "branch", description="Linear layer, copied top layers, or a whole copy."
+    kind: Literal["head", "branch", "network"] = setting(
+        "branch",
+        "Linear layer, copied top layers, or a whole copy.",
+        source="paper",
     )
-    layers: int = Field(
-        4, ge=1, description="Layers of the branch; at most as many as the trunk has."
+    layers: int = setting(
+        4,
+        "Layers of the branch; at most as many as the trunk has.",
+        source="paper",
+        ge=1,
     )
-    detach: bool = Field(
+    detach: bool = setting(
         True,
-        description="Stop the gradient of head or branch before the trunk. A network "
-        "is apart from the trunk anyway.",
+        "Stop the gradient of head or branch before the trunk. A network is apart from "
+        "the trunk anyway.",
+        source="paper",
     )
 
 

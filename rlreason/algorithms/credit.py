@@ -1,0 +1,139 @@
+"""Credit: what each token is told of what its response was paid.
+
+With a value function, generalised advantage estimation; without one, a baseline over
+whole responses. Then whitening. Equations alone: tensors in, tensors out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlreason.policy.rollout import Rollout
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    r"""Generalised advantage estimation (Schulman et al. 2016, eq. 16).
+
+    .. math:: \delta_t = r_t + \gamma V(s_{t+1}) - V(s_t), \quad
+              A_t = \delta_t + \gamma \lambda A_{t+1}
+
+    After the last token of a row V is 0: the row is over. For a truncated row add
+    ``gamma * V`` to its last reward first (``bootstrapped``). Positions outside the
+    mask are skipped as if they were not there, on whichever side or in the middle:
+    what stands in them, NaN even, changes nothing.
+
+    Args:
+        rewards: (B, T).
+        values: V before each token, (B, T).
+        mask: True at tokens that are actions, (B, T).
+
+    Returns:
+        ``advantages`` and ``returns``, their sum with the values; (B, T), 0 outside
+        the mask.
+    """
+    mask = mask.bool()
+    advantages = torch.zeros_like(values)  # (B, T)
+    running = values.new_zeros(values.shape[:-1])  # (B,)
+    next_value = running
+    for t in reversed(range(values.shape[-1])):
+        here = mask[..., t]
+        delta = rewards[..., t] + gamma * next_value - values[..., t]
+        running = torch.where(here, delta + gamma * lam * running, running)
+        next_value = torch.where(here, values[..., t], next_value)
+        advantages[..., t] = torch.where(here, running, 0.0)
+    returns = torch.where(mask, advantages + values, 0.0)
+    return advantages, returns
+
+
+def bootstrapped(
+    rewards: Tensor,
+    mask: Tensor,
+    *,
+    last_values: Tensor,
+    truncated: Tensor,
+    gamma: float,
+) -> Tensor:
+    """Add gamma V(s_T) to the last reward of each truncated response, once: (B, T).
+
+    A response that chose EOS is over and worth nothing more; one that the length limit
+    cut would have gone on.
+
+    Args:
+        rewards: (B, T).
+        mask: True at response tokens, (B, T), contiguous from the left.
+        last_values: V after the last token, (B,).
+        truncated: (B,), bool.
+    """
+    last = (mask.sum(1) - 1).clamp(min=0)[:, None]  # (B, 1)
+    extra = (gamma * last_values * truncated * mask.any(1))[:, None]
+    return rewards.scatter_add(1, last, extra)
+
+
+def response_advantages(
+    rewards: Tensor, groups: Tensor, kind: str, *, penalties: Tensor | None = None
+) -> Tensor:
+    """Advantage of whole responses against a baseline, (B,); see BaselineSettings.
+
+    Args:
+        rewards: What the task paid for each response, (B,).
+        groups: A number for each response that says which question it answers, (B,),
+            in any order. A group of one, or of equal returns, gets 0 under rloo/grpo.
+        kind: "reinforce", "rloo" or "grpo".
+        penalties: What each response's KL costs, (B,); None: nothing. GRPO divides the
+            rewards alone by their deviation: where all rewards are equal, the tiny
+            differences of the penalties would be blown up to advantages of size 1.
+    """
+    if penalties is None:
+        penalties = torch.zeros_like(rewards)
+    totals = rewards - penalties  # (B,)
+    if kind == "reinforce":
+        return totals - totals.mean()
+    _, group = groups.unique(return_inverse=True)  # (B,)
+    size = torch.bincount(group).to(totals)  # (G,)
+
+    def means(values: Tensor) -> Tensor:
+        """The mean over its question, for each response: (B,)."""
+        return (torch.zeros_like(size).index_add_(0, group, values) / size)[group]
+
+    others = (size / (size - 1).clamp(min=1))[group]  # n / (n - 1)
+    if kind == "rloo":
+        # R - mean of the others = (R - mean of all) * n / (n - 1)
+        return (totals - means(totals)) * others
+    centred = rewards - means(rewards)
+    deviation = (means(centred.square()) * others).sqrt()
+    return centred / (deviation + 1e-6) - (penalties - means(penalties))
+
+
+def group_ids(rollouts: Sequence[Rollout]) -> Tensor:
+    """A number for each prompt, (B,): by id and tokens, never by place in the batch."""
+    numbers: dict[tuple[str, tuple[int, ...]], int] = {}
+    keys = [(r.problem_id, r.prompt_tokens) for r in rollouts]
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Shift and scale to mean 0 and variance 1 over the mask; 0 outside it.
+
+    A single value, or equal ones, become 0 and not NaN. Over the whole phase, never
+    over a micro-batch, whose mean would depend on how the batch was cut.
+    """
+    mask = mask.bool()
+    count = mask.sum().clamp(min=1)
+    mean = torch.where(mask, values, 0.0).sum() / count
+    centred = torch.where(mask, values - mean, 0.0)
+    variance = centred.square().sum() / count
+    scale = variance.clamp(min=1e-12).rsqrt()
+    return centred * torch.where(variance > 1e-12, scale, torch.zeros_like(scale))
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns), of (N,); 0 where returns are equal."""
+    spread = returns.var(unbiased=False)
+    if spread < 1e-12:
+        return 0.0
+    return float(1 - (returns - values).var(unbiased=False) / spread)
