@@ -38,6 +38,7 @@ from rlreason.algorithms.curriculum import (
     learning_scores,
 )
 from rlreason.algorithms.optim import (
+    DivergedError,
     adamw,
     cosine_lr,
     load_optimizer_tensors,
@@ -277,10 +278,6 @@ class Experience:
     penalties: Tensor
     advantages: Tensor
     returns: Tensor
-
-
-class DivergedError(ValueError):
-    """Training has left the region where going on makes sense."""
 
 
 OnPhase = Callable[[int, Policy], dict[str, Any]]
