@@ -1,4 +1,4 @@
-"""Judging a classifier: the ranking with ties, and whether probabilities hold."""
+"""Evaluating a classifier: the ranking with ties, and whether probabilities hold."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rlreason.evaluation.classifier import (
     auc,
     auc_interval,
+    auc_within,
     calibration_curve,
     calibration_error,
     classification_metrics,
@@ -21,7 +22,7 @@ from rlreason.evaluation.classifier import (
 QUARTERS = [i / 4 for i in range(5)]
 
 # Samples with both classes, and scores that often tie
-judged = st.lists(
+graded = st.lists(
     st.tuples(st.sampled_from(QUARTERS), st.booleans()), min_size=2, max_size=25
 ).filter(lambda pairs: len({label for _, label in pairs}) == 2)
 
@@ -42,13 +43,13 @@ def obvious_auc(pairs) -> float:
 
 
 @settings(max_examples=200, deadline=None)
-@given(judged)
+@given(graded)
 def test_p37_auc_is_the_share_of_pairs_in_the_right_order(pairs):
     assert auc(*split(pairs)) == pytest.approx(obvious_auc(pairs), abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
-@given(judged, st.randoms(use_true_random=False))
+@given(graded, st.randoms(use_true_random=False))
 def test_p44_ties_count_one_half_in_whatever_order_they_stand(pairs, rng):
     shuffled = list(pairs)
     rng.shuffle(shuffled)
@@ -159,7 +160,7 @@ def test_the_curve_by_hand():
 
 
 @settings(max_examples=100, deadline=None)
-@given(judged, st.integers(1, 12))
+@given(graded, st.integers(1, 12))
 def test_every_sample_is_in_one_range_that_holds_it(pairs, bins):
     scores, labels = split(pairs)
     curve = calibration_curve(scores, labels, bins=bins)
@@ -211,3 +212,27 @@ def test_impossible_settings_are_clear_errors():
         auc_interval(scores, labels, "ab", level=95)
     with pytest.raises(ValueError, match="1 questions for 2 scores"):
         auc_interval(scores, labels, "a")
+
+
+@given(graded, st.lists(st.integers(0, 3), min_size=30, max_size=30))
+def test_within_questions_only_pairs_of_one_question_are_compared(pairs, drawn):
+    scores, labels = [s for s, _ in pairs], [y for _, y in pairs]
+    questions = [f"q/{drawn[i % 30]}" for i in range(len(pairs))]
+    expected = {}
+    for question in dict.fromkeys(questions):
+        rows = [p for p, q in zip(pairs, questions, strict=True) if q == question]
+        if len({label for _, label in rows}) == 2:
+            expected[question] = obvious_auc(rows)
+    if not expected:
+        with pytest.raises(ValueError, match="nothing to tell apart within one"):
+            auc_within(scores, labels, questions)
+    else:
+        assert auc_within(scores, labels, questions) == pytest.approx(expected)
+
+
+def test_who_knows_only_how_hard_a_question_is_has_one_half_within_it():
+    # An easy question, 3 of 4 right, and a hard one, 1 of 4; a score a question
+    labels = [True, True, True, False, True, False, False, False]
+    scores, questions = [0.75] * 4 + [0.25] * 4, "aaaabbbb"
+    assert auc(scores, labels) == 0.75
+    assert auc_within(scores, labels, questions) == {"a": 0.5, "b": 0.5}

@@ -56,6 +56,7 @@ from rlreason.algorithms.sft import sft, solution_examples
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import micro_batches
 from rlreason.policy.sampler import sample
+from rlreason.runs import plans
 from rlreason.runs import steps as train
 from rlreason.runs.folder import RunFolder, read_checkpoint
 from rlreason.tasks.problem import Problem
@@ -384,8 +385,8 @@ KILL_POINTS = {
     "between-the-rounds": die_between_the_rounds,
     "at-the-start-of-round-2": partial(die_in, algorithm, "sample", call=2),
     "distilling-in-round-2": partial(die_in_run, EI, "log", call=20),
-    "judging-round-2": partial(die_in, train, "_validate", call=2),
-    "before-the-last-save": partial(die_in, train, "_save_policy", call=2),
+    "validating-round-2": partial(die_in, train, "validate", call=2),
+    "before-the-last-save": partial(die_in, plans, "trained_tensors", call=2),
     "after-the-last-save": partial(die_in_run, EI, "_close_logs", call=1),
 }
 

@@ -38,7 +38,7 @@ from rlreason.algorithms.ppo_settings import (
 )
 from rlreason.policy.logprobs import token_logprobs, trunk_of
 from rlreason.policy.value import ValueSettings
-from rlreason.rewards.base import pay_last_token
+from rlreason.rewards.base import last_token_reward
 from rlreason.rewards.sparse import sparse_token_rewards
 from rlreason.settings import Settings
 from rlreason.tasks.problem import Problem
@@ -599,7 +599,7 @@ PAIR = [
 def pay_the_first(rollouts, problems):
     """1 for any answer to the first question, 0 for any to the second."""
     return [
-        pay_last_token(rollout, float(rollout.problem_id == problems[0].id))
+        last_token_reward(rollout, float(rollout.problem_id == problems[0].id))
         for rollout in rollouts
     ]
 

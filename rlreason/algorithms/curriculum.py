@@ -33,7 +33,7 @@ from torch import Tensor
 from rlreason.mdp import step_spans
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Prompt
-from rlreason.settings import Settings
+from rlreason.settings import Settings, setting
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt, format_response
 
@@ -43,40 +43,57 @@ from rlreason.tasks.prompts import format_prompt, format_response
 class UniformSettings(Settings):
     """Shuffled epochs."""
 
-    kind: Literal["uniform"] = Field("uniform", description="Shuffled epochs.")
+    kind: Literal["uniform"] = setting(
+        "uniform", "Every question once before any twice.", source="paper"
+    )
 
 
 class BacktrackingSettings(Settings):
     """Shuffled epochs, with the start of the reference given away at first."""
 
-    kind: Literal["backtracking"] = Field(
-        "backtracking", description="Start from prefixes of the reference."
+    kind: Literal["backtracking"] = setting(
+        "backtracking", "Start from prefixes of the reference.", source="paper"
     )
-    share: float = Field(
-        0.5, ge=0, le=1, description="Share of rows that start from a prefix."
+    share: float = setting(
+        0.5, "Share of rows that start from a prefix.", source="ours", ge=0, le=1
     )
-    start: float = Field(
-        1.0, gt=0, le=1, description="Fraction of the steps given when training begins."
+    start: float = setting(
+        1.0,
+        "Fraction of the steps given when training begins.",
+        source="ours",
+        gt=0,
+        le=1,
     )
-    until: float = Field(
-        0.5, gt=0, le=1, description="Progress of training at which none is given."
+    until: float = setting(
+        0.5, "Progress of training at which none is given.", source="ours", gt=0, le=1
     )
 
 
 class ReplaySettings(Settings):
     """Prioritized level replay. Temperature and staleness are that paper's."""
 
-    kind: Literal["replay"] = Field(
-        "replay", description="Replay the questions with much left to learn."
+    kind: Literal["replay"] = setting(
+        "replay", "Replay the questions with much left to learn.", source="paper"
     )
-    replay_probability: float = Field(
-        0.5, ge=0, lt=1, description="Chance of a known question while there are new."
+    replay_probability: float = setting(
+        0.5,
+        "Chance of a known question while there are new.",
+        source="ours",
+        ge=0,
+        lt=1,
     )
-    temperature: float = Field(
-        0.1, gt=0, description="beta: how far below the first rank priority reaches."
+    temperature: float = setting(
+        0.1,
+        "beta: how far below the first rank priority reaches.",
+        source="ours",
+        gt=0,
     )
-    staleness: float = Field(
-        0.1, ge=0, le=1, description="rho: weight of how long ago the last visit was."
+    staleness: float = setting(
+        0.1,
+        "rho: weight of how long ago the last visit was.",
+        source="ours",
+        ge=0,
+        le=1,
     )
 
 
@@ -125,8 +142,8 @@ class QuestionSampler:
     def next(self, n: int, *, progress: float) -> list[Prompt]:
         """The next ``n`` prompts.
 
-        A question can come twice in one call, so groups of samples are told apart by
-        their place in the batch and not by ``problem_id``. Each prompt has a ``stream``
+        A question can come twice in one call, so groups of samples are known by their
+        place in the batch and not by ``problem_id``. Each prompt has a ``stream``
         of its own: without it two equal prompts would have equal samples.
 
         Args:

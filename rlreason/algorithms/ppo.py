@@ -40,6 +40,7 @@ from rlreason.algorithms.credit import (
 from rlreason.algorithms.curriculum import QuestionSampler, best_k_of_n, learning_scores
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.optim import (
+    DivergedError,
     adamw,
     cosine_lr,
     load_optimizer_tensors,
@@ -103,10 +104,6 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     totals: tuple[float, ...] = ()
-
-
-class DivergedError(ValueError):
-    """Training has left the region where going on makes sense."""
 
 
 OnPhase = Callable[[int, Policy], dict[str, Any]]

@@ -12,13 +12,13 @@ where its last checkpoint stands.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlreason.algorithms.optim import (
+    check_finite,
     clip_gradients,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -27,43 +27,48 @@ from rlreason.algorithms.optim import (
 )
 from rlreason.algorithms.recorder import Recorder
 from rlreason.policy.nano import build_tokenizer, new_model
+from rlreason.policy.progress import progress_bar
+from rlreason.settings import Settings, setting
 from rlreason.tasks.pretraining_text import pretraining_documents
 
 
-@dataclass(frozen=True)
-class PretrainSettings:
-    """Settings of ``rlreason train nano``.
+class PretrainSettings(Settings):
+    """Settings of ``rlreason train nano``."""
 
-    Attributes:
-        size: "nano" or "nano-xs".
-        seed: Seed of the weights and of the text.
-        updates: Optimiser steps. Fewer than the schedule has: the base stops while it
-            still lacks the composing of steps, which is what it is there to learn.
-        schedule: Updates after which the learning rate would be zero.
-        rows: Sequences an update.
-        context: Tokens a sequence.
-        long_updates: Last updates, whose rows are half as many and twice as long: so
-            that places further on are known, where a prompt with examples goes on.
-        lr: Peak learning rate of the matrices (Muon).
-        lr_vectors: Peak learning rate of embeddings and norms (AdamW).
-        warmup: Updates of warm-up.
-        decay: Updates at the end of the schedule in which the rate falls to zero.
-        bf16: Matrix products in bfloat16 (weights stay fp32). 1.5 times as fast on a
-            CPU with AMX, slower on one without.
-    """
-
-    size: str = "nano"
-    seed: int = 0
-    updates: int = 2400
-    schedule: int = 3000
-    rows: int = 32
-    context: int = 256
-    long_updates: int = 0
-    lr: float = 0.03
-    lr_vectors: float = 0.01
-    warmup: int = 50
-    decay: int = 900
-    bf16: bool = True
+    size: str = setting("nano", "nano or nano-xs.", source="ours")
+    seed: int = setting(0, "Seed of the weights and of the text.", source="ours")
+    # Fewer updates than the schedule has: the base stops while it still lacks the
+    # composing of steps, which is what it is there to learn
+    updates: int = setting(2400, "Optimiser steps.", source="ours")
+    schedule: int = setting(
+        3000, "Updates after which the learning rate would be zero.", source="ours"
+    )
+    rows: int = setting(32, "Sequences an update.", source="ours")
+    context: int = setting(256, "Tokens a sequence.", source="ours")
+    long_updates: int = setting(
+        0,
+        "Last updates, whose rows are half as many and twice as long: so that places "
+        "further on are known, where a prompt with examples goes on.",
+        source="ours",
+    )
+    lr: float = setting(
+        0.03, "Peak learning rate of the matrices (Muon).", source="ours"
+    )
+    lr_vectors: float = setting(
+        0.01, "Peak learning rate of embeddings and norms (AdamW).", source="ours"
+    )
+    warmup: int = setting(50, "Updates of warm-up.", source="ours")
+    decay: int = setting(
+        900,
+        "Updates at the end in which the rate falls to zero.",
+        source="ours",
+    )
+    bf16: bool = setting(
+        True,
+        "Matrix products in bfloat16 (weights stay fp32): 1.5 times as fast on a CPU "
+        "with AMX, slower on one without.",
+        source="ours",
+    )
 
 
 def packed_rows(
@@ -118,7 +123,6 @@ def pretrain(
     torch.manual_seed(settings.seed)
     model = new_model(settings.size, tokenizer)
     optimizers = build_optimizers(model, settings)
-    peaks = {"muon": settings.lr, "adamw": settings.lr_vectors}
 
     start = 0
     if (checkpoint := recorder.restore()) is not None:
@@ -129,44 +133,51 @@ def pretrain(
             load_optimizer_tensors(optimizer, name, checkpoint.tensors)
 
     model.train()
-    for step in range(start, settings.updates):
-        shape = trapezoid_lr(
-            step,
-            total=settings.schedule,
-            warmup=settings.warmup,
-            decay=settings.decay,
-            peak=1.0,
-        )
-        documents = pretraining_documents(f"{settings.seed}/{step}")
-        longer = 2 if step >= settings.updates - settings.long_updates else 1
-        batch = packed_rows(
-            tokenizer,
-            documents,
-            rows=settings.rows // longer,
-            context=settings.context * longer,
-        )
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
-            loss = next_token_loss(model, batch)
-        loss.backward()
-        norm = clip_gradients(model, 1.0)
-        for name, optimizer in optimizers.items():
-            set_lr(optimizer, peaks[name] * shape)
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-        recorder.log(
-            "update",
-            update=step,
-            loss=loss.item(),
-            grad_norm=norm,
-            lr=settings.lr * shape,
-            tokens=(step + 1) * settings.rows * settings.context,
-        )
-        if recorder.due() or step + 1 == settings.updates:
-            tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-            for name, optimizer in optimizers.items():
-                tensors |= optimizer_tensors(optimizer, name)
-            recorder.save(tensors, {"updates": step + 1})
+    with progress_bar(
+        settings.updates, "pretraining", unit="update", done=start
+    ) as progress:
+        for step in range(start, settings.updates):
+            metrics = _update(model, tokenizer, optimizers, settings, step)
+            recorder.log("update", update=step, **metrics)
+            progress.update(loss=metrics["loss"])
+            if recorder.due() or step + 1 == settings.updates:
+                tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+                for name, optimizer in optimizers.items():
+                    tensors |= optimizer_tensors(optimizer, name)
+                recorder.save(tensors, {"updates": step + 1})
     return model.eval(), tokenizer
+
+
+def _update(model, tokenizer, optimizers, settings, step: int) -> dict[str, float]:
+    """One step of both optimisers on the text of update ``step``; its metrics."""
+    shape = trapezoid_lr(
+        step,
+        total=settings.schedule,
+        warmup=settings.warmup,
+        decay=settings.decay,
+        peak=1.0,
+    )
+    longer = 2 if step >= settings.updates - settings.long_updates else 1
+    batch = packed_rows(
+        tokenizer,
+        pretraining_documents(f"{settings.seed}/{step}"),
+        rows=settings.rows // longer,
+        context=settings.context * longer,
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+        loss = next_token_loss(model, batch)
+    loss.backward()
+    numbers = {"loss": loss.item(), "grad_norm": clip_gradients(model, 1.0)}
+    check_finite(numbers, where=f"update {step + 1}", then="lower lr and lr_vectors")
+    for optimizer, lr in (
+        (optimizers["muon"], settings.lr),
+        (optimizers["adamw"], settings.lr_vectors),
+    ):
+        set_lr(optimizer, lr * shape)
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    tokens = (step + 1) * settings.rows * settings.context
+    return {**numbers, "lr": settings.lr * shape, "tokens": tokens}
 
 
 def next_token_loss(model: LlamaForCausalLM, batch: Tensor) -> Tensor:

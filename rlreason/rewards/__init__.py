@@ -1,7 +1,8 @@
-"""What is paid for a rollout."""
+"""What a rollout earns."""
 
 from rlreason.rewards.base import RewardFunction
 from rlreason.rewards.dense import dense_reward
+from rlreason.rewards.own import load_reward
 from rlreason.rewards.shaping import shaped_reward
 from rlreason.rewards.sparse import (
     sparse_reward,
@@ -12,6 +13,7 @@ from rlreason.rewards.sparse import (
 __all__ = [
     "RewardFunction",
     "dense_reward",
+    "load_reward",
     "shaped_reward",
     "sparse_reward",
     "sparse_rewards",

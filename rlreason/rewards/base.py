@@ -1,8 +1,8 @@
 """What every reward has in common: its signature, and how a rollout finds its problem.
 
-A reward function pays *tokens*: it returns one number for each token of each response,
-0.0 where nothing is paid, and nothing for prompts or padding. So sparse, dense and
-learned rewards differ in where they pay and not in how they are used.
+A reward function rewards *tokens*: it returns one number for each token of each
+response, 0.0 where nothing is earned, and nothing for prompts or padding. So sparse,
+dense and learned rewards differ in where they stand and not in how they are used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlreason.tasks.problem import Problem
 
 
 class RewardFunction(Protocol):
-    """Pays rollouts, token by token."""
+    """Rewards rollouts, token by token."""
 
     def __call__(
         self, rollouts: Sequence[Rollout], problems: Sequence[Problem]
@@ -47,7 +47,7 @@ def problems_of(
     return [by_id[rollout.problem_id] for rollout in rollouts]
 
 
-def pay_last_token(rollout: Rollout, reward: float) -> tuple[float, ...]:
+def last_token_reward(rollout: Rollout, reward: float) -> tuple[float, ...]:
     """The whole reward on the last token: EOS, or where the length limit cut."""
     if not rollout.tokens:
         raise ValueError("a response without tokens has no place for its reward")

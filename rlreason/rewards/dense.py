@@ -1,19 +1,19 @@
 r"""The dense heuristic reward: intermediate results of the reference, plus the answer.
 
-Havrilla et al. (2024), section 3, pay a generated step that matches a step of the
+Havrilla et al. (2024), section 3, reward a generated step that matches a step of the
 reference solution. A step *matches* where it states an intermediate result (the
 right-hand side of a ``<<48/2=24>>``) that the reference states too and that no earlier
-step has used up. With n results in the reference, each match pays ``bound / n`` at the
-end of its step; the final answer pays 1 on the last token, as in the sparse reward.
+step has used up. With n results in the reference, each match earns ``bound / n`` at the
+end of its step; the final answer earns 1 on the last token, as in the sparse reward.
 
-- *Bounded.* The reference is a multiset and each of its results is paid once, so
+- *Bounded.* The reference is a multiset and each of its results counts once, so
   repeating a step earns nothing and all steps together earn at most ``bound < 1``: a
   wrong answer after a perfect derivation earns less than any right answer.
 - *Results alone count*, compared as numbers; how they were computed and in which order
   does not. This matches the authors' earlier code; magnitudes are not known from the
   paper, so ``bound`` is this project's.
 - *Prefixes.* Where a prompt holds the start of a response (backtracking), what it
-  states counts as used: nobody is paid for what was given.
+  states counts as used: nobody earns what was given.
 - *No derivation, no bonus.* A reference without annotations leaves the sparse part.
 
 Unlike potential-based shaping (``rewards.shaping``) this bonus is never taken back, so
@@ -60,7 +60,7 @@ def dense_reward(policy: Policy, *, bound: float = 0.5) -> RewardFunction:
         asked = problems_of(rollouts, problems)
         pieces = token_pieces(policy, rollouts)
         given = given_texts(policy, rollouts)
-        paid = []
+        rewards = []
         for i, answer in enumerate(sparse_token_rewards(rollouts, asked)):
             tokens = rollouts[i].tokens
             ends = [end for _, end in step_spans([pieces[t] for t in tokens])]
@@ -68,8 +68,8 @@ def dense_reward(policy: Policy, *, bound: float = 0.5) -> RewardFunction:
             row = list(answer)
             for end, (before, after) in zip(ends, pairwise(shares), strict=True):
                 row[end - 1] += bound * (after - before)
-            paid.append(tuple(row))
-        return paid
+            rewards.append(tuple(row))
+        return rewards
 
     return reward
 

@@ -8,13 +8,13 @@ prefix has a score, and the score of the last token is the one of the solution.
 1. *Score*: ``score_tokens``, a probability after every token; ``score_responses``, the
    last one.
 2. *Rerank*: a model is a scorer of ``evaluate(..., orm=orm)``.
-3. *Pay*: ``sparse_orm_reward`` pays the score of the solution on its last token,
-   ``dense_orm_reward`` pays the score of the prefix at the end of every step.
+3. *Reward*: ``sparse_orm_reward`` gives the score of the solution on its last token,
+   ``dense_orm_reward`` the score of the prefix at the end of every step.
 
 The paper leaves open how large the rewards are. Here a dense reward is the score
 divided by the number of steps, so that the return is the mean score over steps: it lies
 in [0, 1] as the sparse ones do, and more steps do not earn more by being more. (The sum
-without the division would pay for every line that still looks right.)
+without the division would reward every line that still looks right.)
 
 With ``likelihood`` the logit also holds the log-probability of the response so far
 under the model's own output layer, times a learned number. That is not in the paper: a
@@ -22,8 +22,8 @@ verifier of a million parameters learns from some thousand samples which *questi
 hard, and hardly which of a question's samples are right; how likely it finds a sample
 tells it that from the start (see the log of what was tried).
 
-A score is a guess, and a policy that is paid for it learns what the model likes, right
-or not; watch the true accuracy beside it. The model reads tokens as they were sampled,
+A score is a guess, and a policy rewarded by it learns what the model likes, right or
+not; watch the true accuracy beside it. The model reads tokens as they were sampled,
 prompt included: whoever asks with worked examples has it score what it was not trained
 on. Training is ``rlreason.algorithms.reward_modelling``.
 """
@@ -50,7 +50,7 @@ from rlreason.policy.logprobs import (
 from rlreason.policy.lora import merge_adapters
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.value import ValueSettings, new_value_function
-from rlreason.rewards.base import RewardFunction, pay_last_token, problems_of
+from rlreason.rewards.base import RewardFunction, last_token_reward, problems_of
 from rlreason.tasks.problem import Problem
 
 
@@ -242,20 +242,21 @@ def score_responses(
 
 
 def sparse_orm_reward(orm: OutcomeRewardModel) -> RewardFunction:
-    """Pay the score of the whole solution on its last token."""
+    """Give the score of the whole solution on its last token."""
 
     def reward(
         rollouts: Sequence[Rollout], problems: Sequence[Problem]
     ) -> list[tuple[float, ...]]:
         problems_of(rollouts, problems)
         scores = score_responses(orm, rollouts)
-        return [pay_last_token(r, s) for r, s in zip(rollouts, scores, strict=True)]
+        pairs = zip(rollouts, scores, strict=True)
+        return [last_token_reward(rollout, score) for rollout, score in pairs]
 
     return reward
 
 
 def dense_orm_reward(orm: OutcomeRewardModel) -> RewardFunction:
-    """Pay the score of the prefix on the last token of each step, over their number.
+    """Give the score of the prefix on the last token of each step, over their number.
 
     Steps are those of ``mdp.step_spans``; the last one ends with the last token. The
     return is the mean score over steps.
@@ -265,14 +266,14 @@ def dense_orm_reward(orm: OutcomeRewardModel) -> RewardFunction:
         rollouts: Sequence[Rollout], problems: Sequence[Problem]
     ) -> list[tuple[float, ...]]:
         problems_of(rollouts, problems)
-        paid = []
+        rewards = []
         for r, scores in zip(rollouts, score_tokens(orm, rollouts), strict=True):
             ends = [end - 1 for _, end in step_spans(orm.pieces(r.tokens))]
             row = [0.0] * len(r.tokens)
             for end in ends:
                 row[end] = scores[end] / len(ends)
-            paid.append(tuple(row))
-        return paid
+            rewards.append(tuple(row))
+        return rewards
 
     return reward
 

@@ -6,21 +6,21 @@ Ng, Harada and Russell (1999): a bonus of the form
 
 added to any reward changes no ordering of policies. Along an episode the bonuses
 telescope, so its discounted return becomes the original one minus Phi(s_0), whatever
-was done in between. The potential here is what the dense heuristic pays,
+was done in between. The potential here is what the dense heuristic gives,
 
     Phi(s) = scale * share of the reference's intermediate results stated in s,
 
-prefix in the prompt included. What a matched step is paid is taken back when the
+prefix in the prompt included. What a matched step earns is taken back when the
 episode ends: stating right steps is a help in learning and no end in itself. Compare
 ``rewards.dense``, which never takes anything back.
 
 Time runs over tokens, as everywhere in training, and ``gamma`` must be the learner's;
-below 1 every token pays the small price (1 - gamma) Phi(s) for waiting.
+below 1 every token costs (1 - gamma) Phi(s), the price of waiting.
 
 **Where an episode ends.** After EOS the potential is 0. Where the length limit cut, it
 depends on the learner. One that puts its value function there (``bootstrap=True``)
 goes on from a state that still has its potential, which is kept. One that takes the
-cut for an end must see 0 as after EOS; otherwise a policy is paid for running into the
+cut for an end must see 0 as after EOS; otherwise a policy earns by running into the
 limit after its right steps.
 
 Left out: learned potentials (a value function or an outcome model would do).
@@ -76,10 +76,10 @@ def shaped_reward(
     def shaped(
         rollouts: Sequence[Rollout], problems: Sequence[Problem]
     ) -> list[tuple[float, ...]]:
-        paid = reward(rollouts, problems)
+        given = reward(rollouts, problems)
         states = state_potentials(policy, rollouts, problems)
         rows = []
-        for rollout, row, phi in zip(rollouts, paid, states, strict=True):
+        for rollout, row, phi in zip(rollouts, given, states, strict=True):
             goes_on = bootstrap and not rollout.finished
             potentials = [scale * p for p in phi[:-1]]
             potentials.append(scale * phi[-1] if goes_on else 0.0)

@@ -2,11 +2,11 @@
 
 The default of Havrilla et al. (2024). The text alone decides, as in the paper: the
 answer that it states is compared, as a number, with the reference answer. So a
-truncated rollout that states the right answer before the length limit is paid, although
-it never chose to stop; one that is cut inside the number is judged by the digits that
-it got out. Whoever must not learn from unfinished text (a fine-tuning set, say) filters
-on ``Rollout.finished`` as well. Evaluation counts with this same function, so what is
-paid in training is what is reported, and reports the truncated share beside it.
+truncated rollout that states the right answer before the length limit is rewarded,
+although it never chose to stop; one that is cut inside the number counts by the digits
+that it got out. Whoever must not learn from unfinished text (a fine-tuning set, say)
+filters on ``Rollout.finished`` as well. Evaluation counts with this same function, so
+what is rewarded in training is what is reported, and reports the truncated share too.
 
 Left out: credit for single steps and penalties for length.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rlreason.policy.rollout import Rollout
-from rlreason.rewards.base import pay_last_token, problems_of
+from rlreason.rewards.base import last_token_reward, problems_of
 from rlreason.tasks.answers import is_correct
 from rlreason.tasks.problem import Problem
 
@@ -31,8 +31,8 @@ def sparse_reward(rollout: Rollout, problem: Problem) -> float:
     """
     if rollout.problem_id != problem.id:
         raise ValueError(
-            f"a rollout of problem {rollout.problem_id!r} cannot be paid by the answer "
-            f"of problem {problem.id!r}"
+            f"a rollout of problem {rollout.problem_id!r} cannot be rewarded by the "
+            f"answer of problem {problem.id!r}"
         )
     return float(is_correct(rollout.text, problem.answer))
 
@@ -54,4 +54,5 @@ def sparse_token_rewards(
 ) -> list[tuple[float, ...]]:
     """The sparse reward as a ``RewardFunction``: on the last token, 0.0 before it."""
     rewards = sparse_rewards(rollouts, problems)
-    return [pay_last_token(r, paid) for r, paid in zip(rollouts, rewards, strict=True)]
+    pairs = zip(rollouts, rewards, strict=True)
+    return [last_token_reward(rollout, reward) for rollout, reward in pairs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 
 from rlreason.algorithms.pretrain import PretrainSettings, pretrain
@@ -59,7 +58,7 @@ def train_nano(
     Returns:
         The folder with weights, tokenizer and model card.
     """
-    settings = replace(RECIPES[size], seed=seed)
+    settings = RECIPES[size].model_copy(update={"seed": seed})
     folder = folder or ASSETS / size
     with RunFolder("nano", settings, save_every=60) as run:
         # A run that is done goes through its last checkpoint alone.
