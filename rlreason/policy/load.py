@@ -330,12 +330,17 @@ def _more_ends(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of the model to zero, in training mode too."""
+    """Set every dropout probability of the model to zero, in training mode too.
+
+    Also those that a module keeps as a number, by a name such as ``attention_dropout``
+    or ``layerdrop``.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _opening_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

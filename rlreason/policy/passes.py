@@ -163,8 +163,8 @@ def check_model(policy: Policy, tokens: int) -> Checked:
                 known = _compare(policy, tokens, limits)
             except AttentionError as error:
                 raise PolicyError(
-                    f"{policy.name!r} ({type(causal_of(policy.model)).__name__}) cannot "
-                    f"be sampled up to {tokens} tokens: {error}. "
+                    f"{policy.name!r} ({type(causal_of(policy.model)).__name__}) "
+                    f"cannot be sampled up to {tokens} tokens: {error}. "
                     f"{_remedy(policy, tokens, limits)}"
                 ) from error
             _checked[policy.model] = known
@@ -237,10 +237,10 @@ def _compare(policy: Policy, tokens: int, limits: set[int]) -> Checked:
             for starts, plain in zip(cohorts, expected, strict=True):
                 found, store = _sampled(policy, ids, starts, steps)
                 spread = plain - plain.mean(-1, keepdim=True)
-                gap = (found - plain).norm(dim=-1) / spread.norm(dim=-1)
-                gaps.append(gap.flatten())  # (S * R,)
+                gap = (found - plain).norm(dim=-1) / spread.norm(dim=-1)  # (S+1, R)
+                gaps.append(gap)
             token_bytes, heads = store.token_bytes, store.heads
-    gap, tolerance = _judged(torch.cat(gaps), policy)
+    gap, tolerance = _judged(torch.cat(gaps, dim=1), policy)
     if not gap <= tolerance:
         raise AttentionError(
             "its log-probabilities are not those of its own forward pass (off by "
@@ -265,14 +265,15 @@ def _named(fault: str) -> Iterator[None]:
 def _judged(gaps: Tensor, policy: Policy) -> tuple[float, float]:
     """How far apart the distributions are, and how far rounding may bring them.
 
-    In full precision the worst place counts. In half precision it is the median: where
-    two experts are nearly alike, rounding may choose the other one now and then.
+    The worst row counts, and in full precision its worst place. In half precision it
+    is the row's median: where two experts are nearly alike, rounding may choose the
+    other one now and then.
     """
     epsilon = torch.finfo(policy.model.dtype).eps
     if policy.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
         epsilon = max(epsilon, 2.0**-10)
-    gap = gaps.max() if epsilon < 1e-6 else gaps.median()
-    return float(gap), epsilon**0.5
+    rows = gaps.amax(0) if epsilon < 1e-6 else gaps.median(0).values
+    return float(rows.max()), epsilon**0.5
 
 
 def _some_tokens(policy: Policy, length: int) -> Tensor:
@@ -287,7 +288,7 @@ def _some_tokens(policy: Policy, length: int) -> Tensor:
 def _plain(
     model: PreTrainedModel, ids: Tensor, cohorts: list[list[int]], steps: int
 ) -> list[Tensor]:
-    """Log-probabilities by one pass of the untouched model, as ``_sampled`` has them."""
+    """Log-probabilities as ``_sampled`` has them, by one pass of the model's own."""
     places = [
         torch.tensor(starts, device=ids.device) - 1 + step
         for starts in cohorts
