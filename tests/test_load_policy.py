@@ -5,10 +5,16 @@ from __future__ import annotations
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, PROBLEMS, tiny_policy, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+)
 
 from rlreason.policy import load
 from rlreason.policy.load import PolicyError, load_policy, make_policy
@@ -109,6 +115,13 @@ def test_a_gguf_file_gives_the_same_policy(tmp_path):
     text = format_prompt(PROBLEMS[0])
     assert loaded.decode(loaded.encode_prompt(text)) == text
     assert sample(loaded, PROBLEMS[:1], max_new_tokens=4)[0].tokens
+    # It is an ordinary model now
+    loaded.model.save_pretrained(tmp_path / "saved")
+    loaded.tokenizer.save_pretrained(tmp_path / "saved")
+    again = load_policy(tmp_path / "saved", device="cpu")
+    with torch.no_grad():
+        assert torch.equal(again.model(ids).logits, loaded.model(ids).logits)
+    assert again.encode_prompt(text) == loaded.encode_prompt(text)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +156,150 @@ def test_damaged_weights_are_a_policy_error(folder):
         load_policy(folder)
 
 
+def changed_weights(folder, change) -> None:
+    """Rewrite the weights of a folder under the names that ``change`` gives."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {k: v for k, v in w.items() if ".1." not in k}, r"9 are missing"),
+        (lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"}, "tie_word"),
+        (lambda w: {**w, "v_head.weight": torch.ones(1)}, r"no place.*v_head\.weight"),
+        (lambda w: {k: v[:-1].clone() for k, v in w.items()}, "another shape"),
+    ],
+    ids=["layer", "output layer", "value head", "shape"],
+)
+def test_weights_that_are_not_the_models_are_refused(folder, change, message):
+    changed_weights(folder, change)
+    with pytest.raises(PolicyError, match=message) as error:
+        load_policy(folder, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "remedy"),
+    [
+        ("_orig_mod.", "torch.compile"),
+        ("module.", "model.module.save"),
+        ("pretrained_model.", "value head"),
+        ("base_model.model.", "merge_and_unload"),
+    ],
+)
+def test_a_wrapper_in_the_names_of_weights_is_named_with_its_remedy(
+    folder, prefix, remedy
+):
+    changed_weights(folder, lambda w: {prefix + k: v for k, v in w.items()})
+    with pytest.raises(PolicyError, match=f"{prefix}.*{remedy}"):
+        load_policy(folder, device="cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tied_output_layer_is_not_missing(tmp_path, kind):
+    policy = tiny_policy(kind)
+    config = policy.model.config
+    config.tie_word_embeddings = True
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = load_policy(tmp_path, device="cpu").model
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("ends", "more"),
+    [
+        ([2, 0, 7], (0, 7)),  # a list was written by somebody
+        ([0], (0,)),
+        (0, (0,)),  # a special token of this tokenizer
+        (7, ()),  # the default of an architecture that is an ordinary token here
+        (None, ()),
+    ],
+)
+def test_eos_ids_are_those_of_the_generation_configuration(folder, ends, more):
+    policy = tiny_policy()
+    policy.model.generation_config.eos_token_id = ends
+    policy.model.save_pretrained(folder)
+    loaded = load_policy(folder, device="cpu")
+    assert loaded.eos_ids == (2, *more)
+    assert loaded.eos_id == loaded.encode_response("a", "b")[-1] == 2
+
+
+def test_an_eos_without_an_embedding_is_refused_by_name():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    with pytest.raises(PolicyError, match=r"<\|end\|>.*mine.*id 260.*260 rows"):
+        make_policy(tiny_policy().model, tokenizer, name="mine")
+
+
+def test_text_with_a_token_beyond_the_embedding_is_refused_by_name():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["pens"])
+    policy = make_policy(tiny_policy().model, tokenizer, name="mine")
+    assert policy.decode(policy.encode_prompt("a pen")) == "a pen"
+    with pytest.raises(ValueError, match=r"'pens'.*resize_token_embeddings"):
+        policy.encode_prompt("3 pens")
+
+
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """One whose vocabulary holds its special tokens as words, as SentencePiece has."""
+    letters = [chr(i) for i in range(32, 127)]
+    pieces = [(x, 0.0) for x in ("<unk>", "<s>", "</s>")] + [(x, -3.0) for x in letters]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+def character_tokenizer() -> ByT5Tokenizer:
+    """One that is written in Python."""
+    return ByT5Tokenizer(extra_ids=0)
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [tiny_tokenizer, words_tokenizer, character_tokenizer]
+)
+def test_special_tokens_in_text_are_text(tokenizer):
+    tokenizer = tokenizer()
+    policy = make_policy(tiny_policy().model, tokenizer, name="mine")
+    eos = tokenizer.eos_token
+    text = f"Say {eos}{eos} or <s>, {eos[0]}{eos}{eos[1:]}; {eos}"
+    ids = policy.encode_prompt(text)
+    if policy.bos_id is not None:
+        assert ids.pop(0) == policy.bos_id
+    assert not set(ids) & {tokenizer.bos_token_id, *policy.eos_ids}
+    assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
+    response = policy.encode_response(text, text)
+    assert response.count(policy.eos_id) == 1
+    assert response[-1] == policy.eos_id
+    # The wrong version
+    assert policy.eos_id in tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_a_special_token_of_one_letter_is_text():
+    tokenizer = tiny_tokenizer(pad=False)
+    tokenizer.pad_token = "!"
+    policy = make_policy(tiny_policy().model, tokenizer, name="mine")
+    assert tokenizer.pad_token_id in policy.encode_prompt("Hello!")
+
+
+def test_half_of_a_surrogate_pair_is_one_clear_error():
+    with pytest.raises(ValueError, match=r"'\\ud83d'.*character 3"):
+        tiny_policy().encode_prompt("ab \ud83d")
+
+
 @pytest.mark.parametrize("bos", [True, False])
 def test_p11_a_prompt_has_exactly_one_bos_or_none(bos):
     policy = tiny_policy(bos=bos)
     ids = policy.encode_prompt("Q: 2+2?\nA:")
     assert ids.count(1) == (1 if bos else 0)
     assert ids[:1] == [1] or not bos
-    assert policy.encode_prompt("<s>Q: 2+2?\nA:").count(1) == 1
+    assert policy.encode_prompt("<s>Q: 2+2?\nA:").count(1) == ids.count(1)
 
 
 @pytest.mark.parametrize("pad", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import nn
 
 from rlreason.policy import sampler
 from rlreason.policy.kv_cache import ATTENTION_NAME
+from rlreason.policy.load import make_policy
 from rlreason.policy.rollout import Prompt
 from rlreason.policy.sampler import (
     draw_tokens,
@@ -21,6 +23,7 @@ from rlreason.policy.sampler import (
     sample_prompts,
 )
 from rlreason.policy.streams import next_uniforms, stream_key
+from rlreason.policy.value import score
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt
 
@@ -122,8 +125,7 @@ def test_p09_samples_do_not_depend_on_the_company_they_keep():
     options = {"max_new_tokens": 64, "temperature": 1.5, "seed": 3}
     whole = by_name(sample(policy, PROBLEMS, k=6, **options))
     assert len({len(tokens) for tokens in whole.values()}) > 5  # rows leave one by one
-    little = sampler._Costs.of(policy.model, 64)
-    budget = little.of_request(64, 4)  # four rows at a time, so a problem is cut up
+    budget = 220_000  # four rows at a time, so a problem is cut up
     assert by_name(sample(policy, PROBLEMS, k=6, byte_budget=budget, **options)) == (
         whole
     )
@@ -355,7 +357,7 @@ def test_memory_stays_within_the_budget(monkeypatch):
 
 def test_groups_come_as_they_finish():
     policy = replace(tiny_policy(), eos_id=40)
-    budget = sampler._Costs.of(policy.model, 30).of_request(64, 8)
+    budget = 250_000  # a few rows at a time
     seen = dict(
         sample_groups(policy, PROBLEMS, k=4, max_new_tokens=30, byte_budget=budget)
     )
@@ -403,7 +405,7 @@ def test_a_sliding_window_that_is_too_short_is_refused():
     )
     policy = replace(policy, model=MistralForCausalLM(config).eval())
     sample(policy, PROBLEMS[:1], max_new_tokens=4)
-    with pytest.raises(ValueError, match="sliding window of 70"):
+    with pytest.raises(ValueError, match=r"sliding window of 70.* Up to 70 tokens"):
         sample(policy, PROBLEMS[:1], max_new_tokens=40)
 
 
@@ -467,6 +469,51 @@ def test_stop_ids_end_a_rollout_at_their_first_place():
         first = next((i for i, t in enumerate(whole.tokens) if t in ends), 39)
         assert part.tokens == whole.tokens[: first + 1]
         assert part.finished == (part.tokens[-1] in ends)
+
+
+def test_any_of_several_eos_ids_ends_a_rollout():
+    policy = tiny_policy()
+    options = {"k": 8, "max_new_tokens": 40, "seed": 1}
+    plain = sample(policy, PROBLEMS, **options)
+    other = plain[0].tokens[5]
+    policy = replace(policy, more_eos_ids=(other,))
+    assert policy.eos_ids == (policy.eos_id, other)
+    rollouts = sample(policy, PROBLEMS, **options)
+    assert any(r.tokens[-1] == other for r in rollouts)
+    for whole, part in zip(plain, rollouts, strict=True):
+        places = [i for i, t in enumerate(whole.tokens) if t in policy.eos_ids]
+        assert part.tokens == whole.tokens[: places[0] + 1 if places else 40]
+        assert part.finished == bool(places)
+        body = part.tokens[:-1] if part.finished else part.tokens
+        assert part.text == policy.decode(body)  # without what ended it
+
+
+def test_no_pad_is_ever_looked_at_even_one_without_an_embedding():
+    plain = tiny_policy(pad=False)
+    tokenizer = copy.deepcopy(plain.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == plain.model.config.vocab_size
+    policy = make_policy(plain.model, tokenizer, name="padded")
+    options = {"k": 2, "max_new_tokens": 12}
+    assert sample(policy, PROBLEMS, **options) == sample(plain, PROBLEMS, **options)
+    prompts, answers = [[1, 5], [1]], [[7, 2], [8]]
+    logprobs = score(policy, prompts, answers).logprobs
+    assert torch.equal(logprobs, score(plain, prompts, answers).logprobs)
+
+
+def test_tokens_that_the_model_has_no_embedding_for_are_refused():
+    policy = tiny_policy()
+    with pytest.raises(ValueError, match=r"token 260, but the embedding.* 260 rows"):
+        sample_prompts(policy, [Prompt("p", (1, 260))], max_new_tokens=2)
+
+
+def test_a_problem_that_is_no_unicode_is_named():
+    odd = Problem("gsm8k/test/7", "Tom has 3 \ud83d pens.", "3", "3")
+    with pytest.raises(
+        ValueError, match=r"gsm8k/test/7.*surrogate.*'\\ud83d'"
+    ) as error:
+        sample(tiny_policy(), [*PROBLEMS, odd], max_new_tokens=2)
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
@@ -78,3 +79,52 @@ def tiny_policy(kind: str = "llama", *, seed: int = 0, **tokenizer_options) -> P
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
     return make_policy(model, tokenizer, name=f"tiny-{kind}")
+
+
+# What a configuration calls its sizes; each takes those of the names that it knows.
+_SIZES = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "decoder_ffn_dim", "ffn_dim"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "num_layers", "n_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 512),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("initializer_range", "init_std"), 0.15),
+    "attention_heads": 4,
+    "rotary_dim": 8,
+    "encoder_ffn_dim": 48,
+    "head_dim": 8,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "hidden_size_per_layer_input": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "is_decoder": True,
+}
+
+
+def tiny_family(name: str, **changes) -> Policy:
+    """A tiny random policy of any architecture that transformers has.
+
+    Args:
+        name: As transformers has it, ``model_type``.
+        changes: Of its configuration; None leaves a field at its own default.
+    """
+    tokenizer = tiny_tokenizer()
+    cls = CONFIG_MAPPING[name]
+    own = cls()
+    known = {*own.to_dict(), *own.attribute_map}
+    words = len(tokenizer)
+    sizes = {**_SIZES, "vocab_size": words, "vocab_size_per_layer_input": words}
+    options = {key: value for key, value in sizes.items() if key in known} | changes
+    config = cls(**{k: v for k, v in options.items() if v is not None})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    return make_policy(model, tokenizer, name=name)

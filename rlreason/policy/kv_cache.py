@@ -20,7 +20,8 @@ What is done differently from transformers' own cache, and why:
   goes cohort by cohort.
 
 Left out: sliding windows shorter than the sequence, soft-capped scores and attention
-sinks. They are refused, not ignored.
+sinks. They are refused, not ignored; what else a family may do around its attention is
+found out in ``rlreason.policy.passes``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ from transformers.cache_utils import Cache
 
 ATTENTION_NAME = "rlreason_rollout"
 _FIRST_COLUMNS = 32  # slabs start with room for this many tokens, then double
+
+
+class AttentionError(ValueError):
+    """The model's attention is of a kind that is not computed here."""
 
 
 class CohortStore:
@@ -81,6 +86,17 @@ class CohortStore:
             self._prompt_values.append(values.new_empty(shape))
         self._prompt_keys[layer][questions] = keys
         self._prompt_values[layer][questions] = values
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        slabs = (*self._prompt_keys, *self._prompt_values)
+        return sum(slab[0, :, 0].numel() * slab.itemsize for slab in slabs)
+
+    @property
+    def heads(self) -> int:
+        """Query heads of the layer that attended last."""
+        return self._heads[0]
 
     def make_room(self) -> None:
         """Make sure that one more token fits, before a forward pass."""
@@ -343,20 +359,20 @@ def _rollout_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers' layers call while we sample."""
     if rollout_cache is None:
-        raise RuntimeError(
+        raise AttentionError(
             f"{type(module).__name__} did not pass the rollout cache on to its "
-            "attention: this architecture cannot be sampled here."
+            "attention (or another thread uses the model while it is sampled)"
         )
     if softcap is not None or s_aux is not None:
-        raise ValueError(
+        raise AttentionError(
             f"{type(module).__name__} uses soft-capped scores or attention sinks, "
-            "which the sampler does not compute. Use a Llama-, GPT-2- or Qwen-type "
-            "model."
+            "which are not computed here"
         )
-    if sliding_window is not None and rollout_cache.get_seq_length() >= sliding_window:
-        raise ValueError(
-            f"The sequence outgrew the model's sliding window of {sliding_window} "
-            "tokens. Lower max_new_tokens or use shorter prompts."
+    tokens = rollout_cache.get_seq_length() + query.shape[2]
+    if sliding_window is not None and tokens > sliding_window:
+        raise AttentionError(
+            f"{type(module).__name__} has a sliding window of {sliding_window} tokens, "
+            "past which attention is not computed here"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = module.layer_idx

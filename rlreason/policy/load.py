@@ -4,7 +4,11 @@
 ``"nano-xs"``), a local folder, the name of a model on the hub, or a GGUF file, whose
 quantised weights are expanded to ordinary ones. Weights are read from safetensors or
 GGUF alone, never from pickles, and code that a repository brings along runs only if
-``trust_remote_code=True`` says so.
+``trust_remote_code=True`` says so. A policy is what it says: weights that are missing,
+or that the architecture has no place for, are refused and not made up or dropped.
+
+Text is text: a question that spells ``</s>`` is read as the letters of it. Special
+tokens get into a sequence as ids alone, the way BOS and EOS do here.
 
 Dropout is switched off for good, not just in eval mode: policy-gradient methods need
 the probabilities of training to equal those of sampling.
@@ -15,12 +19,15 @@ from __future__ import annotations
 import copy
 import json
 import struct
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -38,6 +45,19 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = ("nano", "nano-xs")
 CANNOT_LOAD = (OSError, ValueError, RuntimeError, ImportError)
 
+# What wraps a model puts before the names of its weights, and how to save without it.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile: `model._orig_mod.save_pretrained(folder)`",
+    "module.": "data parallel training: `model.module.save_pretrained(folder)`",
+    "pretrained_model.": "TRL's value head: "
+    "`model.pretrained_model.save_pretrained(folder)`",
+    "base_model.model.": "peft: `model.merge_and_unload().save_pretrained(folder)`",
+}
+# Tables that old versions saved, and that are computed anew.
+_OLD_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+# Encoding sets a switch of the tokenizer, which threads may share.
+_encoding = threading.Lock()
+
 
 class PolicyError(ValueError):
     """A policy could not be loaded. The message says why, and what to do about it."""
@@ -52,10 +72,12 @@ class Policy:
         tokenizer: Its tokenizer. Left as it was loaded; no pad token is added.
         device: Where the weights are.
         name: What ``load_policy`` was asked for.
-        eos_id: The token that ends an answer.
+        eos_id: The token that ends a response in training.
         pad_id: The token that fills up batches. May equal ``eos_id``: masks are made
             from lengths, so that padding is never told by its id.
         bos_id: The token that opens each prompt, or None where the tokenizer adds none.
+        more_eos_ids: Other tokens that end an answer when they are drawn, such as the
+            end of a turn of a chat model.
     """
 
     model: PreTrainedModel
@@ -65,9 +87,22 @@ class Policy:
     eos_id: int
     pad_id: int
     bos_id: int | None
+    more_eos_ids: tuple[int, ...] = ()
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All tokens that end an answer, ``eos_id`` first."""
+        return tuple(dict.fromkeys((self.eos_id, *self.more_eos_ids)))
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, with exactly one BOS where the model has one."""
+        """Token ids of a prompt, with exactly one BOS where the model has one.
+
+        No part of the text becomes a special token, whatever it spells.
+
+        Raises:
+            ValueError: The text is not Unicode, or has a token of the tokenizer that
+                the model has no embedding for.
+        """
         ids = self._encode(text)
         if self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
@@ -107,8 +142,51 @@ class Policy:
         """The same policy with weights of its own, e.g. to keep as a reference."""
         return replace(self, model=copy.deepcopy(self.model))
 
+    def without_eos(self, ids: Sequence[int]) -> Sequence[int]:
+        """What an answer says: its tokens without the EOS that may end it."""
+        return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"half of a surrogate pair, {text[error.start]!r}, stands at character "
+                f"{error.start} of the text: it is no Unicode. Read the data as UTF-8, "
+                "or replace the character."
+            ) from None
+        with _encoding:
+            ids = self._text_ids(text)
+        _check_rows(self.model, self.tokenizer, max(ids, default=0), name=self.name)
+        return ids
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Token ids of a text, none of them special."""
+        encoding = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+        ids = list(encoding.input_ids)
+        found = self._special_ids.intersection(ids)
+        if not found:
+            return ids
+        # Some vocabularies hold their special tokens as words: a cut behind the first
+        # letter hides them. One of a single letter, such as a pad token "!", is text.
+        for spelling in self.tokenizer.convert_ids_to_tokens(sorted(found)):
+            if len(spelling) > 1 and spelling in text:
+                first, *rest = text.split(spelling)
+                pieces = [first, *(spelling[1:] + part for part in rest)]
+                pieces[:-1] = [piece + spelling[0] for piece in pieces[:-1]]
+                return [i for piece in pieces for i in self._text_ids(piece)]
+        return ids
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Ids that no text may have. That of unknown words is for text."""
+        added = self.tokenizer.added_tokens_decoder
+        special = {i for i, token in added.items() if token.special}
+        special.update(self.tokenizer.all_special_ids)
+        special.update(i for i in self.eos_ids if i in added)
+        return frozenset(special - {self.tokenizer.unk_token_id})
 
 
 def load_policy(
@@ -145,10 +223,22 @@ def load_policy(
         tokenizer = _load_tokenizer(source, options)
         if "gguf_file" not in options:
             options["use_safetensors"] = True
+        elif hasattr(transformers, "GgufConfig"):  # which could keep them packed
+            expand = transformers.GgufConfig(dequantize=True)
+            options["quantization_config"] = expand
         with _quiet_unless_watched():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **options,
+            )
     except (*CANNOT_LOAD, SafetensorError, struct.error) as error:
         raise PolicyError(_diagnose(name, error)) from error
+    _check_weights(name, found)
+    if "gguf_file" in options and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # it was expanded
     return make_policy(model.to(device), tokenizer, name=name)
 
 
@@ -157,10 +247,13 @@ def make_policy(
 ) -> Policy:
     """Build a policy from a model and a tokenizer that are already in memory.
 
-    The model is put in eval mode and its dropout is switched off.
+    The model is put in eval mode and its dropout is switched off. An answer ends with
+    the tokenizer's EOS or with another token by which the model's generation
+    configuration ends a text.
 
     Raises:
-        PolicyError: If the tokenizer has no end-of-sequence token.
+        PolicyError: If the tokenizer has no end-of-sequence token, or one that the
+            model has no embedding for.
     """
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
@@ -168,7 +261,10 @@ def make_policy(
             f"The tokenizer of {name!r} has no end-of-sequence token, so an answer "
             "could not end. Set `eos_token` in its tokenizer_config.json."
         )
+    _check_rows(model, tokenizer, eos_id, name=name)
     pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= vocabulary_rows(model):
+        pad_id = eos_id  # what fills a batch up is looked at by nobody
     disable_dropout(model)
     return Policy(
         model=model.eval(),
@@ -176,18 +272,69 @@ def make_policy(
         device=next(model.parameters()).device,
         name=name,
         eos_id=eos_id,
-        pad_id=eos_id if pad_id is None else pad_id,
+        pad_id=pad_id,
         bos_id=_opening_token(tokenizer),
+        more_eos_ids=_more_ends(model, tokenizer),
     )
 
 
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """How many tokens the model knows: rows of its input embedding."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def _check_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_id: int,
+    *,
+    name: str,
+) -> None:
+    """Refuse a token that the model has no embedding for."""
+    rows = vocabulary_rows(model)
+    if token_id >= rows:
+        token = tokenizer.convert_ids_to_tokens(token_id)
+        raise PolicyError(
+            f"The token {token!r} of {name!r} has the id {token_id}, but the model's "
+            f"embedding has {rows} rows. Load the tokenizer that belongs to the "
+            f"weights, or save the model again after `model.resize_token_embeddings"
+            f"({token_id + 1})`."
+        )
+
+
+def _more_ends(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Tokens that end a text by the generation configuration.
+
+    A list of them was written by somebody who knew the model. A single one may be the
+    default of its architecture, to which this tokenizer may give any meaning, so it
+    counts only where the tokenizer says that it is special.
+    """
+    generation = getattr(model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    if ends is None:
+        return ()
+    if isinstance(ends, int):
+        added = tokenizer.added_tokens_decoder
+        ends = [ends] if ends in added and added[ends].special else []
+    own = tokenizer.eos_token_id
+    rows = vocabulary_rows(model)
+    return tuple(i for i in dict.fromkeys(ends) if i != own and 0 <= i < rows)
+
+
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of the model to zero, in training mode too."""
+    """Set every dropout probability of the model to zero, in training mode too.
+
+    Also those that a module keeps as a number, by a name such as ``attention_dropout``
+    or ``layerdrop``.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _opening_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -263,6 +410,35 @@ def _check_folder(path: Path, name: str) -> None:
             f"The folder {name!r} has no *.safetensors file.{found} Weights are read "
             "from safetensors only; write them with "
             "`model.save_pretrained(folder, safe_serialization=True)`."
+        )
+
+
+def _check_weights(name: str, found: dict[str, Collection]) -> None:
+    """Refuse weights that are not those of the model, as transformers found them."""
+    unexpected = [k for k in found["unexpected_keys"] if not k.endswith(_OLD_BUFFERS)]
+    for prefix, remedy in _WRAPPERS.items():
+        if any(key.startswith(prefix) for key in unexpected):
+            raise PolicyError(
+                f"The weights of {name!r} are named {prefix}..., as they are where a "
+                "model is saved together with what wraps it. Save the model alone; "
+                f"after {remedy}."
+            )
+    faults = {
+        "are missing": found["missing_keys"],
+        "have no place in the model": unexpected,
+        "have another shape": [key for key, *_ in found["mismatched_keys"]],
+    }
+    said = [
+        f"{len(keys)} {fault} ({', '.join(sorted(keys)[:3])}"
+        f"{', ...' if len(keys) > 3 else ''})"
+        for fault, keys in faults.items()
+        if keys
+    ]
+    if said:
+        raise PolicyError(
+            f"The weights of {name!r} are not those of its config.json: "
+            f"{'; '.join(said)}. Save the whole model again with `save_pretrained`, or "
+            "mend config.json, e.g. `tie_word_embeddings` if lm_head is missing."
         )
 
 

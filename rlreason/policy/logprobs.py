@@ -139,7 +139,7 @@ def response_logits(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:
 
     Row n belongs to the n-th of ``batch.targets``; ``batch.rows`` names its sequence.
     """
-    with _output_layer_at(model, batch.rows, batch.columns):
+    with output_layer_at(model, batch.rows, batch.columns):
         return model(
             input_ids=batch.input_ids,
             position_ids=positions_of(batch.input_ids),
@@ -269,8 +269,12 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
     """The model without its output layer, also where it carries a peft adapter."""
-    causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    return causal.get_decoder()
+    return causal_of(model).get_decoder()
+
+
+def causal_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model of transformers in a wrapper of peft, or itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _chunk_by_chunk(
@@ -286,7 +290,7 @@ def _chunk_by_chunk(
     """
     trunk = trunk_of(model)
     no_places = batch.rows[:0], batch.columns[:0]
-    with first_call(trunk) as seen, _output_layer_at(model, *no_places):
+    with first_call(trunk) as seen, output_layer_at(model, *no_places):
         model(
             input_ids=batch.input_ids,
             position_ids=positions_of(batch.input_ids),
@@ -345,7 +349,7 @@ def _trunk_gives(trunk: nn.Module, output: BaseModelOutput) -> Iterator[None]:
 
 
 @contextmanager
-def _output_layer_at(
+def output_layer_at(
     model: PreTrainedModel, rows: Tensor, columns: Tensor
 ) -> Iterator[None]:
     """Let the output layer see the hidden states at (rows, columns) alone.

@@ -28,20 +28,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlreason.policy.kv_cache import (
-    ATTENTION_NAME,
-    CohortStore,
-    DecodeCache,
-    PromptCache,
+from rlreason.policy.kv_cache import CohortStore
+from rlreason.policy.load import Policy, vocabulary_rows
+from rlreason.policy.passes import (
+    NOT_FINITE,
+    Checked,
+    borrowed,
+    check_model,
+    next_logits,
+    prompt_logits,
 )
-from rlreason.policy.load import Policy
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.rollout import Prompt, Rollout
 from rlreason.policy.streams import next_uniforms, stream_key
@@ -119,10 +121,7 @@ def sample_groups(
         The index in ``problems`` and its ``k`` rollouts, in the order of finishing.
     """
     _check_settings(k, temperature, max_new_tokens)
-    prompts = [
-        Prompt(p.id, tuple(policy.encode_prompt(format_prompt(p, shots))))
-        for p in problems
-    ]
+    prompts = [_prompt_of(policy, problem, shots) for problem in problems]
     yield from _sample_groups(
         policy,
         prompts,
@@ -173,6 +172,16 @@ def sample_prompts(
     return _in_order(groups)
 
 
+def _prompt_of(policy: Policy, problem: Problem, shots: Sequence[Problem]) -> Prompt:
+    try:
+        tokens = policy.encode_prompt(format_prompt(problem, shots))
+    except ValueError as error:
+        raise ValueError(
+            f"The problem {problem.id!r} cannot be asked: {error}"
+        ) from None
+    return Prompt(problem.id, tuple(tokens))
+
+
 def _in_order(groups: Iterator[tuple[int, list[Rollout]]]) -> list[Rollout]:
     """All rollouts, those of group 0 first."""
     return [rollout for _, group in sorted(groups) for rollout in group]
@@ -191,11 +200,13 @@ def _sample_groups(
     progress: bool | None,
 ) -> Iterator[tuple[int, list[Rollout]]]:
     tokens = [list(prompt.tokens) for prompt in prompts]
-    _check_prompts(policy.model, tokens, max_new_tokens)
     if not prompts:
         return
+    _check_prompts(policy.model, tokens, max_new_tokens)
+    checked = check_model(policy, max(map(len, tokens)) + max_new_tokens - 1)
     engine = _Engine(
         policy,
+        costs=_Costs.of(checked, max_new_tokens),
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         byte_budget=byte_budget,
@@ -210,9 +221,7 @@ def _sample_groups(
     with progress_bar(total, "sampling", unit="sample", show=progress) as bar:
         for answers in engine.run():
             bar.update(len(answers))
-            texts = policy.decode_batch(
-                [answer.text_tokens(policy.eos_id) for answer in answers]
-            )
+            texts = policy.decode_batch([policy.without_eos(a.tokens) for a in answers])
             for answer, text in zip(answers, texts, strict=True):
                 group = partial.setdefault(answer.problem, [])
                 group.append(answer.rollout(prompts[answer.problem].problem_id, text))
@@ -241,9 +250,6 @@ class _Answer:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool
-
-    def text_tokens(self, eos_id: int) -> tuple[int, ...]:
-        return self.tokens[:-1] if self.tokens[-1] == eos_id else self.tokens
 
     def rollout(self, problem_id: str, text: str) -> Rollout:
         return Rollout(
@@ -318,11 +324,7 @@ class _Cohort:
             ValueError: If the model's outputs are not finite numbers.
         """
         if not bool(self.logprobs.isfinite().all()):
-            raise ValueError(
-                "The model's outputs are not finite, so there is no distribution to "
-                "sample from. Training has diverged (lower the learning rate), or the "
-                "weights overflow in half precision (load with dtype='float32')."
-            )
+            raise ValueError(NOT_FINITE)
         tokens = self.tokens[:, : self.drawn].tolist()
         logprobs = self.logprobs[:, : self.drawn].tolist()
         owners = [
@@ -356,17 +358,18 @@ class _Engine:
         self,
         policy: Policy,
         *,
+        costs: _Costs,
         temperature: float,
         max_new_tokens: int,
         byte_budget: int | None,
         stop_ids: tuple[int, ...],
     ) -> None:
         self.model = policy.model
-        self.ends, self.pad_id = (policy.eos_id, *stop_ids), policy.pad_id
+        self.ends, self.pad_id = (*policy.eos_ids, *stop_ids), policy.pad_id
         self.device = policy.device
         self.temperature = temperature
         self.limit = max_new_tokens
-        self.costs = _Costs.of(policy.model, max_new_tokens)
+        self.costs = costs
         self.budget = byte_budget or _default_budget(policy.device)
         # Looking for finished rows makes a GPU wait for its queue; a CPU has none.
         self.check_every = 8 if policy.device.type == "cuda" else 1
@@ -387,7 +390,7 @@ class _Engine:
             finished: list[_Cohort] = []
             # The model is given back before each yield: who takes the answers may use
             # it, or may never come back for more.
-            with torch.inference_mode(), _borrowed(self.model):
+            with torch.inference_mode(), borrowed(self.model):
                 while not finished:
                     self.admit()
                     self.decode()
@@ -423,19 +426,9 @@ class _Engine:
         parts = []
         for start in range(0, len(cohort.requests), stride):
             prompts = [r.prompt for r in cohort.requests[start : start + stride]]
-            ids, positions, mask = _align_right(prompts, store.width, self.pad_id)
             questions = slice(start, start + len(prompts))
-            cache = PromptCache(store, questions, mask.to(self.device))
             parts.append(
-                self.model(
-                    input_ids=ids.to(self.device),
-                    position_ids=positions.to(self.device),
-                    attention_mask=mask.to(self.device),
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                    rollout_cache=cache,
-                ).logits[:, -1]
+                prompt_logits(self.model, store, questions, prompts, pad_id=self.pad_id)
             )
         logits = torch.cat(parts).index_select(0, store.group)  # (R, V)
         self.draw(logits, [cohort])
@@ -445,19 +438,10 @@ class _Engine:
         cohorts = [c for c in self.cohorts if c.drawn < self.limit]
         if not cohorts:
             return
-        cache = DecodeCache([cohort.store for cohort in cohorts])
+        stores = [cohort.store for cohort in cohorts]
         ids = torch.cat([cohort.last for cohort in cohorts])
         positions = torch.cat([cohort.position for cohort in cohorts])
-        logits = self.model(
-            input_ids=ids[:, None],
-            position_ids=positions[:, None],
-            # A mask of four dimensions is passed on as it is; the cache knows better.
-            attention_mask=ids.new_ones((1, 1, 1, 1), dtype=torch.bool),
-            past_key_values=cache,
-            use_cache=True,
-            rollout_cache=cache,
-        ).logits[:, -1]  # (R, V)
-        cache.advance()
+        logits = next_logits(self.model, stores, ids, positions)  # (R, V)
         for cohort in cohorts:
             cohort.position += 1
         self.draw(logits, cohorts)
@@ -527,26 +511,6 @@ def draw_tokens(
     return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
 
 
-def _align_right(
-    prompts: list[tuple[int, ...]], width: int, pad_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad prompts at the left, so that the last tokens stand in one column.
-
-    Returns:
-        Ids and positions (G, P), and where attention is allowed (G, 1, P, P): to
-        earlier tokens of the prompt. Padding sees itself, so that no row of the
-        softmax is empty, which would be NaN on some devices.
-    """
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
-    pads = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
-    column = torch.arange(width)
-    positions = (column - pads).clamp(min=0)
-    causal = column[:, None] >= column
-    real = column >= pads  # (G, P)
-    mask = (causal & real[:, None, :]) | torch.eye(width, dtype=torch.bool)
-    return ids, positions, mask[:, None]
-
-
 @dataclass(frozen=True)
 class _Costs:
     """What rows and prompts take of the budget, in bytes."""
@@ -556,20 +520,14 @@ class _Costs:
     score: int  # attention of a row to one token, in the layer at work
 
     @classmethod
-    def of(cls, model: PreTrainedModel, max_new_tokens: int) -> _Costs:
-        config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        width = model.dtype.itemsize
-        token = 2 * config.num_hidden_layers * key_heads * dim * width
+    def of(cls, model: Checked, max_new_tokens: int) -> _Costs:
         # Logits as the model gives them, in float32, divided by the temperature, their
         # softmax, and its cumulative sum in float64.
-        logits = config.vocab_size * (width + 4 + 4 + 4 + 8)
+        logits = model.logits * (4 + 4 + 4 + 4 + 8)
         records = 12 * max_new_tokens
-        score = 16 * heads  # scores by question and by row, joined, and their softmax
-        row = (token + score) * max_new_tokens + logits + records
-        return cls(token=token, row=row, score=score)
+        score = 16 * model.heads  # by question and by row, joined, and their softmax
+        row = (model.token_bytes + score) * max_new_tokens + logits + records
+        return cls(token=model.token_bytes, row=row, score=score)
 
     def of_request(self, width: int, rows: int) -> int:
         """One question with a prompt of ``width`` tokens."""
@@ -607,27 +565,6 @@ def _default_budget(device: torch.device) -> int:
     return 2**30
 
 
-@contextmanager
-def _borrowed(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model in eval mode with our attention, and back afterwards."""
-    training = {module: module.training for module in model.modules()}
-    attention = model.config._attn_implementation
-    model.eval()
-    model.set_attn_implementation(ATTENTION_NAME)
-    try:
-        if model.config._attn_implementation != ATTENTION_NAME:
-            raise ValueError(
-                f"{type(model).__name__} does not let its attention be replaced, so it "
-                "cannot be sampled here. Use a model that supports transformers' "
-                "AttentionInterface, e.g. of Llama, GPT-2 or Qwen type."
-            )
-        yield
-    finally:
-        model.set_attn_implementation(attention)
-        for module, was_training in training.items():
-            module.training = was_training
-
-
 def _check_settings(k: int, temperature: float, max_new_tokens: int) -> None:
     if k < 1:
         raise ValueError(f"k={k}: draw at least one sample a problem.")
@@ -640,11 +577,17 @@ def _check_settings(k: int, temperature: float, max_new_tokens: int) -> None:
 def _check_prompts(
     model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int
 ) -> None:
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    if prompts and not min(len(prompt) for prompt in prompts):
+    longest = max(map(len, prompts))
+    if not all(prompts):
         raise ValueError("A prompt has no tokens, so there is nothing to condition on.")
+    rows = vocabulary_rows(model)
+    if max(map(max, prompts)) >= rows:
+        raise ValueError(
+            f"A prompt has the token {max(map(max, prompts))}, but the embedding of "
+            f"the model has {rows} rows. Encode it with the model's own tokenizer."
+        )
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if room is not None and longest + max_new_tokens > room:
+    if room is not None and 0 < room < longest + max_new_tokens:
         raise ValueError(
             f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed "
             f"the {room} positions of the model. Lower max_new_tokens to at most "
