@@ -11,16 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlreason.tasks import gsm_mini
 from rlreason.tasks.answers import is_correct, parse_solution
 from rlreason.tasks.gsm_mini import (
     SPLIT_CLASSES,
     TEMPLATES,
-    Draw,
     load_gsm_mini,
     make_problems,
-    residue,
 )
+from rlreason.tasks.story_kit import LARGEST_RESULT, Draw, residue
 
 PAIRS = [(t.name, n) for t in TEMPLATES for n in range(t.least, t.most + 1)]
 
@@ -42,7 +40,7 @@ def test_every_template_takes_exactly_the_steps_it_is_asked_for(name, n):
         assert all(annotation.valid for annotation in annotations)
         assert solution.answer == problem.answer == solution.results[-1]
         assert is_correct(problem.solution, problem.answer)
-        assert 0 < int(problem.answer) <= gsm_mini.LARGEST_RESULT
+        assert 0 < int(problem.answer) <= LARGEST_RESULT
 
 
 @settings(max_examples=60, deadline=None)

@@ -23,9 +23,10 @@ import random
 import re
 from collections.abc import Iterator
 
-from rlreason.tasks.gsm_mini import PEOPLE, make_problems
+from rlreason.tasks.gsm_mini import make_problems
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt, format_response
+from rlreason.tasks.story_kit import PEOPLE
 
 MIX = {
     "drill": 0.22,
