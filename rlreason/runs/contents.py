@@ -11,6 +11,9 @@ from pathlib import Path
 
 from rlreason.policy.load import ASSETS, BUNDLED
 from rlreason.settings import HASH_LENGTH, Settings, setting
+from rlreason.tasks import task_digest
+
+__all__ = ["Contents", "file_digest", "policy_digest", "task_digest"]
 
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
@@ -40,12 +43,6 @@ def policy_digest(name: str) -> str:
     if path.is_file():
         return file_digest(path)
     return f"{name}@{_hub_revision(name)}"
-
-
-def task_digest(name: str) -> str | None:
-    """Name what a task holds; None of a procedural one, which its name and code say."""
-    path = Path(name)
-    return file_digest(path) if path.is_file() else None
 
 
 def file_digest(path: Path) -> str:
