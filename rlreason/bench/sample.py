@@ -166,10 +166,10 @@ def _lengths_generate(
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=policy.eos_id,
+                eos_token_id=list(policy.eos_ids),
                 pad_token_id=policy.pad_id,
             )[:, ids.shape[1] :]  # (B, T)
-            ends = output == policy.eos_id
+            ends = torch.isin(output, output.new_tensor(policy.eos_ids))
             first = ends.int().argmax(1) + 1
             yield from torch.where(ends.any(1), first, output.shape[1]).tolist()
 

@@ -136,7 +136,7 @@ def sample_conditioned(
             still = [row for row in live if row.room and not row.finished]
             bar.update(len(live) - len(still))
             live, turn = still, turn + 1
-    texts = policy.decode_batch([row.tokens for row in rows])
+    texts = policy.decode_batch([policy.without_eos(row.tokens) for row in rows])
     return [
         Rollout(
             problem_id=problems[row.problem].id,
@@ -157,7 +157,7 @@ def _take(policy: Policy, row: _Row, part: Rollout) -> None:
     row.tokens += tokens
     row.logprobs += part.logprobs[: row.room]
     row.room -= len(tokens)
-    row.finished = tokens[-1] == policy.eos_id
+    row.finished = tokens[-1] in policy.eos_ids
     # A blank line belongs to the step after it, as in ``step_spans``
     if policy.decode(row.tokens[row.step :]).strip():
         row.step = len(row.tokens)

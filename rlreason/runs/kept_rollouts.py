@@ -113,6 +113,8 @@ def weights_digest(policy: Policy) -> str:
     for name in _PROVENANCE:
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    if policy.more_eos_ids:
+        digest.update(f"ends {policy.more_eos_ids}".encode())
     for name, tensor in policy.model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -136,9 +138,7 @@ def _rollouts(
     lengths = group.lengths.tolist()
     tokens = [tuple(part.tolist()) for part in group.tokens.split(lengths)]
     logprobs = [tuple(part.tolist()) for part in group.logprobs.split(lengths)]
-    texts = policy.decode_batch(
-        [ids[:-1] if ids[-1] == policy.eos_id else ids for ids in tokens]
-    )
+    texts = policy.decode_batch([policy.without_eos(ids) for ids in tokens])
     return [
         Rollout(
             problem_id=problem_id,
