@@ -6,6 +6,7 @@ import pytest
 
 from rlreason.evaluation.intervals import Interval, wilson_interval
 from rlreason.publishing import figures
+from rlreason.publishing.figures.style import place_tokens
 
 PIECES = ["A", ":", " 5", "+", "1", "\n", "####", " 6", ""]
 SHADES = [None, None, 0.5, 1.0, 0.2, 0.0, 0.1, 0.3, 3.0]
@@ -51,10 +52,10 @@ def test_a_larger_value_has_a_darker_box():
 
 def test_a_line_of_tokens_breaks_at_a_line_break_and_at_the_margin():
     shown = figures.token_labels(PIECES)
-    places, lines = figures._places(PIECES, shown, 80)
+    places, lines = place_tokens(PIECES, shown, 80)
     assert [y for _, y in places] == [0, 0, 0, 0, 0, 0, 1, 1, 1]
     assert lines == 2
-    assert figures._places(PIECES, shown, 6)[1] > 2
+    assert place_tokens(PIECES, shown, 6)[1] > 2
 
 
 def test_padding_fills_up_to_the_longest_row_of_its_micro_batch():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlreason.evaluation.intervals import wilson_interval
 from rlreason.publishing import figures
 
-PROMPT = ["Q", ":", " 1", "+", "1", "\n"]
+PROMPT = ["", "Q", ":", " 1", "+", "1", "\n"]
 RESPONSE = ["", " 1", "+", "1", "\n", "", "####", " 2", ""]
 LABELS = {0: "[GOOD]", 5: "[BAD]"}
 ACCURACIES = {name: wilson_interval(n, 20) for name, n in (("good", 12), ("bad", 7))}
@@ -20,7 +20,8 @@ DRAWN = {
 def test_what_is_learned_what_is_a_label_and_what_is_prompt_look_different():
     (axes,) = DRAWN["draw_layout"]().axes
     texts = [text.get_text() for text in axes.texts]
-    assert texts[6:] == [
+    assert texts[0] == "BOS"  # and not EOS, which has no text either
+    assert texts[7:] == [
         *("[GOOD]", "·1", "+", "1", "↵"),
         *("[BAD]", "####", "·2", "EOS"),
     ]

@@ -73,6 +73,13 @@ class Interval:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+def verdict(change: Interval, more: str = "a gain", less: str = "a loss") -> str:
+    """Say what a difference comes to: inconclusive where its interval holds 0."""
+    if not change.excludes(0):
+        return "inconclusive"
+    return more if change.mean > 0 else less
+
+
 def bootstrap_interval(
     values: ArrayLike,
     *,

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from rlreason.evaluation.intervals import Interval
+from rlreason.evaluation.intervals import Interval, verdict
 from rlreason.experiments.catalogue import CATALOGUE, Catalogue
 from rlreason.runs.environment import project_root
 from rlreason.runs.folder import RunFolder
@@ -357,13 +357,6 @@ def in_points(interval: Interval) -> str:
     """A difference of shares with its interval, in percentage points."""
     mean, low, high = (100 * v for v in (interval.mean, interval.low, interval.high))
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def verdict(interval: Interval) -> str:
-    """What a difference is: a gain, a loss, or inconclusive where 0 is within."""
-    if not interval.excludes(0):
-        return "inconclusive"
-    return "a gain" if interval.mean > 0 else "a loss"
 
 
 def recorded_panels(

@@ -19,7 +19,7 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from rlreason.evaluation.evaluate import Report, compare
-from rlreason.evaluation.intervals import Interval
+from rlreason.evaluation.intervals import Interval, verdict
 
 DOTS_PER_INCH = 200  # twice what a page shows, for screens with small dots
 
@@ -69,13 +69,6 @@ def provenance(profile: str, seeds: int | Sequence[int], on: date | None = None)
     )
 
 
-def verdict(change: Interval, more: str = "a gain", less: str = "a loss") -> str:
-    """Say what a difference comes to: inconclusive where its interval holds 0."""
-    if not change.excludes(0):
-        return "inconclusive"
-    return more if change.mean > 0 else less
-
-
 def points(change: Interval) -> str:
     """Write a difference of shares with its interval, in points.
 
@@ -101,15 +94,14 @@ def table(
         all(isinstance(row.get(name, 0), (int, float)) for row in rows)
         for name in formats
     ]
+
+    def cell(row: Mapping[str, Any], name: str) -> str:
+        return format(row[name], formats[name]) if name in row else ""
+
     lines = [
         [name.replace("_", " ") for name in formats],
         ["--:" if right else "---" for right in numeric],
-    ] + [
-        [
-            format(row[name], form) if name in row else ""
-            for name, form in formats.items()
-        ]
-        for row in rows
+        *([cell(row, name) for name in formats] for row in rows),
     ]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
