@@ -62,6 +62,7 @@ def _file_digest(path: Path, mtime: int, size: int) -> str:
 
 def _hub_revision(name: str) -> str:
     """The commit of a model on the hub: of the copy in the cache, else today's."""
+    import httpx
     from huggingface_hub import model_info, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -71,5 +72,5 @@ def _hub_revision(name: str) -> str:
         if isinstance(cached, str):
             return Path(cached).parent.name[:HASH_LENGTH]
         return (model_info(repository).sha or "unknown")[:HASH_LENGTH]
-    except (OSError, HfHubHTTPError, HFValidationError):
+    except (OSError, httpx.HTTPError, HfHubHTTPError, HFValidationError):
         return "unknown"  # loading it says what is wrong
