@@ -235,7 +235,7 @@ def drop_old_runs(folder: Path) -> None:
 
 
 def collect_pages(book: Path, run: Path, target: Path, records: list[Record]) -> None:
-    """Lay out what Sphinx reads: pages, executed notebooks, status page, MathJax."""
+    """Lay out what Sphinx reads: pages, notebooks, status, settings, MathJax."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(book, target, ignore=shutil.ignore_patterns("_build"))
     (target / "notebooks").mkdir()
@@ -247,8 +247,16 @@ def collect_pages(book: Path, run: Path, target: Path, records: list[Record]) ->
         copy = target / "_extra/_static/mathjax" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
-    status = status_page(records, run / source_digest())
-    (target / "status.md").write_text(status)
+    (target / "status.md").write_text(status_page(records, run / source_digest()))
+    (target / "settings.md").write_text(_settings_page(records[0].profile))
+
+
+def _settings_page(profile: str) -> str:
+    # Imported here: no other page of the book has to wait for torch
+    from rlreason.runs.describe import settings_page
+    from rlreason.runs.profiles import load_recipe
+
+    return settings_page(load_recipe(profile), Path(profile).stem)
 
 
 def prepare_notebook(content: dict[str, Any]) -> dict[str, Any]:
