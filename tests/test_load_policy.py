@@ -64,8 +64,8 @@ def test_bundled_names_lead_to_the_assets(folder, monkeypatch):
     assert load_policy().name == "nano"
 
 
-def write_gguf(path, model, words) -> None:
-    """Write a Llama model as llama.cpp would, without quantisation."""
+def write_gguf(path, model, words, *, quantised: bool) -> None:
+    """Write a Llama model as llama.cpp would, with matrices of eight bits or whole."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -94,23 +94,29 @@ def write_gguf(path, model, words) -> None:
             heads = config.num_attention_heads
             data = data.view(heads, 2, -1, data.shape[1]).transpose(1, 2).flatten(0, 2)
         base, suffix = name.rsplit(".", 1)
-        writer.add_tensor(f"{names.get_name(base)}.{suffix}", data.numpy().copy())
+        data, kind = data.numpy().copy(), None
+        if quantised and data.ndim == 2 and data.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            data = gguf.quantize(data, kind)
+        name = f"{names.get_name(base)}.{suffix}"
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def test_a_gguf_file_gives_the_same_policy(tmp_path):
+@pytest.mark.parametrize(("quantised", "off"), [(False, 1e-4), (True, 0.5)])
+def test_a_gguf_file_gives_the_same_policy(tmp_path, quantised, off):
     policy = tiny_policy()
     vocabulary = policy.tokenizer.get_vocab()
     words = sorted(vocabulary, key=vocabulary.get)
-    write_gguf(tmp_path / "tiny.gguf", policy.model, words)
+    write_gguf(tmp_path / "tiny.gguf", policy.model, words, quantised=quantised)
     loaded = load_policy(tmp_path / "tiny.gguf", device="cpu")
     ids = torch.tensor([policy.encode_prompt(format_prompt(PROBLEMS[0]))])
     with torch.no_grad():
         gap = (loaded.model(ids).logits - policy.model(ids).logits).abs().max()
-    assert gap < 1e-4
+    assert gap < off
     assert loaded.eos_id == policy.eos_id
     text = format_prompt(PROBLEMS[0])
     assert loaded.decode(loaded.encode_prompt(text)) == text

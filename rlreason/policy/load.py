@@ -60,7 +60,7 @@ _encoding = threading.Lock()
 
 
 class PolicyError(ValueError):
-    """A policy could not be loaded. The message says why, and what to do about it."""
+    """A policy cannot be used. The message says why, and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -384,13 +384,19 @@ def _load_tokenizer(source: str, options: dict[str, object]) -> PreTrainedTokeni
 
 @contextmanager
 def _quiet_unless_watched() -> Iterator[None]:
-    """Hold back transformers' own progress bars where nobody watches."""
+    """Hold back transformers' own progress bars where nobody watches.
+
+    And its report of the weights, which is an error here.
+    """
     silence = transformers_logging.is_progress_bar_enabled() and not is_watched()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     if silence:
         transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if silence:
             transformers_logging.enable_progress_bar()
 
