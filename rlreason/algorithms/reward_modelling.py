@@ -72,17 +72,13 @@ class OrmSettings(FinetuneSettings):
     )
     max_per_question: int | None = setting(
         None,
-        "Distinct samples used of a question, the first; None: all.",
+        "Distinct samples used of a question; None: all.",
         source="ours",
         neutral=None,
         ge=1,
     )
     held_out: float = setting(
-        0.1,
-        "Share of the questions that are not trained on.",
-        source="ours",
-        gt=0,
-        lt=1,
+        0.1, "Share of questions that are not trained on.", source="ours", gt=0, lt=1
     )
     epochs: int = setting(1, "Passes over the samples.", source="ours", ge=1)
     likelihood: bool = setting(
@@ -93,10 +89,7 @@ class OrmSettings(FinetuneSettings):
         neutral=False,
     )
     head_lr_scale: float = setting(
-        10.0,
-        "Learning rate of what starts from nothing, as a multiple of lr.",
-        source="ours",
-        gt=0,
+        10.0, "Learning rate of the head, as a multiple of lr.", source="ours", gt=0
     )
 
 
