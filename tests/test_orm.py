@@ -791,7 +791,7 @@ def test_the_head_has_a_rate_of_its_own_and_holds_what_starts_from_nothing():
     for likelihood, count in ((False, 2), (True, 3)):
         orm = OutcomeRewardModel(tiny_policy(), likelihood=likelihood)
         assert len(orm.head()) == count
-        rest, head = module._new_optimizer(orm, QUICK).param_groups
+        rest, head = module.orm_optimizer(orm, QUICK).param_groups
         assert len(head["params"]) == count
         assert head["lr_scale"] == QUICK.head_lr_scale
         everything = {id(p) for p in orm.network.parameters()}

@@ -147,7 +147,7 @@ def train_orm(
     """
     recorder = recorder or NullRecorder()
     orm = OutcomeRewardModel(policy, likelihood=settings.likelihood)
-    optimizer = _new_optimizer(orm, settings)
+    optimizer = orm_optimizer(orm, settings)
     saved = recorder.restore()
     if saved is None:
         # Other streams than those of expert iteration (seed * 1000 + round), which may
@@ -186,7 +186,7 @@ def train_orm(
     return orm
 
 
-def _new_optimizer(orm: OutcomeRewardModel, settings: OrmSettings) -> torch.optim.AdamW:
+def orm_optimizer(orm: OutcomeRewardModel, settings: OrmSettings) -> torch.optim.AdamW:
     """AdamW over all weights, those of the head at a rate of their own."""
     head = orm.head()
     new = {id(p) for p in head}

@@ -412,8 +412,8 @@ def compare(before: Report, after: Report, name: str) -> Interval:
     """
     if [r.id for r in before.results] != [r.id for r in after.results]:
         raise ValueError(
-            f"{before.policy} and {after.policy} were evaluated on different problems, or "
-            "in another order: their values cannot be paired"
+            f"{before.policy} and {after.policy} were evaluated on different problems, "
+            "or in another order: their values cannot be paired"
         )
     return paired_interval(
         before.values(name), after.values(name), level=after.level, seed=after.seed
