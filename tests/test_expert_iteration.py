@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from margins import effect
 from pydantic import ValidationError
 from tiny_models import tiny_policy
 from toys import (
@@ -505,49 +506,70 @@ def test_missing_shots_and_foreign_solutions_are_clear_errors():
         run(problems=TOY_PROBLEMS[:5], solved=TOY_PROBLEMS[5:])
 
 
-# Learning
+# Learning: of two answers, every question of these has the first
+
+BANDIT = TOY_PROBLEMS[::2]
+THOROUGH = {
+    "problems": BANDIT,
+    "k": 16,
+    "finetune": FinetuneSettings(epochs=40, batch_size=18, lr=1e-2, lr_floor=1e-3),
+}
 
 
 def accuracy(policy: Policy) -> float:
     """Share of right solutions at temperature 1."""
-    rollouts = sample(policy, TOY_PROBLEMS, k=32, max_new_tokens=24, seed=99)
-    return sum(sparse_rewards(rollouts, TOY_PROBLEMS)) / len(rollouts)
+    rollouts = sample(policy, BANDIT, k=64, max_new_tokens=24, seed=99)
+    return sum(sparse_rewards(rollouts, BANDIT)) / len(rollouts)
 
 
-THOROUGH = {
-    "k": 16,
-    "finetune": FinetuneSettings(epochs=100, batch_size=18, lr=1e-2, lr_floor=1e-3),
-}
+def gained(seed: int) -> float:
+    return accuracy(run(**THOROUGH, seed=seed)) - accuracy(toy_policy())
 
 
-def test_it_learns_which_of_two_answers_is_right():
-    assert 0.3 < accuracy(toy_policy()) < 0.6
-    assert accuracy(run(**THOROUGH)) > 0.9
+@effect(above=0.2)
+def expert_iteration_raises_the_accuracy(seed: int) -> float:
+    return gained(seed)
 
 
-def test_keeping_the_wrong_ones_does_not_learn_it(monkeypatch):
-    # The wrong version: the sign of the reward is flipped
+@effect(above=0.2)
+def expert_iteration_on_the_wrong_ones_lowers_it(seed: int) -> float:
     whole = module.sparse_rewards
-    monkeypatch.setattr(
-        module, "sparse_rewards", lambda *given: [1 - r for r in whole(*given)]
-    )
-    assert accuracy(run(**THOROUGH)) < 0.1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            module, "sparse_rewards", lambda *given: [1 - r for r in whole(*given)]
+        )
+        return -gained(seed)
 
 
-def test_keeping_truncated_solutions_would_teach_not_to_stop(monkeypatch):
-    base = tiny_policy(seed=1)  # knows nothing, EOS neither
-    one_round = {**THOROUGH, "rounds": 1}
+@effect(above=0.4)
+def keeping_truncated_solutions_teaches_not_to_stop(seed: int) -> float:
+    """The share that ends, less that where what was cut is kept as well."""
 
-    def finished(policy: Policy) -> float:
+    def finished(**changes) -> float:
+        base = tiny_policy(seed=1)  # knows nothing, EOS neither
+        policy = run(base=base, seed=seed, rounds=1, **THOROUGH, **changes)
         rollouts = sample(policy, TOY_PROBLEMS, k=8, max_new_tokens=40, seed=99)
         return sum(r.finished for r in rollouts) / len(rollouts)
 
-    assert finished(run(base=base, **one_round)) > 0.5
-
-    # The wrong version: what states the right answer is kept, ended or not
     def blind(one, reward):
         return trajectory(replace(one, finished=True), reward)
 
-    monkeypatch.setattr(module, "trajectory", blind)
-    # A limit of 17 leaves place for "<<1+1=2>>\n#### 2", and none for EOS
-    assert finished(run(base=base, **one_round, max_new_tokens=17)) < 0.1
+    ended = finished()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "trajectory", blind)
+        # A limit of 17 leaves place for "<<1+1=2>>\n#### 2", and none for EOS
+        return ended - finished(max_new_tokens=17)
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize(
+    "found",
+    [
+        expert_iteration_raises_the_accuracy,
+        expert_iteration_on_the_wrong_ones_lowers_it,
+        keeping_truncated_solutions_teaches_not_to_stop,
+    ],
+    ids=lambda found: found.name,
+)
+def test_it_learns_what_it_keeps(found):
+    found.check()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from margins import effect
 from pydantic import ValidationError
 from tiny_models import tiny_policy
 from torch import Tensor
@@ -54,7 +55,7 @@ from rlreason.algorithms.finetune import (
 from rlreason.algorithms.optim import cosine_lr
 from rlreason.algorithms.sft import sft, solution_examples
 from rlreason.policy.load import Policy
-from rlreason.policy.logprobs import micro_batches
+from rlreason.policy.logprobs import micro_batches, token_logprobs
 from rlreason.policy.sampler import sample
 from rlreason.runs import plans
 from rlreason.runs import steps as train
@@ -162,13 +163,21 @@ def test_eos_is_learned():
     paid_for_eos = nll(policy, [example]) - nll(policy, [headless])
     assert paid_for_eos.item() > 1.0  # a random policy does not end here
 
+
+@effect(above=0.5)
+def sft_learns_when_to_stop(seed: int) -> float:
+    """Probability of EOS where it was learned, less that where it was left out."""
     overfit = FinetuneSettings(epochs=40, batch_size=1, lr=1e-2, lr_floor=1e-3)
-    stops = finetune(policy, [example], overfit)
-    runs_on = finetune(tiny_policy(), [headless], overfit)
-    for learner, finished in ((stops, True), (runs_on, False)):
-        (rollout,) = sample(learner, TOY_PROBLEMS[:1], temperature=0, max_new_tokens=40)
-        assert rollout.text.startswith(" <<1+1=2>>")
-        assert rollout.finished is finished
+
+    def probability(last: int | None) -> float:
+        policy = tiny_policy(seed=seed)
+        (whole,) = examples_of(policy, TOY_PROBLEMS[0], toy_solutions(2)[:1])
+        learned = Example(whole.prompt_tokens, whole.tokens[:last])
+        finetune(policy, [learned], overfit)
+        before = Example(whole.prompt_tokens, whole.tokens[:-1])
+        return math.exp(nll(policy, [before]).item() - nll(policy, [whole]).item())
+
+    return probability(None) - probability(-1)
 
 
 def test_padding_that_is_eos_does_no_harm():
@@ -292,19 +301,35 @@ def test_a_run_without_its_moments_would_not_be_equal():
     assert not same_bits(train_short(recorder), train_short(Memory()))
 
 
-def test_sft_learns_eight_examples_by_heart():
-    problems = [
-        Problem(f"p/{i}", f"Say {i}!", f"<<{i}+{i}={2 * i}>>\n#### {2 * i}", str(2 * i))
-        for i in range(8)
-    ]
-    policy = tiny_policy()
-    memorise = FinetuneSettings(epochs=60, batch_size=8, lr=2e-2, lr_floor=1e-3)
-    recorder = Memory(save_every=10**9)
-    sft(policy, problems, memorise, recorder)
-    rollouts = sample(policy, problems, temperature=0, max_new_tokens=60)
-    assert [r.text for r in rollouts] == [f" {p.solution}" for p in problems]
-    assert all(r.finished for r in rollouts)
-    assert recorder.rows[-1]["loss"] < 0.05 < 1.0 < recorder.rows[0]["loss"]
+EIGHT = [
+    Problem(f"p/{i}", f"Say {i}!", f"<<{i}+{i}={2 * i}>>\n#### {2 * i}", str(2 * i))
+    for i in range(8)
+]
+
+
+@effect(above=0.5)
+def sft_learns_eight_examples_by_heart(seed: int) -> float:
+    """Probability of the least likely token of all that it has learned."""
+    policy = tiny_policy(seed=seed)
+    memorise = FinetuneSettings(
+        epochs=60, batch_size=8, lr=2e-2, lr_floor=1e-3, seed=seed
+    )
+    sft(policy, EIGHT, memorise)
+    examples = solution_examples(policy, EIGHT)
+    logprobs, _ = token_logprobs(
+        policy.model, [e.prompt_tokens for e in examples], [e.tokens for e in examples]
+    )
+    return logprobs.min().exp().item()
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize(
+    "found",
+    [sft_learns_when_to_stop, sft_learns_eight_examples_by_heart],
+    ids=lambda found: found.name,
+)
+def test_sft_learns_its_examples_and_their_end(found):
+    found.check()
 
 
 def test_sft_trains_on_the_tokens_that_the_sampler_asks_with():

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from margins import effect
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, PROBLEMS, tiny_policy
@@ -694,36 +696,56 @@ SEEN, NEW = LETTERS[:10], LETTERS[10:]
 LEARN = {"k": 16, "epochs": 8, "batch_size": 16, "lr": 1e-2}
 
 
-@lru_cache(maxsize=1)
-def learned() -> tuple[OutcomeRewardModel, float]:
-    recorder = Memory(save_every=10**9)
-    chosen = QUICK.model_copy(update=LEARN)
-    orm = train_orm(
-        toy_policy(), SEEN, chosen, recorder, evaluator=classification_metrics
-    )
-    return orm, rows(recorder, "held_out")[-1]["auc"]
+@cache
+def learned(seed: int) -> OutcomeRewardModel:
+    chosen = QUICK.model_copy(update={**LEARN, "seed": seed})
+    return train_orm(toy_policy(), SEEN, chosen)
 
 
-def test_p52_it_learns_to_tell_right_from_wrong_on_questions_it_never_saw():
-    orm, held_out = learned()
-    assert held_out > 0.95
-    report = evaluate(
-        toy_policy(), NEW, k=16, temperature=1.0, max_new_tokens=200, orm=orm
-    )
-    assert report.rerank_k.mean > report.accuracy.mean + 0.3
+@effect(above=0.6)
+def a_reward_model_ranks_answers_to_questions_it_never_saw(seed: int) -> float:
+    return auc_of_new(learned(seed))
 
 
-def test_p52_flipped_labels_would_rank_the_wrong_ones_first(monkeypatch):
-    right, _ = learned()  # before the labels are flipped
-    whole = module.sparse_rewards
-    monkeypatch.setattr(
-        module, "sparse_rewards", lambda *given: [1 - r for r in whole(*given)]
-    )
-    orm = train_orm(toy_policy(), SEEN, QUICK.model_copy(update=LEARN))
+def auc_of_new(orm: OutcomeRewardModel) -> float:
     rollouts = sample(toy_policy(), NEW, k=8, max_new_tokens=24, seed=5)
-    labels = [paid == 1.0 for paid in sparse_rewards(rollouts, NEW)]
-    assert auc(score_responses(orm, rollouts), labels) < 0.2
-    assert auc(score_responses(right, rollouts), labels) > 0.9
+    labels = [reward == 1.0 for reward in sparse_rewards(rollouts, NEW)]
+    return auc(score_responses(orm, rollouts), labels)
+
+
+@effect(above=0.1)
+def reranking_gains_over_one_sample(seed: int) -> float:
+    options = {"k": 16, "temperature": 1.0, "max_new_tokens": 24}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some are cut
+        report = evaluate(toy_policy(), NEW, orm=learned(seed), **options)
+    return report.rerank_k.mean - report.accuracy.mean
+
+
+@effect(above=0.6)
+def flipped_labels_rank_the_wrong_ones_first(seed: int) -> float:
+    whole = module.sparse_rewards
+    chosen = QUICK.model_copy(update={**LEARN, "seed": seed})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            module, "sparse_rewards", lambda *given: [1 - r for r in whole(*given)]
+        )
+        orm = train_orm(toy_policy(), SEEN, chosen)
+    return 1 - auc_of_new(orm)
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize(
+    "found",
+    [
+        a_reward_model_ranks_answers_to_questions_it_never_saw,
+        reranking_gains_over_one_sample,
+        flipped_labels_rank_the_wrong_ones_first,
+    ],
+    ids=lambda found: found.name,
+)
+def test_p52_it_learns_to_tell_right_from_wrong(found):
+    found.check()
 
 
 # The likelihood in the logit
@@ -769,7 +791,7 @@ def test_the_head_has_a_rate_of_its_own_and_holds_what_starts_from_nothing():
     for likelihood, count in ((False, 2), (True, 3)):
         orm = OutcomeRewardModel(tiny_policy(), likelihood=likelihood)
         assert len(orm.head()) == count
-        rest, head = module._new_optimizer(orm, QUICK).param_groups
+        rest, head = module.orm_optimizer(orm, QUICK).param_groups
         assert len(head["params"]) == count
         assert head["lr_scale"] == QUICK.head_lr_scale
         everything = {id(p) for p in orm.network.parameters()}

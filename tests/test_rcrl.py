@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from margins import effect
 from pydantic import ValidationError
 from tiny_models import tiny_policy
 from toys import (
@@ -42,7 +45,7 @@ from rlreason.algorithms.rcrl import (
 from rlreason.mdp import step_spans
 from rlreason.policy.labels import BAD, GOOD, sample_conditioned
 from rlreason.policy.load import Policy
-from rlreason.policy.logprobs import micro_batches, token_logprobs
+from rlreason.policy.logprobs import micro_batches
 from rlreason.policy.rollout import Prompt, Rollout
 from rlreason.policy.sampler import sample, sample_prompts
 from rlreason.policy.vocabulary import add_tokens, token_id
@@ -515,128 +518,6 @@ def test_a_base_with_another_vocabulary_is_a_clear_error():
         rcrl(student(), toy_policy(), TOY_PROBLEMS, QUICK)
 
 
-# Asking
-
-
-def obvious_greedy(policy: Policy, problem, label: str, limit: int) -> list[int]:
-    """Greedy decoding with a label before each line, one full forward pass a token."""
-    tokens, forced, line = [token_id(policy, label)], 1, ""
-    prompt = policy.encode_prompt(format_prompt(problem))
-    while len(tokens) - forced < limit and tokens[-1] != policy.eos_id:
-        with torch.no_grad():
-            logits = policy.model(torch.tensor([[*prompt, *tokens]])).logits[0, -1]
-        tokens.append(logits.argmax().item())
-        piece = policy.decode(tokens[-1:])
-        line += piece
-        ended = "\n" in piece and line.strip()
-        if ended and len(tokens) - forced < limit:
-            tokens.append(token_id(policy, label))
-            forced, line = forced + 1, ""
-    return tokens
-
-
-@pytest.mark.parametrize("limit", [3, 13, 40])
-def test_a_label_is_forced_before_every_step(limit):
-    policy = student()
-    for label in (GOOD, BAD):
-        rollouts = sample_conditioned(
-            policy, TOY_PROBLEMS, label=label, temperature=0.0, max_new_tokens=limit
-        )
-        expected = [obvious_greedy(policy, p, label, limit) for p in TOY_PROBLEMS]
-        assert [list(r.tokens) for r in rollouts] == expected
-
-
-def test_forced_labels_are_given_and_the_rest_is_sampled():
-    policy = student()
-    rollouts = sample_conditioned(policy, TOY_PROBLEMS, k=3, max_new_tokens=24)
-    assert [r.problem_id for r in rollouts] == [
-        p.id for p in TOY_PROBLEMS for _ in "abc"
-    ]
-    assert [r.sample for r in rollouts] == [0, 1, 2] * 6
-    scored, _ = token_logprobs(
-        policy.model, [r.prompt_tokens for r in rollouts], [r.tokens for r in rollouts]
-    )
-    good = token_id(policy, GOOD)
-    for r, exact in zip(rollouts, scored, strict=True):
-        forced = [t for t, i in enumerate(r.tokens) if i == good]
-        plain = [i for i in r.tokens if i != good]
-        starts = [a for a, _ in cut_steps(policy, plain)]
-        # Before each step of what was sampled stands a label, and nowhere else
-        assert forced == [a + n for n, a in enumerate(starts)]
-        assert "[" not in r.text
-        assert r.text == policy.decode(plain)
-        assert len(plain) <= 24
-        assert r.finished == (r.tokens[-1] == policy.eos_id)
-        for t, logprob in enumerate(r.logprobs):
-            if t in forced:
-                assert logprob == 0.0
-            else:
-                assert logprob == pytest.approx(exact[t].item(), abs=1e-4)
-
-
-def test_rollouts_do_not_depend_on_what_else_is_asked():
-    options = {"label": BAD, "max_new_tokens": 24, "seed": 5}
-    whole = sample_conditioned(student(), TOY_PROBLEMS, k=4, **options)
-    tokens = [r.tokens for r in whole]
-    assert len(set(tokens[:4])) > 1
-    alone = sample_conditioned(student(), TOY_PROBLEMS[3:4], k=4, **options)
-    assert [r.tokens for r in alone] == tokens[12:16]
-    fewer = sample_conditioned(student(), TOY_PROBLEMS[::-1], k=2, **options)
-    assert [r.tokens for r in fewer[-2:]] == tokens[:2]
-    other = sample_conditioned(student(), TOY_PROBLEMS, k=4, label=BAD, seed=6)
-    assert [r.tokens for r in other] != tokens
-
-
-@pytest.mark.parametrize("limit", [1, 5, 11, 12, 17])
-def test_the_limit_counts_what_is_sampled_over_all_steps(limit):
-    good = token_id(student(), GOOD)
-    options = {"k": 3, "seed": 2}
-    cut = sample_conditioned(student(), TOY_PROBLEMS, max_new_tokens=limit, **options)
-    free = sample_conditioned(student(), TOY_PROBLEMS, max_new_tokens=40, **options)
-    for short, long in zip(cut, free, strict=True):
-        assert short.tokens == long.tokens[: len(short.tokens)]
-        sampled = sum(i != good for i in short.tokens)
-        assert sampled == limit or (sampled < limit and short.finished)
-        assert short.tokens[-1] != good  # no label without a step
-
-
-def test_a_blank_line_gets_no_label_of_its_own(monkeypatch):
-    policy = student()
-    encode = policy.tokenizer.encode
-    script = ["\n", "\n", "1\n", "#### 2"]
-
-    def scripted(policy, prompts, **_):
-        ids = encode(script.pop(0), add_special_tokens=False)
-        ids += [] if script else [policy.eos_id]
-        logprobs = (-1.0,) * len(ids)
-        return [
-            Rollout(p.problem_id, 0, p.tokens, tuple(ids), logprobs, "", not script)
-            for p in prompts
-        ]
-
-    monkeypatch.setattr("rlreason.policy.labels.sample_prompts", scripted)
-    (rollout,) = sample_conditioned(policy, TOY_PROBLEMS[:1])
-    plain = [i for i in rollout.tokens if i < token_id(policy, GOOD)]
-    asked = LabelledSolution(
-        0, replace(rollout, tokens=tuple(plain)), True, (True,) * 2
-    )
-    # The layout of training, which is what the policy knows
-    assert conditioned_example(policy, asked, TOY_PROBLEMS).tokens == rollout.tokens
-    assert rollout.text == "\n\n1\n#### 2"
-
-
-def test_impossible_requests_are_clear_errors():
-    with pytest.raises(ValueError, match=r"no token '\[BEST\]'"):
-        sample_conditioned(student(), TOY_PROBLEMS, label="[BEST]")
-    with pytest.raises(ValueError, match="add_tokens"):
-        sample_conditioned(toy_policy(), TOY_PROBLEMS)
-    with pytest.raises(ValueError, match="k=0"):
-        sample_conditioned(student(), TOY_PROBLEMS, k=0)
-    with pytest.raises(ValueError, match="max_new_tokens=0"):
-        sample_conditioned(student(), TOY_PROBLEMS, max_new_tokens=0)
-    assert sample_conditioned(student(), []) == []
-
-
 # Learning: of two answers, every question of these has the first
 
 BANDIT = TOY_PROBLEMS[::2]
@@ -648,62 +529,77 @@ THOROUGH = QUICK.model_copy(
 )
 
 
-def accuracies(policy: Policy) -> tuple[float, float]:
-    """Shares of right solutions at temperature 1, asked for good and for bad steps."""
+@cache
+def learned_gap(seed: int, **changed: Callable) -> float:
+    """How much more often it is right asked for good steps than asked for bad ones.
+
+    Shares of solutions at temperature 1. ``changed``: what stands in for functions of
+    the algorithm's, given the right one first.
+    """
+    settings = THOROUGH.model_copy(update={"seed": seed})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, wrong in changed.items():
+            patch.setattr(module, name, partial(wrong, getattr(module, name)))
+        policy = rcrl(toy_policy(), toy_policy(), BANDIT, settings)
     shares = []
     for label in (GOOD, BAD):
         rollouts = sample_conditioned(
             policy, BANDIT, label=label, k=64, max_new_tokens=24, seed=99
         )
         shares.append(sum(sparse_rewards(rollouts, BANDIT)) / len(rollouts))
-    return shares[0], shares[1]
+    return shares[0] - shares[1]
 
 
-def trained_gap() -> float:
-    good, bad = accuracies(rcrl(toy_policy(), toy_policy(), BANDIT, THOROUGH))
-    return good - bad
+@effect(above=0.5)
+def rcrl_good_is_right_more_often_than_bad(seed: int) -> float:
+    return learned_gap(seed)
 
 
-def test_p52_good_is_right_and_bad_is_wrong():
-    before = accuracies(student())
-    assert abs(before[0] - before[1]) < 0.15
-    good, bad = accuracies(rcrl(toy_policy(), toy_policy(), BANDIT, THOROUGH))
-    assert good > 0.9
-    assert bad < 0.1
+def swapped(whole, student, one, problems):
+    other = tuple(not good for good in one.good)
+    return whole(student, replace(one, good=other), problems)
 
 
-def test_p52_swapped_labels_reverse_it(monkeypatch):
-    whole = module.conditioned_example
-
-    def swapped(student, one, problems):
-        other = tuple(not good for good in one.good)
-        return whole(student, replace(one, good=other), problems)
-
-    monkeypatch.setattr(module, "conditioned_example", swapped)
-    assert trained_gap() < -0.8
+@effect(above=0.5)
+def rcrl_swapped_labels_reverse_it(seed: int) -> float:
+    return -learned_gap(seed, conditioned_example=swapped)
 
 
-def test_p52_labels_after_their_steps_teach_nothing(monkeypatch):
-    whole = module.conditioned_example
-
-    def late(student, one, problems):
-        example, tokens, labels = whole(student, one, problems), [], []
-        for start, end in pairwise([*example.labels, len(example.tokens)]):
-            tokens += [*example.tokens[start + 1 : end], example.tokens[start]]
-            labels.append(len(tokens) - 1)
-        return ConditionedExample(example.prompt_tokens, tuple(tokens), tuple(labels))
-
-    monkeypatch.setattr(module, "conditioned_example", late)
-    assert abs(trained_gap()) < 0.4
+def late(whole, student, one, problems):
+    """Each label after its step."""
+    example, tokens, labels = whole(student, one, problems), [], []
+    for start, end in pairwise([*example.labels, len(example.tokens)]):
+        tokens += [*example.tokens[start + 1 : end], example.tokens[start]]
+        labels.append(len(tokens) - 1)
+    return ConditionedExample(example.prompt_tokens, tuple(tokens), tuple(labels))
 
 
-def test_p52_labels_of_the_prefix_before_teach_little(monkeypatch):
-    # Before the first line nothing is decided, so its label says nothing of it
-    whole = module.prefix_success
+@effect(above=0.2)
+def rcrl_labels_after_their_steps_teach_less(seed: int) -> float:
+    return learned_gap(seed) - abs(learned_gap(seed, conditioned_example=late))
 
-    def early(expert, prefixes, problems, settings):
-        rates = whole(expert, [(i, t[:1]) for i, t in prefixes], problems, settings)
-        return {(i, t): rates[i, t[:1]] for i, t in prefixes}
 
-    monkeypatch.setattr(module, "prefix_success", early)
-    assert abs(trained_gap()) < 0.6
+def early(whole, expert, prefixes, problems, settings):
+    """Each label that of the first token: there nothing is decided yet."""
+    rates = whole(expert, [(i, t[:1]) for i, t in prefixes], problems, settings)
+    return {(i, t): rates[i, t[:1]] for i, t in prefixes}
+
+
+@effect(above=0.2)
+def rcrl_labels_of_the_prefix_before_teach_less(seed: int) -> float:
+    return learned_gap(seed) - abs(learned_gap(seed, prefix_success=early))
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize(
+    "found",
+    [
+        rcrl_good_is_right_more_often_than_bad,
+        rcrl_swapped_labels_reverse_it,
+        rcrl_labels_after_their_steps_teach_less,
+        rcrl_labels_of_the_prefix_before_teach_less,
+    ],
+    ids=lambda found: found.name,
+)
+def test_p52_it_learns_what_its_labels_say_and_nothing_else(found):
+    found.check()

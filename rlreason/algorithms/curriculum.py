@@ -58,11 +58,7 @@ class BacktrackingSettings(Settings):
         0.5, "Share of rows that start from a prefix.", source="ours", ge=0, le=1
     )
     start: float = setting(
-        1.0,
-        "Fraction of the steps given when training begins.",
-        source="ours",
-        gt=0,
-        le=1,
+        1.0, "Fraction of steps given when training begins.", source="ours", gt=0, le=1
     )
     until: float = setting(
         0.5, "Progress of training at which none is given.", source="ours", gt=0, le=1
@@ -76,24 +72,13 @@ class ReplaySettings(Settings):
         "replay", "Replay the questions with much left to learn.", source="paper"
     )
     replay_probability: float = setting(
-        0.5,
-        "Chance of a known question while there are new.",
-        source="ours",
-        ge=0,
-        lt=1,
+        0.5, "Chance of a known one while some are new.", source="ours", ge=0, lt=1
     )
     temperature: float = setting(
-        0.1,
-        "beta: how far below the first rank priority reaches.",
-        source="ours",
-        gt=0,
+        0.1, "beta: how far below the first rank priority reaches.", source="ours", gt=0
     )
     staleness: float = setting(
-        0.1,
-        "rho: weight of how long ago the last visit was.",
-        source="ours",
-        ge=0,
-        le=1,
+        0.1, "rho: weight of how long ago a visit was.", source="ours", ge=0, le=1
     )
 
 

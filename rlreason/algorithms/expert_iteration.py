@@ -59,37 +59,27 @@ class ExpertIterationSettings(Settings):
     temperature: float = setting(1.0, "Sampling temperature.", source="paper", gt=0)
     rounds: int = setting(2, "Rounds of sampling and distilling.", source="paper", ge=1)
     start_from: Literal["base", "current"] = setting(
-        "base",
-        "What each round fine-tunes: the base, or the last policy.",
-        source="paper",
+        "base", "What a round fine-tunes: the base, or the last policy.", source="paper"
     )
     deduplicate: Literal["operations", "text", "none"] = setting(
-        "operations",
-        "Which two solutions of a question count as one.",
-        source="paper",
+        "operations", "Which two solutions of a question count as one.", source="paper"
     )
     max_per_question: int | None = setting(
         None,
-        "Solutions kept a question, over all rounds; None: all.",
+        "Solutions kept a question in all; None: all.",
         source="ours",
         neutral=None,
         ge=1,
     )
     reference_solutions: bool = setting(
-        True,
-        "Whether D_0 holds the solutions that SFT learned from.",
-        source="paper",
+        True, "Whether D_0 holds the solutions that SFT learned from.", source="paper"
     )
     first_round_shots: int = setting(
-        0,
-        "Solved examples in the prompt of round 1; later ones: 0.",
-        source="paper",
-        neutral=0,
-        ge=0,
+        0, "Solved examples in the prompt of round 1.", source="paper", neutral=0, ge=0
     )
     orm_threshold: float | None = setting(
         None,
-        "ORM-EI: least score of a right solution to be kept; None: no ORM.",
+        "ORM-EI: least score to be kept; None: no ORM.",
         source="ours",
         neutral=None,
         ge=0,
@@ -189,9 +179,15 @@ def expert_iteration(
         resumed = saved if saved is not None and saved.state["updates"] else None
         saved = None
         if resumed is None:
-            asked = shots[: settings.first_round_shots] if round_ == 0 else ()
             dataset, metrics = _explore(
-                policy, problems, dataset, settings, round_, asked, orm, recorder
+                policy,
+                problems,
+                dataset,
+                settings,
+                round_=round_,
+                shots=() if round_ else shots[: settings.first_round_shots],
+                orm=orm,
+                recorder=recorder,
             )
         else:
             metrics = resumed.state["metrics"]
@@ -217,7 +213,7 @@ def expert_iteration(
 
 
 def _explore(
-    policy, problems, dataset, settings, round_, shots, orm, recorder
+    policy, problems, dataset, settings, *, round_, shots, orm, recorder
 ) -> tuple[list[Solution], dict[str, Any]]:
     """Sample, filter, de-duplicate, grow: D_i and the round's metrics so far."""
     with recorder.clock("sampling"):

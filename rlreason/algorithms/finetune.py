@@ -66,11 +66,7 @@ class FinetuneSettings(Settings):
         1.0, "Clip the gradient to this norm.", source="ours", gt=0
     )
     micro_tokens: int = setting(
-        1024,
-        "Tokens that go through the model at once.",
-        source="ours",
-        placement=True,
-        ge=1,
+        1024, "Tokens in the model at once.", source="ours", placement=True, ge=1
     )
     seed: int = setting(0, "Seed of the order of the examples.", source="ours", ge=0)
 

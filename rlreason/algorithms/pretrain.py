@@ -59,9 +59,7 @@ class PretrainSettings(Settings):
     )
     warmup: int = setting(50, "Updates of warm-up.", source="ours")
     decay: int = setting(
-        900,
-        "Updates at the end in which the rate falls to zero.",
-        source="ours",
+        900, "Updates at the end in which the rate falls to zero.", source="ours"
     )
     bf16: bool = setting(
         True,

@@ -72,17 +72,13 @@ class OrmSettings(FinetuneSettings):
     )
     max_per_question: int | None = setting(
         None,
-        "Distinct samples used of a question, the first; None: all.",
+        "Distinct samples used of a question; None: all.",
         source="ours",
         neutral=None,
         ge=1,
     )
     held_out: float = setting(
-        0.1,
-        "Share of the questions that are not trained on.",
-        source="ours",
-        gt=0,
-        lt=1,
+        0.1, "Share of questions that are not trained on.", source="ours", gt=0, lt=1
     )
     epochs: int = setting(1, "Passes over the samples.", source="ours", ge=1)
     likelihood: bool = setting(
@@ -93,10 +89,7 @@ class OrmSettings(FinetuneSettings):
         neutral=False,
     )
     head_lr_scale: float = setting(
-        10.0,
-        "Learning rate of what starts from nothing, as a multiple of lr.",
-        source="ours",
-        gt=0,
+        10.0, "Learning rate of the head, as a multiple of lr.", source="ours", gt=0
     )
 
 
@@ -154,7 +147,7 @@ def train_orm(
     """
     recorder = recorder or NullRecorder()
     orm = OutcomeRewardModel(policy, likelihood=settings.likelihood)
-    optimizer = _new_optimizer(orm, settings)
+    optimizer = orm_optimizer(orm, settings)
     saved = recorder.restore()
     if saved is None:
         # Other streams than those of expert iteration (seed * 1000 + round), which may
@@ -193,7 +186,7 @@ def train_orm(
     return orm
 
 
-def _new_optimizer(orm: OutcomeRewardModel, settings: OrmSettings) -> torch.optim.AdamW:
+def orm_optimizer(orm: OutcomeRewardModel, settings: OrmSettings) -> torch.optim.AdamW:
     """AdamW over all weights, those of the head at a rate of their own."""
     head = orm.head()
     new = {id(p) for p in head}

@@ -1,4 +1,4 @@
-"""Judge a policy: maj@1, maj@K, rerank@K, pass@K, each with its interval.
+"""Evaluate a policy: maj@1, maj@K, rerank@K, pass@K, each with its interval.
 
 As in Havrilla et al. (2024, section 4):
 
@@ -8,7 +8,7 @@ As in Havrilla et al. (2024, section 4):
 3. every metric is a mean over problems, with an interval over problems.
 
 The same K samples give the metrics at every smaller k (``Report.curve``). A problem is
-judged as soon as its samples are there, and of these only the answers are kept, so that
+graded as soon as its samples are there, and of these only the answers are kept, so that
 K = 96 on thousands of problems fits in memory.
 
 Left out: the reward model; its scores come through ``orm``.
@@ -313,7 +313,7 @@ def evaluate(
     Args:
         k: Samples a problem beside the greedy one; 0 or None for the greedy one alone.
         temperature: Of the K samples.
-        max_new_tokens: What is longer is cut and judged by the text that there is; a
+        max_new_tokens: What is longer is cut and graded by the text that there is; a
             warning says when more than 2% were.
         seed: Of the K samples, and of the bootstrap.
         orm: Scores samples for rerank@K. Called as ``orm(problem, rollouts)``, once a
@@ -412,8 +412,8 @@ def compare(before: Report, after: Report, name: str) -> Interval:
     """
     if [r.id for r in before.results] != [r.id for r in after.results]:
         raise ValueError(
-            f"{before.policy} and {after.policy} were judged on different problems, or "
-            "in another order: their values cannot be paired"
+            f"{before.policy} and {after.policy} were evaluated on different problems, "
+            "or in another order: their values cannot be paired"
         )
     return paired_interval(
         before.values(name), after.values(name), level=after.level, seed=after.seed

@@ -177,8 +177,8 @@ def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 def hierarchical_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     r"""t interval over seeds and problems at once, from a (seeds, problems) table.
 
-    Every seed is judged on the same problems, so both are random and crossed. With mean
-    squares of seeds, problems and what is left over, S seeds and P problems,
+    Every seed is evaluated on the same problems, so both are random and crossed. With
+    mean squares of seeds, problems and what is left over, S seeds and P problems,
 
     .. math:: \widehat{\mathrm{Var}} = (MS_s + MS_p - MS_r) / SP,
 

@@ -1,0 +1,224 @@
+"""Sampling after labels, and what is reported of it: the label is before every step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import pytest
+import torch
+from toys import TOY_PROBLEMS, toy_policy
+
+from rlreason.algorithms.rcrl import (
+    LabelledSolution,
+    conditioned_example,
+    cut_steps,
+)
+from rlreason.evaluation.evaluate import evaluate, grade_greedy, grade_samples
+from rlreason.policy import labels as module
+from rlreason.policy.labels import BAD, GOOD, answer_groups, sample_conditioned
+from rlreason.policy.load import Policy
+from rlreason.policy.logprobs import token_logprobs
+from rlreason.policy.rollout import Rollout
+from rlreason.policy.vocabulary import add_tokens, token_id
+from rlreason.rewards.orm import OutcomeRewardModel
+from rlreason.tasks.prompts import format_prompt
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*of the solutions were cut")
+
+
+def student() -> Policy:
+    """The toy's policy with the two labels, untrained: they mean one thing to it."""
+    return add_tokens(toy_policy(), [GOOD, BAD])
+
+
+@lru_cache(maxsize=1)
+def conditioned() -> Policy:
+    """The same with labels that mean something, whatever it is."""
+    policy = student()
+    rows = policy.model.get_input_embeddings().weight.data[-2:]
+    rows.normal_(generator=torch.Generator().manual_seed(0))
+    return policy
+
+
+def obvious_greedy(policy: Policy, problem, label: str, limit: int) -> list[int]:
+    """Greedy decoding with a label before each line, one full forward pass a token."""
+    tokens, forced, line = [token_id(policy, label)], 1, ""
+    prompt = policy.encode_prompt(format_prompt(problem))
+    while len(tokens) - forced < limit and tokens[-1] != policy.eos_id:
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([[*prompt, *tokens]])).logits[0, -1]
+        tokens.append(logits.argmax().item())
+        piece = policy.decode(tokens[-1:])
+        line += piece
+        ended = "\n" in piece and line.strip()
+        if ended and len(tokens) - forced < limit:
+            tokens.append(token_id(policy, label))
+            forced, line = forced + 1, ""
+    return tokens
+
+
+@pytest.mark.parametrize("limit", [3, 13, 40])
+def test_a_label_is_forced_before_every_step(limit):
+    policy = student()
+    for label in (GOOD, BAD):
+        rollouts = sample_conditioned(
+            policy, TOY_PROBLEMS, label=label, temperature=0.0, max_new_tokens=limit
+        )
+        expected = [obvious_greedy(policy, p, label, limit) for p in TOY_PROBLEMS]
+        assert [list(r.tokens) for r in rollouts] == expected
+
+
+def test_forced_labels_are_given_and_the_rest_is_sampled():
+    policy = student()
+    rollouts = sample_conditioned(policy, TOY_PROBLEMS, k=3, max_new_tokens=24)
+    assert [r.problem_id for r in rollouts] == [
+        p.id for p in TOY_PROBLEMS for _ in "abc"
+    ]
+    assert [r.sample for r in rollouts] == [0, 1, 2] * 6
+    scored, _ = token_logprobs(
+        policy.model, [r.prompt_tokens for r in rollouts], [r.tokens for r in rollouts]
+    )
+    good = token_id(policy, GOOD)
+    for r, exact in zip(rollouts, scored, strict=True):
+        forced = [t for t, i in enumerate(r.tokens) if i == good]
+        plain = [i for i in r.tokens if i != good]
+        starts = [a for a, _ in cut_steps(policy, plain)]
+        # Before each step of what was sampled stands a label, and nowhere else
+        assert forced == [a + n for n, a in enumerate(starts)]
+        assert "[" not in r.text
+        assert r.text == policy.decode(plain)
+        assert len(plain) <= 24
+        assert r.finished == (r.tokens[-1] == policy.eos_id)
+        for t, logprob in enumerate(r.logprobs):
+            if t in forced:
+                assert logprob == 0.0
+            else:
+                assert logprob == pytest.approx(exact[t].item(), abs=1e-4)
+
+
+def test_rollouts_do_not_depend_on_what_else_is_asked():
+    options = {"label": BAD, "max_new_tokens": 24, "seed": 5}
+    whole = sample_conditioned(student(), TOY_PROBLEMS, k=4, **options)
+    tokens = [r.tokens for r in whole]
+    assert len(set(tokens[:4])) > 1
+    alone = sample_conditioned(student(), TOY_PROBLEMS[3:4], k=4, **options)
+    assert [r.tokens for r in alone] == tokens[12:16]
+    fewer = sample_conditioned(student(), TOY_PROBLEMS[::-1], k=2, **options)
+    assert [r.tokens for r in fewer[-2:]] == tokens[:2]
+    other = sample_conditioned(student(), TOY_PROBLEMS, k=4, label=BAD, seed=6)
+    assert [r.tokens for r in other] != tokens
+
+
+@pytest.mark.parametrize("limit", [1, 5, 11, 12, 17])
+def test_the_limit_counts_what_is_sampled_over_all_steps(limit):
+    good = token_id(student(), GOOD)
+    options = {"k": 3, "seed": 2}
+    cut = sample_conditioned(student(), TOY_PROBLEMS, max_new_tokens=limit, **options)
+    free = sample_conditioned(student(), TOY_PROBLEMS, max_new_tokens=40, **options)
+    for short, long in zip(cut, free, strict=True):
+        assert short.tokens == long.tokens[: len(short.tokens)]
+        sampled = sum(i != good for i in short.tokens)
+        assert sampled == limit or (sampled < limit and short.finished)
+        assert short.tokens[-1] != good  # no label without a step
+
+
+def test_a_blank_line_gets_no_label_of_its_own(monkeypatch):
+    policy = student()
+    encode = policy.tokenizer.encode
+    script = ["\n", "\n", "1\n", "#### 2"]
+
+    def scripted(policy, prompts, **_):
+        ids = encode(script.pop(0), add_special_tokens=False)
+        ids += [] if script else [policy.eos_id]
+        logprobs = (-1.0,) * len(ids)
+        return [
+            Rollout(p.problem_id, 0, p.tokens, tuple(ids), logprobs, "", not script)
+            for p in prompts
+        ]
+
+    monkeypatch.setattr(module, "sample_prompts", scripted)
+    (rollout,) = sample_conditioned(policy, TOY_PROBLEMS[:1])
+    plain = [i for i in rollout.tokens if i < token_id(policy, GOOD)]
+    asked = LabelledSolution(
+        0, replace(rollout, tokens=tuple(plain)), True, (True,) * 2
+    )
+    # The layout of training, which is what the policy knows
+    assert conditioned_example(policy, asked, TOY_PROBLEMS).tokens == rollout.tokens
+    assert rollout.text == "\n\n1\n#### 2"
+
+
+def test_impossible_requests_are_clear_errors():
+    with pytest.raises(ValueError, match=r"no token '\[BEST\]'"):
+        sample_conditioned(student(), TOY_PROBLEMS, label="[BEST]")
+    with pytest.raises(ValueError, match="add_tokens"):
+        sample_conditioned(toy_policy(), TOY_PROBLEMS)
+    with pytest.raises(ValueError, match="k=0"):
+        sample_conditioned(student(), TOY_PROBLEMS, k=0)
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        sample_conditioned(student(), TOY_PROBLEMS, max_new_tokens=0)
+    assert sample_conditioned(student(), []) == []
+
+
+# Evaluation
+
+
+def report_of(label: str, **options):
+    options = {"max_new_tokens": 24, "temperature": 0.9, "seed": 5, **options}
+    return evaluate(conditioned(), TOY_PROBLEMS, label=label, **options)
+
+
+def test_the_label_reaches_the_sampler():
+    good, bad = (report_of(label, k=8) for label in (GOOD, BAD))
+    assert good.results != bad.results
+
+    def deaf(*args, label, **options):
+        return answer_groups(*args, label=GOOD, **options)
+
+    assert report_of(BAD, k=8, sampler=deaf).results == good.results
+
+
+@pytest.mark.parametrize("label", [GOOD, BAD])
+def test_a_report_is_of_conditioned_samples(label):
+    report = report_of(label, k=3)
+    options = {"label": label, "max_new_tokens": 24, "seed": 5}
+    draw = partial(sample_conditioned, conditioned(), TOY_PROBLEMS, **options)
+    greedy, samples = draw(temperature=0.0), draw(k=3, temperature=0.9)
+    for i, problem in enumerate(TOY_PROBLEMS):
+        alone = grade_greedy(problem, greedy[i])
+        expected = grade_samples(alone, problem, samples[3 * i : 3 * i + 3])
+        assert report.results[i] == expected
+
+
+def test_many_problems_are_sampled_in_parts_and_keep_their_order(monkeypatch):
+    calls = []
+
+    def fake(policy, problems, *, label, k, temperature, **_):
+        calls.append((len(problems), k, temperature, label))
+        return [
+            Rollout(p.id, j, (1,), (5, 0), (-0.1, -0.2), f"#### {p.answer}", True)
+            for p in problems
+            for j in range(k)
+        ]
+
+    monkeypatch.setattr(module, "sample_conditioned", fake)
+    report = evaluate(toy_policy(), TOY_PROBLEMS, k=2000, label=GOOD)
+    assert calls == [(6, 1, 0.0, GOOD)] + [(2, 2000, 0.7, GOOD)] * 3
+    assert [result.id for result in report.results] == [p.id for p in TOY_PROBLEMS]
+    assert report.accuracy.mean == 1.0  # each answer stands with its own problem
+
+
+def test_a_label_with_shots_or_without_its_token_is_a_clear_error():
+    with pytest.raises(ValueError, match="worked examples have no labels"):
+        evaluate(conditioned(), TOY_PROBLEMS, k=0, label=GOOD, shots=TOY_PROBLEMS[1:2])
+    with pytest.raises(ValueError, match=r"no token '\[GOOD\]'.*add_tokens"):
+        evaluate(toy_policy(), TOY_PROBLEMS, k=0, label=GOOD)
+    with pytest.raises(ValueError, match=r"no token '\[BEST\]'"):
+        report_of("[BEST]", k=0)
+
+
+def test_a_reward_model_that_does_not_know_the_labels_says_so():
+    unknown = token_id(conditioned(), GOOD)
+    orm = OutcomeRewardModel(toy_policy())
+    with pytest.raises(ValueError, match=f"token {unknown} is not among the 260"):
+        report_of(GOOD, k=2, orm=orm)
