@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from itertools import product
-
 from pathlib import Path
 
 import pytest
