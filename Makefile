@@ -7,17 +7,23 @@ BIN := .venv/bin
 STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab lint lock clean
+.PHONY: help book test learning lab lint lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 book: $(STAMP) ## Execute the notebooks and build the HTML book (profile tiny)
 	$(BIN)/rlreason book --profile tiny
 
+# A file's tests share a process, those marked spread are shared out: see conftest.py
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 \
+  --dist loadgroup --no-loadscope-reorder
+
 test: $(STAMP) ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 \
-	  --dist loadgroup --no-loadscope-reorder
+	$(PYTEST)
+
+learning: $(STAMP) ## Run the tests that train with the plainest arithmetic of PyTorch
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -m learning
 
 lab: $(STAMP) ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir notebooks

@@ -430,7 +430,9 @@ def claims(profile: str) -> None:
     """
     from rlreason.experiments.claims import judge_claims
     from rlreason.experiments.records import recorded
+    from rlreason.runs.profiles import profile_path
 
+    profile_path(profile)  # there is one, or it is told which there are
     for judged in judge_claims(recorded(profile)):
         click.echo(f"{judged}\n")
 

@@ -18,10 +18,9 @@ from rlreason.publishing.notebooks import (
     Record,
     notebook_digest,
     read_record,
-    results_folder,
     run_notebook,
 )
-from rlreason.runs.environment import runs_root, source_digest
+from rlreason.runs.environment import results_folder, runs_root, source_digest
 from rlreason.runs.profiles import load_profile
 
 REPOSITORY = Path(__file__).parents[1]

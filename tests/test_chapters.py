@@ -5,6 +5,9 @@ Each is an item of its own, so that test processes share them out (see conftest)
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 from smoke_book import REPOSITORY, run_chapter, smoke_root
 
@@ -26,3 +29,22 @@ def test_a_chapter_runs_and_asks_the_network_for_nothing(
     assert record.profile == "smoke"
     assert record.peak_mb is None or record.peak_mb > 50
     assert cut_network.attempts == []
+
+
+READS = {"recorded": "comparisons", "recorded_table": "comparisons"}
+READS |= {"judge_claims": "comparisons", "recorded_training": "training"}
+READS |= {"recorded_panels": "training"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chapter_names_the_recorded_tables_that_it_shows(name):
+    # Else the page would go on showing the old ones when they are recorded anew
+    notebook = read_notebook(REPOSITORY / "notebooks" / f"{name}.ipynb")
+    cells = json.loads(notebook.path.read_text())["cells"]
+    source = "\n".join(
+        "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"
+    )
+    shown = {READS[word] for word in re.findall(r"\w+(?=\()", source) if word in READS}
+    assert set(notebook.records) == shown
+    for table in notebook.records:
+        assert (REPOSITORY / "book" / "results" / "tiny" / f"{table}.csv").is_file()

@@ -102,6 +102,14 @@ def content(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch):
+    """Work in the folder, without lines of progress."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("RLREASON_DATA", str(place / "folder"))
+    monkeypatch.setenv("RLREASON_QUIET", "1")
+
+
 def told(arguments: list[str], capsys) -> tuple[int, str]:
     """Run the command line; return its exit code and what it says of the fault."""
     with pytest.raises(SystemExit) as exit_:
@@ -145,8 +153,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("arguments", "says"), OPTIONS, ids=lambda v: str(v)[:40])
-def test_a_wrong_option_is_named(arguments, says, place, monkeypatch, capsys):
-    monkeypatch.chdir(place)
+def test_a_wrong_option_is_named(arguments, says, capsys):
     code, error = told(arguments, capsys)
     assert code == 2
     assert says in error
@@ -202,8 +209,8 @@ WORDS = [
     ([*SETTINGS, "folder.yaml"], "no profile"),
     ([*SETTINGS, "file"], "no profile"),
     ([*SETTINGS, "x" * 5000 + ".yaml"], "File name too long"),
-    ([*SETTINGS, "list.yaml"], "a profile is a mapping"),
-    ([*SETTINGS, "empty.yaml"], "a profile is a mapping"),
+    ([*SETTINGS, "list.yaml"], "not a mapping of keys"),
+    ([*SETTINGS, "empty.yaml"], "not a mapping of keys"),
     ([*SETTINGS, "broken.yaml"], "broken.yaml"),
     ([*SETTINGS, "latin.yaml"], "latin.yaml"),
     ([*SETTINGS, "date.yaml"], "date"),
@@ -252,11 +259,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize(("arguments", "says"), WORDS, ids=lambda v: str(v)[-40:])
-def test_a_misuse_is_one_line_with_what_is_wrong(
-    arguments, says, place, monkeypatch, capsys
-):
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("RLREASON_DATA", str(place / "folder"))
+def test_a_misuse_is_one_line_with_what_is_wrong(arguments, says, place, capsys):
     before = content(place)
     code, error = told(arguments, capsys)
     assert code == 2, error
@@ -273,9 +276,8 @@ def test_a_misuse_is_one_line_with_what_is_wrong(
     ids=lambda arguments: arguments[0],
 )
 def test_a_runs_folder_that_cannot_be_is_told_with_the_remedy(
-    arguments, runs, place, monkeypatch, capsys
+    arguments, runs, monkeypatch, capsys
 ):
-    monkeypatch.chdir(place)
     monkeypatch.setenv("RLREASON_RUNS", runs)
     code, error = told(arguments, capsys)
     assert code == 2, error

@@ -436,6 +436,22 @@ def test_a_profile_may_be_a_file_and_an_unknown_one_lists_the_known(tmp_path):
         load_profile("tinny")
 
 
+def test_a_path_in_a_recipe_starts_at_its_profile_wherever_that_is_read(
+    tmp_path, monkeypatch
+):
+    recipe = {"policy": "./base", "task": {"name": "../toy.jsonl", "solutions": 2}}
+    file = tmp_path / "deep" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"description": "mine", "recipe": recipe}))
+    monkeypatch.chdir(tmp_path)
+    read = load_recipe("deep/mine.yaml", policy="./given")
+    assert read.policy == "./given"  # by hand it starts where the hand is
+    monkeypatch.chdir(file.parent)
+    read = load_recipe("mine.yaml")
+    assert Path(read.policy) == file.parent / "base"
+    assert Path(read.task.name).resolve() == tmp_path / "toy.jsonl"
+
+
 # The notebooks of the repository
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 from toys import toy_profile, toy_recipe
@@ -69,8 +70,9 @@ PHASE = TrainingRecord("ppo", 0, 1, 0.5, 0.25, None, "abc0")
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """The profile tiny, with nothing recorded; its folder."""
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
-    return tmp_path / "book" / "results" / "tiny"
+    root = tmp_path / "book" / "results"
+    monkeypatch.setattr(records, "results_folder", lambda name: root / Path(name).stem)
+    return root / "tiny"
 
 
 def test_rows_are_read_as_written_in_the_order_of_the_catalogue(results):

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlreason.evaluation.intervals import Interval, verdict
 from rlreason.experiments.catalogue import CATALOGUE, Catalogue
-from rlreason.runs.environment import project_root
+from rlreason.runs.environment import results_folder
 from rlreason.runs.folder import RunFolder
 from rlreason.runs.plans import plan_of
 from rlreason.runs.recipes import Recipe
@@ -155,11 +155,6 @@ def comparisons_path(profile: str | Path) -> Path:
 def training_path(profile: str | Path) -> Path:
     """Where the phases of a profile's PPO runs are recorded."""
     return results_folder(profile) / "training.csv"
-
-
-def results_folder(profile: str | Path) -> Path:
-    """Where all that is recorded of a profile lies."""
-    return project_root() / "book" / "results" / Path(profile).stem
 
 
 def recorded(profile: str | Path, *names: str) -> list[Record]:

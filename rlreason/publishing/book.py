@@ -45,7 +45,6 @@ from rlreason.publishing.notebooks import (
     find_notebooks,
     notebook_digest,
     read_record,
-    results_folder,
     unused_keys,
 )
 from rlreason.runs.environment import (
@@ -53,6 +52,7 @@ from rlreason.runs.environment import (
     files_digest,
     make_folder,
     project_root,
+    results_folder,
     runs_root,
     source_digest,
 )

@@ -10,7 +10,7 @@ where another one is at it. So that no core sits and waits for a long training, 
 the notebooks that are to run before it in its metadata, and beside them the recorded
 tables that it shows, which are inputs like its cells::
 
-    "rlreason": {"needs": ["05_expert_iteration"], "records": ["gains"]}
+    "rlreason": {"needs": ["05_expert_iteration"], "records": ["comparisons"]}
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from rlreason.runs.environment import (
     machine,
     make_folder,
     project_root,
+    results_folder,
     rooms_digest,
     runs_root,
 )
@@ -332,11 +333,6 @@ def _bytes_of(path: Path) -> bytes:
 def package_digest() -> str:
     """Hash the source that decides the outputs of notebooks."""
     return rooms_digest(ROOMS_OF_OUTPUTS, PACKAGE)
-
-
-def results_folder(profile_name: str) -> Path:
-    """Return where the recorded tables of a profile lie."""
-    return project_root() / "book" / "results" / Path(profile_name).stem
 
 
 def output_folder(profile_name: str) -> Path:

@@ -57,6 +57,11 @@ def project_root() -> Path:
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
 
+def results_folder(profile: str | Path) -> Path:
+    """Return where all that is recorded of a profile lies."""
+    return project_root() / "book" / "results" / Path(profile).stem
+
+
 def cores() -> int:
     """Return how many CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux

@@ -2,7 +2,9 @@
 
 A profile is a YAML file of parameters and nothing else: what holds for all notebooks
 under ``common``, what holds for one of them under its name. A notebook takes from
-``common`` what its parameters cell declares.
+``common`` what its parameters cell declares. In its recipe, a path that begins with
+``./`` or ``../`` starts at the profile's own file, so that it means one thing wherever
+the profile is read.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def load_recipe(
     # Imported here: the command line reads profiles, and need not wait for torch
     from rlreason.runs.recipes import Recipe, put
 
-    values = load_profile(name).recipe
+    values = _from_folder(load_profile(name).recipe, profile_path(name).parent)
     given = {path.replace("__", "."): value for path, value in fields.items()}
     given = {path: value for path, value in given.items() if value is not None}
     for path, value in {**given, **(changes or {})}.items():
@@ -90,6 +92,15 @@ def profile_path(name: str | Path) -> Path:
             "YAML file"
         )
     return path
+
+
+def _from_folder(value: Any, folder: Path) -> Any:
+    """Return a part of a recipe with its ``./`` and ``../`` starting at a folder."""
+    if isinstance(value, dict):
+        return {name: _from_folder(part, folder) for name, part in value.items()}
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        return str(folder.resolve() / value)
+    return value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
