@@ -51,7 +51,7 @@ from rlreason.algorithms.ppo_settings import (
 from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.value import ValueSettings
-from rlreason.rewards.base import pay_last_token
+from rlreason.rewards.base import last_token_reward
 from rlreason.rewards.sparse import sparse_rewards, sparse_token_rewards
 
 HEAD = ValueSettings(kind="head", layers=1, detach=False)
@@ -780,7 +780,7 @@ def truncated_last(learner: type[Learner], seed: int) -> float:
             toy_policy(),
             TWOS,
             LEARN.model_copy(update=changes),
-            reward=lambda rollouts, _: [pay_last_token(r, 1.0) for r in rollouts],
+            reward=lambda rollouts, _: [last_token_reward(r, 1.0) for r in rollouts],
             recorder=recorder,
         )
     return sum(row["truncated"] for row in recorder.rows[-3:]) / 3
