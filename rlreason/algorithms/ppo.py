@@ -42,6 +42,7 @@ from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.optim import (
     DivergedError,
     adamw,
+    check_finite,
     cosine_lr,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -63,6 +64,7 @@ from rlreason.policy.lora import (
     trainable_tensors,
     with_lora,
 )
+from rlreason.policy.progress import progress_bar
 from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample_prompts
@@ -106,20 +108,14 @@ class Experience:
     totals: tuple[float, ...] = ()
 
 
-OnPhase = Callable[[int, Policy], dict[str, Any]]
+TokenRewards = Sequence[tuple[float, ...]]  # B tuples, as a RewardFunction returns them
 
 
 # --- A phase, step by step -----------------------------------------------------------
 
 
 class Learner:
-    """A policy that learns by phases: ask, score, pay, credit, learn.
-
-    Args:
-        start: The policy that samples first, and the reference. Not changed.
-        problems: The questions, with ids of their own.
-        settings: See the class.
-        shots: Solved examples before every question.
+    """A policy that learns by phases: ask, score, pay, credit, learn. Args as ``ppo``.
 
     Attributes:
         policy: Learns in place; carries adapters until ``finished``.
@@ -226,12 +222,10 @@ class Learner:
 
     # 3. Pay
 
-    def pay(
-        self, experience: Experience, paid: Sequence[tuple[float, ...]]
-    ) -> Experience:
+    def pay(self, experience: Experience, token_rewards: TokenRewards) -> Experience:
         """Lay out as (B, T) what the task paid, and the price of the KL."""
         rewards = torch.zeros(experience.logprobs.shape)  # (B, T)
-        for row, numbers in enumerate(paid):
+        for row, numbers in enumerate(token_rewards):
             rewards[row, : len(numbers)] = torch.tensor(numbers)
             if not experience.rollouts[row].finished:
                 # Paid as if it had ended *and* given V of going on, it would earn
@@ -245,7 +239,7 @@ class Learner:
             experience,
             rewards=rewards.to(kl.device),
             penalties=self.kl_coef * kl * experience.response_mask,
-            totals=tuple(sum(numbers) for numbers in paid),
+            totals=tuple(sum(numbers) for numbers in token_rewards),
         )
 
     # 4. Credit
@@ -433,8 +427,8 @@ class Learner:
 
     def _clip_gradients(self) -> float:
         """Clip policy and value function each for itself; the policy's norm before."""
-        most = self.settings.max_grad_norm
-        norms = [float(nn.utils.clip_grad_norm_(w, most)) for w in self.trained]
+        clip, most = nn.utils.clip_grad_norm_, self.settings.max_grad_norm
+        norms = [float(clip(weights, most)) for weights in self.trained]
         return norms[0] if math.isfinite(sum(norms)) else math.nan
 
 
@@ -466,7 +460,7 @@ def ppo(
     reward: RewardFunction = sparse_token_rewards,
     shots: Sequence[Problem] = (),
     recorder: Recorder | None = None,
-    on_phase: OnPhase | None = None,
+    on_phase: Callable[[int, Policy], dict[str, Any]] | None = None,
 ) -> Policy:
     """Improve ``start`` on ``problems``; returns the policy of the last phase.
 
@@ -507,30 +501,32 @@ def ppo(
     recorder = recorder or NullRecorder()
     learner = Learner(start, problems, settings, shots=shots)
     first = saved = learner.restore(recorder)
-    for phase in range(first, settings.phases):
-        with recorder.clock("sampling"):
-            rollouts = learner.ask(phase)
-        paid = reward(rollouts, problems)
-        with recorder.clock("scoring"):
-            experience = learner.score(rollouts)
-        experience = learner.credit(learner.pay(experience, paid))
-        metrics = _phase_metrics(experience, learner)
-        right = sparse_rewards(rollouts, problems)
-        metrics["accuracy"] = sum(right) / len(right)
-        _check(metrics, phase, settings, saved, recorder)
-        _warn_of_mismatch(metrics["ratio_error"], learner.policy, phase)
-        with recorder.clock("learning"):
-            metrics |= learner.learn(experience, phase)
-        _check(metrics, phase, settings, saved, recorder)
-        if settings.measures_kl:
-            learner.adapt_kl(metrics["kl"])
-        metrics["rollouts"] = (phase + 1) * settings.rollouts
-        if on_phase is not None:
-            metrics |= on_phase(phase + 1, learner.policy)
-        recorder.log("phase", phase=phase + 1, **metrics)
-        if recorder.due() and phase + 1 < settings.phases:
-            saved = phase + 1
-            learner.save(recorder, saved)
+    with progress_bar(settings.phases, "PPO", unit="phase", done=first) as progress:
+        for phase in range(first, settings.phases):
+            with recorder.clock("sampling"):
+                rollouts = learner.ask(phase)
+            token_rewards = reward(rollouts, problems)
+            with recorder.clock("scoring"):
+                experience = learner.score(rollouts)
+            experience = learner.credit(learner.pay(experience, token_rewards))
+            metrics = _phase_metrics(experience, learner)
+            right = sparse_rewards(rollouts, problems)
+            metrics["accuracy"] = sum(right) / len(right)
+            _check(metrics, phase, settings, saved, recorder)
+            _warn_of_mismatch(metrics["ratio_error"], learner.policy, phase)
+            with recorder.clock("learning"):
+                metrics |= learner.learn(experience, phase)
+            _check(metrics, phase, settings, saved, recorder)
+            if settings.measures_kl:
+                learner.adapt_kl(metrics["kl"])
+            metrics["rollouts"] = (phase + 1) * settings.rollouts
+            if on_phase is not None:
+                metrics |= on_phase(phase + 1, learner.policy)
+            recorder.log("phase", phase=phase + 1, **metrics)
+            progress.update(accuracy=metrics["accuracy"])
+            if recorder.due() and phase + 1 < settings.phases:
+                saved = phase + 1
+                learner.save(recorder, saved)
     return learner.finished()
 
 
@@ -581,12 +577,8 @@ def _check(metrics, phase: int, settings: PpoSettings, saved: int, recorder) -> 
         if saved
         else "no checkpoint had been taken yet"
     )
-    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if broken:
-        raise DivergedError(
-            f"phase {phase + 1}: {', '.join(broken)} is not a finite number; {last}. "
-            f"Lower lr (now {settings.lr:g}), or load the policy in float32"
-        )
+    remedy = f"Lower lr (now {settings.lr:g}), or load the policy in float32"
+    check_finite(metrics, where=f"phase {phase + 1}", then=f"{last}. {remedy}")
     if settings.max_kl is not None and metrics["kl_token"] > settings.max_kl:
         raise DivergedError(
             f"phase {phase + 1}: the policy is {metrics['kl_token']:.2f} nats a token "
