@@ -403,7 +403,7 @@ KILL_POINTS = {
     "sft-before-a-checkpoint": partial(die_in_run, SFT, "log", call=2),
     "sft-after-a-checkpoint": partial(die_in_run, SFT, "log", call=4),
     "sft-before-the-last-save": partial(die_in_run, SFT, "save", call=2),
-    "sft-after-the-last-save": partial(die_in_run, SFT, "_close_logs", call=1),
+    "sft-after-the-last-save": partial(die_in_run, SFT, "close_logs", call=1),
     "sampling-in-round-1": partial(die_in, algorithm, "sparse_rewards", call=1),
     "sampling-in-round-2": partial(die_in, algorithm, "sparse_rewards", call=2),
     "distilling-in-round-1": partial(die_in_run, EI, "log", call=8),
@@ -412,7 +412,7 @@ KILL_POINTS = {
     "distilling-in-round-2": partial(die_in_run, EI, "log", call=20),
     "validating-round-2": partial(die_in, train, "validate", call=2),
     "before-the-last-save": partial(die_in, plans, "trained_tensors", call=2),
-    "after-the-last-save": partial(die_in_run, EI, "_close_logs", call=1),
+    "after-the-last-save": partial(die_in_run, EI, "close_logs", call=1),
 }
 
 

@@ -135,7 +135,7 @@ def kill_within_a_row(root: Path) -> None:
 
 
 def kill_after_the_last_save(root: Path) -> None:
-    RunFolder._close_logs = lambda self: die()
+    RunFolder.close_logs = lambda self: die()
     run_toy(root)
 
 
@@ -167,7 +167,7 @@ def undisturbed(tmp_path_factory) -> RunFolder:
 def checkpoint_bytes(run: RunFolder) -> dict[str, bytes]:
     files = [
         folder / name
-        for folder in run._complete()
+        for folder in run.complete_checkpoints()
         for name in ("weights.safetensors", "state.json")
     ]
     return {str(file.relative_to(run.path)): file.read_bytes() for file in files}
@@ -311,7 +311,7 @@ def test_a_second_writer_goes_on_where_the_first_was_stopped(
 def test_only_the_newest_checkpoints_stay(tmp_path):
     with RunFolder("toy", ToySettings(), root=tmp_path, keep=1) as run:
         train_toy(ToySettings(), run)
-    assert [p.name for p in run._complete()] == ["000004"]
+    assert [p.name for p in run.complete_checkpoints()] == ["000004"]
 
 
 def test_metrics_hold_numbers_and_no_clock(undisturbed):
@@ -457,14 +457,14 @@ def test_an_error_at_the_end_gives_the_lock_back(also_within, tmp_path, monkeypa
             if also_within:
                 raise KeyboardInterrupt
 
-    whole = RunFolder._close_logs
-    monkeypatch.setattr(RunFolder, "_close_logs", full)
+    whole = RunFolder.close_logs
+    monkeypatch.setattr(RunFolder, "close_logs", full)
     with pytest.raises(OSError, match="no space left"):
         use()
     assert is_free(run)
     assert not run.done
-    monkeypatch.setattr(RunFolder, "_close_logs", whole)
-    run._close_logs()
+    monkeypatch.setattr(RunFolder, "close_logs", whole)
+    run.close_logs()
     with RunFolder("toy", ToySettings(), root=tmp_path) as again:
         assert again.metrics == []  # there was no checkpoint
     assert again.done

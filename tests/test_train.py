@@ -63,7 +63,7 @@ PPO_KILLS = {
     "learning-in-phase-3": (partial(die_in, ppo_module, "score", 12), [2]),
     "a-row-after-the-checkpoint": (partial(die_in, train, "validate", 2), [2]),
     "before-the-last-save": (partial(die_in, plans, "trained_tensors", 1), [2]),
-    "after-the-last-save": (partial(die_in_run, "ppo", "_close_logs", 1), [0]),
+    "after-the-last-save": (partial(die_in_run, "ppo", "close_logs", 1), [0]),
 }
 # Samples once, then two epochs of 5 updates; the samples are the first thing saved
 ORM_KILLS = {
@@ -73,7 +73,7 @@ ORM_KILLS = {
     "judging": (partial(die_in, train, "classification_metrics", 1), [0]),
     "learning-in-epoch-2": (partial(die_in, orm_module, "classification_loss", 9), [0]),
     "before-the-last-save": (partial(die_in, OutcomeRewardModel, "tensors", 1), [0]),
-    "after-the-last-save": (partial(die_in_run, "orm", "_close_logs", 1), [0]),
+    "after-the-last-save": (partial(die_in_run, "orm", "close_logs", 1), [0]),
 }
 # Six questions, two at a time: three rows of sampling, three of labels, six updates
 RCRL_KILLS = {
@@ -83,7 +83,7 @@ RCRL_KILLS = {
     "labelling-last": (partial(die_in, rcrl_module, "label_steps", 3), [0, 2]),
     "learning": (partial(die_in, rcrl_module, "conditional_nll", 4), [0, 0]),
     "before-the-last-save": (partial(die_in, plans, "trained_tensors", 1), [0, 0]),
-    "after-the-last-save": (partial(die_in_run, "rcrl", "_close_logs", 1), [0, 0]),
+    "after-the-last-save": (partial(die_in_run, "rcrl", "close_logs", 1), [0, 0]),
 }
 KILLS = {"ppo": PPO_KILLS, "orm": ORM_KILLS, "rcrl": RCRL_KILLS}
 POINTS = [(name, point) for name, points in KILLS.items() for point in points]

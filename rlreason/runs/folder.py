@@ -161,7 +161,7 @@ class RunFolder:
         try:
             self._begin()
         except BaseException:  # `__exit__` is not called then
-            self._close_logs()
+            self.close_logs()
             self._lock.release()
             raise
         return self
@@ -171,7 +171,7 @@ class RunFolder:
         if self._metrics is None:
             return
         try:
-            self._close_logs()
+            self.close_logs()
             if error is None:
                 self._write_status("done")
             else:
@@ -242,7 +242,7 @@ class RunFolder:
             _force_path(file)
         draft.rename(final)
         _force_path(self._checkpoints)
-        for old in self._complete()[: -self._keep]:
+        for old in self.complete_checkpoints()[: -self._keep]:
             shutil.rmtree(old, ignore_errors=True)
         self._saved_at = time.monotonic()
         # 0: whoever asks for every checkpoint gets it
@@ -252,12 +252,12 @@ class RunFolder:
     def _checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def _complete(self) -> list[Path]:
+    def complete_checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, oldest first; drafts are not among them."""
         return _complete_checkpoints(self.path)
 
     def _latest(self) -> Path | None:
-        return next(reversed(self._complete()), None)
+        return next(reversed(self.complete_checkpoints()), None)
 
     def _check_what_is_there(self) -> None:
         """Refuse a folder of other settings; warn of results of other source."""
@@ -303,7 +303,8 @@ class RunFolder:
         _write_json(self.path / "environment.json", [*sessions, environment()])
         self._write_status("running")
 
-    def _close_logs(self) -> None:
+    def close_logs(self) -> None:
+        """Bring both logs to the disk; afterwards nothing can be written."""
         files = [file for file in (self._metrics, self._timing) if file is not None]
         self._metrics = self._timing = None
         for file in files:
