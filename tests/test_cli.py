@@ -140,7 +140,14 @@ def test_an_interruption_is_one_line_and_exit_code_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "rlreason: interrupted\n"
 
 
-def test_ctrl_c_during_a_book_ends_its_kernels_and_starts_no_more(tmp_path):
+@pytest.mark.parametrize(
+    ("command", "reported"),
+    [(["book", "--jobs", "1"], "a ...\n"), (["run", "notebooks/a.ipynb"], "")],
+    ids=["book", "run"],
+)
+def test_ctrl_c_ends_the_kernels_at_once_and_starts_no_more(
+    command, reported, tmp_path
+):
     # A checkout of its own: the package, and a book of three notebooks
     junk = shutil.ignore_patterns("__pycache__", "*.safetensors")
     shutil.copytree(PACKAGE, tmp_path / "rlreason", ignore=junk)
@@ -156,9 +163,9 @@ def test_ctrl_c_during_a_book_ends_its_kernels_and_starts_no_more(tmp_path):
     )
     for name in "abc":
         write_notebook(tmp_path / "notebooks", name, wait.format(name=name))
-    command = [sys.executable, "-m", "rlreason.cli", "book", "--jobs", "1"]
+    program = [sys.executable, "-m", "rlreason.cli", *command]
     process = subprocess.Popen(
-        [*command, "--profile", "plain.yaml"],
+        [*program, "--profile", "plain.yaml"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
@@ -171,7 +178,7 @@ def test_ctrl_c_during_a_book_ends_its_kernels_and_starts_no_more(tmp_path):
     process.send_signal(signal.SIGINT)
     out, error = process.communicate()
     assert (process.returncode, error) == (130, "rlreason: interrupted\n")
-    assert out == "a ...\n"
+    assert out == reported
     assert all(ends(member.pid) for member in family)
     assert [path.name for path in tmp_path.glob("*.started")] == ["a.started"]
 

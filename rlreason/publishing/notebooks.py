@@ -412,6 +412,7 @@ def _execute(notebook: Notebook, parameters: Mapping[str, Any], draft: Path) -> 
             kernel_name="python3",
             language="python",
             kernel_manager_class=_own_kernel(),
+            shutdown_kernel="immediate",  # at Ctrl-C too, without a word of its own
             cwd=str(notebook.path.parent),
             progress_bar=sys.stderr.isatty(),
             config=Config(KernelManager={"transport_encryption": "auto"}),
