@@ -190,8 +190,7 @@ def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
     (root / "plain.yaml").write_text("description: nothing is set")
     shutil.copytree(REPOSITORY / "book" / "_static", root / "book" / "_static")
-    for name in ("_config.yml", "references.bib"):
-        shutil.copy(REPOSITORY / "book" / name, root / "book")
+    shutil.copy(REPOSITORY / "book" / "_config.yml", root / "book")
     (root / "book" / "_toc.yml").write_text(
         "format: jb-book\nroot: intro\nchapters:\n"
         "  - file: notebooks/number\n  - file: status\n"
