@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from rlreason.publishing.figures.style import place_tokens
 
 from rlreason.evaluation.intervals import Interval, wilson_interval
 from rlreason.publishing import figures
+from rlreason.publishing.figures.style import place_tokens
 
 PIECES = ["A", ":", " 5", "+", "1", "\n", "####", " 6", ""]
 SHADES = [None, None, 0.5, 1.0, 0.2, 0.0, 0.1, 0.3, 3.0]
