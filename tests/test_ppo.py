@@ -48,6 +48,7 @@ from rlreason.algorithms.ppo_settings import (
     LoraSettings,
     PpoSettings,
 )
+from rlreason.policy.load import Policy
 from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.value import ValueSettings
@@ -201,10 +202,8 @@ def test_p22_whitening_is_over_the_mask_alone():
     assert abs((white + values[MASK].mean())[MASK].mean()) > 1
 
 
-@pytest.mark.parametrize("kind", ["gae", "rloo"])
-def test_p22_credit_is_given_and_whitened_over_all_before_the_best_are_kept(
-    kind, monkeypatch
-):
+def kept_advantages(kind: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Of the tokens of all responses of a phase, and of the best that are kept."""
     seen = []
 
     class Noted(Learner):
@@ -214,15 +213,29 @@ def test_p22_credit_is_given_and_whitened_over_all_before_the_best_are_kept(
             seen.append([advantages[rows][mask[rows]] for rows in (slice(None), kept)])
             return kept
 
-    monkeypatch.setattr(algorithm, "Learner", Noted)
     changes = {} if kind == "gae" else {"credit": BaselineSettings(kind=kind)}
-    run(settings=quick(phases=1, rollouts=24, n=4, keep=1, **changes))
-    ((everything, best),) = seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(algorithm, "Learner", Noted)
+        run(settings=quick(phases=1, rollouts=48, n=8, keep=1, seed=seed, **changes))
+    return seen[0]
+
+
+BEST = {
+    kind: effect(above=0.2, name=f"the_best_are_above_the_mean_of_all_by_{kind}")(
+        lambda seed, kind=kind: float(kept_advantages(kind, seed)[1].mean())
+    )
+    for kind in ("gae", "rloo")
+}
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("kind", BEST)
+def test_p22_credit_is_given_and_whitened_over_all_before_the_best_are_kept(kind):
+    everything, best = kept_advantages(kind, seed=0)
     assert everything.mean().item() == pytest.approx(0, abs=1e-4)
     assert everything.std().item() == pytest.approx(1, abs=1e-2)
-    # The wrong version whitens the best alone: then they are nothing special
     assert len(best) < len(everything)
-    assert best.mean() > 0.1
+    BEST[kind].check()  # the wrong version whitens the best alone: nothing special
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -329,13 +342,24 @@ def test_p20_only_k2_has_the_gradient_of_the_kl():
     assert not torch.allclose(as_loss("k3"), right, atol=1e-2)  # wrong: KL(ref || pi)
 
 
-def test_p20_what_is_taken_off_the_reward_is_what_is_reported():
+def penalised_rows(seed: int) -> list[dict]:
     recorder = Memory()
-    settings = quick(phases=2, kl=KlSettings(coef=0.3), lr=3e-3, max_kl=50.0)
-    run(recorder, settings=settings)
-    assert recorder.rows[0]["kl"] == pytest.approx(0, abs=1e-5)
-    assert any(abs(row["kl"]) > 1e-3 for row in recorder.rows[1:])
-    for row in recorder.rows:
+    kl = KlSettings(coef=0.3)
+    run(recorder, settings=quick(phases=2, kl=kl, lr=3e-3, max_kl=50.0, seed=seed))
+    return recorder.rows
+
+
+@effect(above=-3.0)
+def log10_of_the_kl_after_a_phase(seed: int) -> float:
+    return math.log10(abs(penalised_rows(seed)[1]["kl"]))
+
+
+@pytest.mark.learning
+def test_p20_what_is_taken_off_the_reward_is_what_is_reported():
+    rows = penalised_rows(seed=0)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+    log10_of_the_kl_after_a_phase.check()  # else there is nothing to be seen
+    for row in rows:
         penalty = row["reward"] - row["penalised_reward"]
         assert penalty == pytest.approx(0.3 * row["kl"], abs=1e-5)
 
@@ -564,26 +588,38 @@ def test_p25_the_gradient_does_not_depend_on_how_a_mini_batch_is_cut(
     assert not torch.allclose(wrong, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        quick(),
-        quick(kl=KlSettings(reference="swap")),
-        quick(lora=LoraSettings(rank=4, alpha=8.0)),
-    ],
-    ids=["copy", "swap", "lora"],
-)
-def test_p34_the_reference_is_the_start_and_stays_it(settings):
+REFERENCES = {
+    "copy": {},
+    "swap": {"kl": KlSettings(reference="swap")},
+    "lora": {"lora": LoraSettings(rank=4, alpha=8.0)},
+}
+
+
+def rows_beside(kind: str, seed: int, start: Policy | None = None) -> list[dict]:
+    changes = {"phases": 2, "lr": 5e-3, "lr_floor": 5e-3, "max_kl": None, "seed": seed}
     recorder = Memory()
-    changes = {"phases": 2, "lr": 5e-3, "lr_floor": 5e-3}
-    settings = settings.model_copy(update=changes)
+    run(recorder, start=start, settings=quick(**changes, **REFERENCES[kind]))
+    return recorder.rows
+
+
+LEFT = {
+    kind: effect(above=-5.0, name=f"log10_of_the_kl_from_a_reference_by_{kind}")(
+        lambda seed, kind=kind: math.log10(rows_beside(kind, seed)[-1]["kl_token"])
+    )
+    for kind in REFERENCES
+}
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_p34_the_reference_is_the_start_and_stays_it(kind):
     start = toy_policy()
     before = weights(start)
-    run(recorder, settings=settings)
-    assert abs(recorder.rows[0]["kl"]) < 1e-5
-    assert recorder.rows[0]["kl_token"] < 1e-6
-    assert recorder.rows[-1]["kl_token"] > 1e-5
+    first = rows_beside(kind, 0, start)[0]
+    assert abs(first["kl"]) < 1e-5
+    assert first["kl_token"] < 1e-6
     assert same_bits(weights(start), before)
+    LEFT[kind].check()
 
 
 def test_copy_and_swap_are_the_same_run():
@@ -621,12 +657,20 @@ def test_p27_values_are_zero_at_the_start_and_warm_up_leaves_the_policy(monkeypa
     assert not same_bits(weights(run(settings=later)), weights(toy_policy()))
 
 
-def test_an_early_stop_makes_fewer_updates():
+@effect(above=6.0)
+def updates_that_an_early_stop_leaves_out(seed: int) -> float:
     plain, stopped = Memory(), Memory()
-    run(plain, settings=quick(epochs=6, lr=2e-2, phases=1))
-    run(stopped, settings=quick(epochs=6, lr=2e-2, phases=1, stop_kl=1e-3))
+    for recorder, stop_kl in ((plain, None), (stopped, 1e-3)):
+        changes = {"epochs": 6, "lr": 2e-2, "phases": 1, "seed": seed}
+        run(recorder, settings=quick(**changes, stop_kl=stop_kl))
     assert plain.rows[0]["updates"] == 12
-    assert 0 < stopped.rows[0]["updates"] < 12
+    assert stopped.rows[0]["updates"] > 0
+    return 12 - stopped.rows[0]["updates"]
+
+
+@pytest.mark.learning
+def test_an_early_stop_makes_fewer_updates():
+    updates_that_an_early_stop_leaves_out.check()
 
 
 def test_rollouts_are_counted_and_every_question_gets_n(monkeypatch):
@@ -955,12 +999,22 @@ def test_numbers_that_are_none_stop_the_run_and_name_the_phase(monkeypatch):
     assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
+RUN_AWAY = quick(lr=5e-2, lr_floor=5e-2, epochs=4, max_kl=1e-3)
+
+
+@effect(above=math.log10(RUN_AWAY.max_kl))
+def log10_of_the_kl_of_a_run_away(seed: int) -> float:
+    recorder = Memory()
+    changes = {"max_kl": None, "phases": 2, "seed": seed}
+    run(recorder, settings=RUN_AWAY.model_copy(update=changes))
+    return math.log10(recorder.rows[1]["kl_token"])
+
+
+@pytest.mark.learning
 def test_a_run_away_from_the_reference_is_stopped():
-    settings = quick(lr=5e-2, lr_floor=5e-2, epochs=4, max_kl=1e-3)
-    with pytest.raises(
-        DivergedError, match=r"phase [23]: .*max_kl=0.001.*Raise kl.coef"
-    ):
-        run(Memory(), settings=settings)
+    message = r"phase 2: .*max_kl=0.001.*Raise kl.coef"
+    with pytest.raises(DivergedError, match=message):
+        run(Memory(), settings=RUN_AWAY)
 
 
 def test_p33_what_is_handed_back_is_what_was_trained_in_half_precision_too():
