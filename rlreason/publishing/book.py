@@ -248,7 +248,8 @@ def collect_pages(book: Path, run: Path, target: Path, records: list[Record]) ->
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
     (target / "status.md").write_text(status_page(records, run / source_digest()))
-    (target / "settings.md").write_text(_settings_page(records[0].profile))
+    if (target / "settings.md").is_file():  # what stands there says where to look
+        (target / "settings.md").write_text(_settings_page(records[0].profile))
 
 
 def _settings_page(profile: str) -> str:
