@@ -94,6 +94,7 @@ def measured(names: list[str], environment: dict[str, str]) -> dict[str, list[fl
     with tempfile.TemporaryDirectory() as folder:
         own = {"HF_HUB_OFFLINE": "1", "RLREASON_RUNS": folder, "RLREASON_QUIET": "1"}
         own["OMP_WAIT_POLICY"] = "PASSIVE"  # two threads on a busy machine
+        own["PYTHONWARNINGS"] = "ignore"  # of the wrong versions, which are meant to
         done = subprocess.run(
             [sys.executable, __file__, "--measure", *names],
             env={**os.environ, **own, **environment},
