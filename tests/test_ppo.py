@@ -816,7 +816,8 @@ class PaidTwice(Knowing):
 
 def truncated_last(learner: type[Learner], seed: int) -> float:
     """The share of responses that are cut in the last phases, a third in the first."""
-    changes = {"credit": BOOTSTRAPPED, "max_new_tokens": 20, "phases": 8, "seed": seed}
+    changes = {"credit": BOOTSTRAPPED, "max_new_tokens": 20, "seed": seed}
+    changes |= {"phases": 10, "rollouts": 96, "n": 32, "batch_size": 48}
     recorder = Memory(save_every=10**9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(algorithm, "Learner", learner)

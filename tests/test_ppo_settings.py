@@ -328,14 +328,15 @@ def test_a_branch_whose_gradient_enters_the_trunk_is_another_update(update):
     assert differ(found, wrong) > 1e-2
 
 
-@effect(above=0.05)
+@effect(above=0.5)
 def an_entropy_bonus_raises_the_entropy(seed: int) -> float:
     def last_entropy(coef: float) -> float:
+        changes = {"phases": 3, "rollouts": 24, "batch_size": 12, "temperature": 1.0}
         recorder = Memory()
-        run(recorder, settings=quick(phases=3, entropy_coef=coef, seed=seed))
+        run(recorder, settings=quick(**changes, entropy_coef=coef, seed=seed))
         return recorder.rows[-1]["entropy"]
 
-    return last_entropy(2.0) - last_entropy(0.0)
+    return last_entropy(10.0) - last_entropy(0.0)
 
 
 @pytest.mark.learning
@@ -549,7 +550,7 @@ def explained_twice(seed: int) -> list[tuple[float, float]]:
     recorder, found = Memory(), []
     with pytest.MonkeyPatch.context() as patch:
         known = experiences(patch)
-        settings = quick(phases=4, rollouts=24, batch_size=8, seed=seed)
+        settings = quick(phases=6, rollouts=24, batch_size=8, seed=seed)
         run(recorder, settings=settings)
     for row, experience in zip(recorder.rows, known, strict=True):
         pairs = [
@@ -601,15 +602,14 @@ def ratio_errors_when_hotter(kind: str, seed: int) -> list[float]:
         return ratio_errors(kind, seed)
 
 
-DIGITS = {
-    kind: effect(above=4.0, name=f"digits_that_sampler_and_scorer_share_{kind}")(
-        lambda seed, kind=kind: -math.log10(max(ratio_errors(kind, seed)))
-    )
-    for kind in SAMPLED
-}
+def orders_apart(kind: str, seed: int) -> float:
+    wrong, right = ratio_errors_when_hotter(kind, seed), ratio_errors(kind, seed)
+    return math.log10(min(wrong) / max(right))
+
+
 HOTTER = {
-    kind: effect(above=-2.0, name=f"log10_of_the_ratio_error_when_hotter_{kind}")(
-        lambda seed, kind=kind: math.log10(min(ratio_errors_when_hotter(kind, seed)))
+    kind: effect(above=2.0, name=f"orders_that_ratio_errors_lie_apart_{kind}")(
+        partial(orders_apart, kind)
     )
     for kind in SAMPLED
 }
@@ -618,7 +618,6 @@ HOTTER = {
 @pytest.mark.learning
 @pytest.mark.parametrize("kind", SAMPLED)
 def test_p03_the_ratio_error_is_of_the_samplers_probabilities(kind):
-    DIGITS[kind].check()
     with pytest.warns(UserWarning, match="disagree"):
         HOTTER[kind].check()
 
