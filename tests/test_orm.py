@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from dataclasses import replace
 from functools import cache, partial
@@ -717,15 +716,6 @@ def auc_of_new(orm: OutcomeRewardModel) -> float:
     return auc(score_responses(orm, rollouts), labels)
 
 
-@effect(above=0.1)
-def reranking_gains_over_one_sample(seed: int) -> float:
-    options = {"k": 16, "temperature": 1.0, "max_new_tokens": 24}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some are cut
-        report = evaluate(toy_policy(), NEW, orm=learned(seed), **options)
-    return report.rerank_k.mean - report.accuracy.mean
-
-
 @effect(above=0.6)
 def flipped_labels_rank_the_wrong_ones_first(seed: int) -> float:
     whole = module.sparse_rewards
@@ -743,7 +733,6 @@ def flipped_labels_rank_the_wrong_ones_first(seed: int) -> float:
     "found",
     [
         a_reward_model_ranks_answers_to_questions_it_never_saw,
-        reranking_gains_over_one_sample,
         flipped_labels_rank_the_wrong_ones_first,
     ],
     ids=lambda found: found.name,
