@@ -8,6 +8,7 @@ its caption and a description by way of :func:`show`.
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -26,7 +27,8 @@ DOTS_PER_INCH = 200  # twice what a page shows, for screens with small dots
 
 def say(text: str) -> None:
     """Show sentences, written in Markdown; for those that hold a number of the run."""
-    display(Markdown(text.strip()))
+    # A paragraph's line that happens to begin with "1." would begin a list
+    display(Markdown(re.sub(r"(?<=\S)\n(?=1[.)] )", " ", text.strip())))
 
 
 def show(figure: Figure, caption: str, *, alt: str) -> None:
