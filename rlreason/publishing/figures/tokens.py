@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from rlreason.publishing.figures.style import (
@@ -63,8 +64,8 @@ def plot_update(
     figure.legend(loc="outside upper right", ncols=2)
     for wanted, marker, color in ((False, "x", WRONG), (True, "o", RIGHT)):
         points = [c for c, ok in zip(changes, correct, strict=True) if ok is wanted]
-        # On three lines, since many changes are nearly the same
-        rows = [wanted + 0.2 * (i % 3 - 1) for i in range(len(points))]
+        # Each at a height of its own, since many changes are the same
+        rows = np.linspace(wanted - 0.35, wanted + 0.35, len(points) + 2)[1:-1]
         bottom.plot(points, rows, marker, color=color, alpha=0.7)
     bottom.axvline(0, color=INK, linewidth=0.8)
     bottom.set_yticks([0, 1], ["wrong", "right"])
