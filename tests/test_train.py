@@ -27,9 +27,9 @@ from toys import (
     written,
 )
 
-from rlreason.algorithms import orm as orm_module
 from rlreason.algorithms import ppo as ppo_module
 from rlreason.algorithms import rcrl as rcrl_module
+from rlreason.algorithms import reward_modelling as orm_module
 from rlreason.algorithms.rcrl import BAD, GOOD
 from rlreason.rewards.orm import OutcomeRewardModel
 from rlreason.runs import plans
