@@ -705,7 +705,7 @@ def learned(seed: int) -> OutcomeRewardModel:
     return train_orm(toy_policy(), SEEN, chosen)
 
 
-@effect(above=0.6)
+@effect(above=0.8)
 def a_reward_model_ranks_answers_to_questions_it_never_saw(seed: int) -> float:
     return auc_of_new(learned(seed))
 
@@ -716,7 +716,7 @@ def auc_of_new(orm: OutcomeRewardModel) -> float:
     return auc(score_responses(orm, rollouts), labels)
 
 
-@effect(above=0.6)
+@effect(above=0.8)
 def flipped_labels_rank_the_wrong_ones_first(seed: int) -> float:
     whole = module.sparse_rewards
     chosen = QUICK.model_copy(update={**LEARN, "seed": seed})
