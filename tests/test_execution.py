@@ -231,3 +231,23 @@ def test_a_killed_tree_is_gone_and_one_that_has_ended_is_no_fault(tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert ends(child)
     kill_tree(process.pid)
+
+
+def test_an_odd_job_fails_alone(tmp_path):
+    """One that a signal without a name ends, one whose freshness cannot be told."""
+
+    def unreadable() -> bool:
+        raise ValueError("status.json is damaged")
+
+    def job(name: str, code: str, **more) -> Job:
+        return Job(name, [sys.executable, "-c", code], **more)
+
+    jobs = [
+        job("signal", "import os; os.kill(os.getpid(), 40)"),
+        job("unreadable", "", fresh=unreadable),
+        Job("nul", [sys.executable, "a\0b"]),
+        job("right", "print(1)"),
+    ]
+    outcomes = LocalExecutor(cores=2, gpus=()).run(jobs)
+    assert [outcomes[j.name].state for j in jobs] == ["failed"] * 3 + ["done"]
+    assert outcomes["unreadable"].told == "status.json is damaged"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import gguf
 import pytest
 import torch
@@ -367,3 +369,11 @@ def test_a_tokenizer_without_eos_is_refused():
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     with pytest.raises(PolicyError, match="eos_token"):
         make_policy(tiny_policy().model, bare, name="bare")
+
+
+def test_two_threads_may_load_at_once():
+    with ThreadPoolExecutor(2) as pool:
+        loaded = list(pool.map(lambda _: load_policy("nano-xs"), range(4)))
+    assert all(policy.name == "nano-xs" for policy in loaded)
+    model = load_policy("nano-xs").model  # and afterwards
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

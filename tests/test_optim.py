@@ -6,6 +6,7 @@ exact ones, a part of the state that is not saved.
 
 from __future__ import annotations
 
+import math
 from functools import cache, partial
 from typing import Any
 
@@ -31,6 +32,7 @@ from rlreason.algorithms.finetune import FinetuneSettings, finetune, load_model_
 from rlreason.algorithms.optim import (
     MasterAdamW,
     adamw,
+    largest_weight,
     load_optimizer_tensors,
     optimizer_tensors,
     set_lr,
@@ -346,3 +348,14 @@ def test_a_rate_below_the_floor_does_not_rise():
     assert above[0] == 1e-3
     assert above == sorted(above, reverse=True)
     assert above[-1] < 1e-4
+
+
+def test_a_weight_that_is_no_number_is_seen_wherever_it_stands():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert largest_weight(model) < 10
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    assert math.isnan(largest_weight(model))
+    # Wrong: Python's max passes NaN over where it does not come first
+    by_hand = max(float(p.detach().abs().max()) for p in model.parameters())
+    assert not math.isnan(by_hand)

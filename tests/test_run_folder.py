@@ -490,6 +490,19 @@ def test_saving_costs_a_twentieth_of_the_time_at_most(
     assert run.status["seconds"] == 2 * took
 
 
+def test_damage_is_told_in_one_line_with_its_remedy(tmp_path):
+    stop_after_a_checkpoint(tmp_path)
+    run = RunFolder("toy", ToySettings(), root=tmp_path)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write("no json\n")
+    with pytest.raises(RunFolderError, match=r"is damaged.*delete"):
+        _ = run.metrics
+    for weights in run.path.glob("checkpoints/*/weights.safetensors"):
+        weights.unlink()
+    with pytest.raises(RunFolderError, match=r"is damaged.*delete"):
+        run.restore()
+
+
 if __name__ == "__main__":
     points = {**KILL_POINTS, "resume-count": lambda root: kill_at_step(root, 7)}
     for name, kill in points.items():

@@ -48,7 +48,7 @@ from rlreason.rewards.sparse import sparse_token_rewards
 from rlreason.runs import evaluate as evaluate_module
 from rlreason.runs import folder as folder_module
 from rlreason.runs import steps as module
-from rlreason.runs.folder import RunFolder, RunFolderError
+from rlreason.runs.folder import RunFolder
 from rlreason.runs.plans import (
     Plan,
     Trained,
@@ -179,17 +179,42 @@ def test_expert_iteration_from_the_base_knows_no_reference_solution(folder, hand
 def test_a_run_can_start_from_any_other_run(folder, handed, tmp_path, monkeypatch):
     recipe = toy_recipe(folder)
     first = run_toy(module.train_sft, recipe, tmp_path)
+    monkeypatch.setenv("RLREASON_RUNS", str(tmp_path))
     later = recipe.changed({"start": str(first.run.path), "sft.epochs": 9})
     plan = plan_of("ppo", later)
     # It is the run itself that it starts from, and not the recipe's present SFT
     assert plan.start == first.run.settings
     assert plan.start.algorithm.epochs != later.sft.epochs
     assert plan_of("ppo", later, seed=1).start == plan.start
-    monkeypatch.setenv("RLREASON_RUNS", str(tmp_path))
     obtain(plan)
     assert same_bits(weights(handed[0].start), weights(first.policy))
     with pytest.raises(SettingsError, match="give sft, base or the folder of a run"):
         recipe.changed({"start": "stf"})
+    # What does not fit is refused before anything is trained
+    elsewhere = tmp_path / "copy"
+    shutil.copytree(first.run.path, elsewhere)
+    other = tmp_path / "other-base"
+    shutil.copytree(recipe.policy, other)
+    (other / "tokenizer_config.json").write_text("{}")
+    for changes, words in (
+        ({"start": str(elsewhere)}, "is not where its run is looked for"),
+        ({"policy": str(other)}, "set policy"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            plan_of("ppo", later.changed(changes))
+    (first.run.path / "status.json").unlink()
+    with pytest.raises(SettingsError, match="is not finished"):
+        plan_of("ppo", later)
+
+
+def test_a_reward_model_or_a_policy_with_labels_is_no_start(folder, tmp_path):
+    recipe = toy_recipe(folder)
+    for name in ("orm", "rcrl"):
+        plan = plan_of(name, recipe)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.json").write_text(canonical_json(plan))
+        with pytest.raises(SettingsError, match="no policy of the base's shape"):
+            plan_of("ppo", recipe.changed({"start": str(tmp_path / name)}))
 
 
 def test_the_profile_of_the_paper_is_the_papers_ppo():
@@ -374,6 +399,15 @@ def test_a_reward_of_ones_own_needs_no_file_of_the_library(folder, tmp_path, han
     again.write_text(OWN_REWARD.replace("10.0", "11.0"))
     other = plan_of("ppo", recipe.changed({"reward.kind": f"{again}:pay"}))
     assert settings_hash(other) != settings_hash(plan)
+    # A plan is not carried out with another reward than the one it is named after
+    plan.check()
+    file.write_text(OWN_REWARD.replace("10.0", "-5.0"))
+    with pytest.raises(SettingsError, match="the reward no longer holds"):
+        plan.check()
+    with pytest.raises(ValueError, match="there is no file"):
+        plan_of("ppo", recipe.changed({"reward.kind": f"{tmp_path}/nope.py:pay"}))
+    with pytest.raises(ValueError, match="has no function 'other'"):
+        plan_of("ppo", recipe.changed({"reward.kind": f"{again}:other"})).check()
 
 
 # What a run is named after
@@ -459,10 +493,12 @@ def test_a_plan_whose_inputs_have_changed_is_not_carried_out(folder, tmp_path):
     again = run_toy(module.train_sft, recipe, tmp_path / "runs")
     assert again.run.path != trained.run.path
     # ... nor the new base for the old plan, or its weights
-    with pytest.raises(SettingsError, match="no longer the one that this plan"):
+    with pytest.raises(SettingsError, match="the policy no longer holds"):
         run_toy(lambda *_: obtain(plan), recipe, tmp_path / "other")
-    with pytest.raises(RunFolderError, match="was trained from another"):
+    with pytest.raises(SettingsError, match="was trained from another"):
         load_run(trained.run.path)
+    with pytest.raises(SettingsError, match="was trained from another"):
+        run_toy(lambda *_: obtain(plan), recipe, tmp_path / "runs")
 
 
 def test_a_plan_is_a_file(folder):

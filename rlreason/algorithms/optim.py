@@ -159,7 +159,8 @@ def load_optimizer_tensors(
 
 def largest_weight(model: nn.Module) -> float:
     """The largest absolute weight of a model; NaN where a weight is."""
-    return max(float(p.detach().abs().max()) for p in model.parameters())
+    largest = [p.detach().abs().max().float().cpu() for p in model.parameters()]
+    return float(torch.stack(largest).max())  # Python's max passes NaN over
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

@@ -96,16 +96,23 @@ class LocalExecutor:
                 yield Outcome(job.name, "blocked", f"it needs {' and '.join(failed)}")
             elif None in needed:
                 continue
-            elif job.fresh():
+            elif (known := self._known(job)) is not None:
                 waiting.remove(job)
-                yield Outcome(job.name, "fresh")
+                yield known
             elif (places := self._room(job, running)) is not None:
                 waiting.remove(job)
                 self.report(job)
                 try:
                     running.append(_Process.start(job, places))
-                except OSError as error:
+                except (OSError, ValueError) as error:
                     yield Outcome(job.name, "failed", f"{job.command[0]}: {error}")
+
+    def _known(self, job: Job) -> Outcome | None:
+        """What is known of a job before it runs: its output is there, or cannot be."""
+        try:
+            return Outcome(job.name, "fresh") if job.fresh() else None
+        except (OSError, ValueError) as error:  # no other job's fault
+            return Outcome(job.name, "failed", str(error))
 
     def _room(self, job: Job, running: list[_Process]) -> list[str] | None:
         """Return free GPUs for a job, None where there is no room for it now."""
@@ -159,7 +166,10 @@ class _Process:
 
 def _signal_name(number: int) -> str:
     out_of_memory = " (out of memory?)" if number == signal.SIGKILL else ""
-    return signal.Signals(number).name + out_of_memory
+    try:
+        return signal.Signals(number).name + out_of_memory
+    except ValueError:  # one of those for real time has no name
+        return "of real time"
 
 
 def kill_tree(pid: int) -> None:

@@ -55,8 +55,9 @@ _WRAPPERS = {
 }
 # Tables that old versions saved, and that are computed anew.
 _OLD_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-# Encoding sets a switch of the tokenizer, which threads may share.
-_encoding = threading.Lock()
+# Encoding sets a switch of the tokenizer, which threads may share; while transformers
+# loads a model, its classes are changed for the whole process.
+_encoding, _loading = threading.Lock(), threading.Lock()
 
 
 class PolicyError(ValueError):
@@ -220,13 +221,13 @@ def load_policy(
         dtype = getattr(torch, dtype)
     options["trust_remote_code"] = trust_remote_code
     try:
-        tokenizer = _load_tokenizer(source, options)
-        if "gguf_file" not in options:
-            options["use_safetensors"] = True
-        elif hasattr(transformers, "GgufConfig"):  # which could keep them packed
-            expand = transformers.GgufConfig(dequantize=True)
-            options["quantization_config"] = expand
-        with _quiet_unless_watched():
+        with _loading, _quiet_unless_watched():
+            tokenizer = _load_tokenizer(source, options)
+            if "gguf_file" not in options:
+                options["use_safetensors"] = True
+            elif hasattr(transformers, "GgufConfig"):  # which could keep them packed
+                expand = transformers.GgufConfig(dequantize=True)
+                options["quantization_config"] = expand
             model, found = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from rlreason.policy.load import ASSETS, BUNDLED
+from rlreason.rewards.own import split_spec
 from rlreason.settings import HASH_LENGTH, Settings, setting
 from rlreason.tasks import task_digest
 
@@ -25,7 +26,8 @@ class Contents(Settings):
         policy: Of the base's weights, configuration and tokenizer.
         task: Of the problems; of a procedural task its name, since code and knobs make
             the problems.
-        reward: Of the user's own reward function, where one rewards.
+        reward: Of the file of the user's own reward function, and its name, where one
+            rewards. What that file imports or reads is not in it.
     """
 
     policy: str
@@ -43,6 +45,18 @@ def policy_digest(name: str) -> str:
     if path.is_file():
         return file_digest(path)
     return f"{name}@{_hub_revision(name)}"
+
+
+def reward_digest(function: str | None) -> str | None:
+    """Name what FILE.py:NAME holds; None where no function of one's own rewards.
+
+    Raises:
+        RewardError: It is not of this form, or there is no such file.
+    """
+    if function is None:
+        return None
+    path, name = split_spec(function)
+    return f"{file_digest(path)}:{name}"
 
 
 def file_digest(path: Path) -> str:

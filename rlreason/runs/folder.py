@@ -336,7 +336,7 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
     weights = complete[-1] / "weights.safetensors"
     try:
         tensors = load_file(weights)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise RunFolderError(
             f"{weights} is damaged ({error}); delete {run} to train it again"
         ) from None
@@ -392,7 +392,12 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise RunFolderError(
+            f"{path} is damaged ({error}); delete {path.parent} to train it again"
+        ) from None
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -27,7 +28,7 @@ from rlreason.algorithms.finetune import load_model_tensors
 from rlreason.evaluation.evaluate import answer_groups, evaluate
 from rlreason.policy.load import Policy, load_policy
 from rlreason.rewards.orm import OutcomeRewardModel
-from rlreason.runs.contents import Contents, policy_digest, task_digest
+from rlreason.runs.contents import Contents, policy_digest, reward_digest, task_digest
 from rlreason.runs.folder import RunFolder, RunFolderError, read_settings
 from rlreason.runs.recipes import Recipe, TaskSettings
 from rlreason.settings import (
@@ -137,6 +138,7 @@ class Plan(Settings):
 
     about: ClassVar[str] = ""  # one line for the command line
     part: ClassVar[str] = ""  # the recipe's field that holds its algorithm's settings
+    starts: ClassVar[bool] = True  # whether others start from its policy: base-shaped
 
     @classmethod
     def of(cls, recipe: Recipe, seed: int) -> Plan:
@@ -147,6 +149,25 @@ class Plan(Settings):
     def needs(self) -> dict[str, Plan]:
         """The runs that this one starts from, by the names under which it uses them."""
         return {}
+
+    @property
+    def reads(self) -> Contents:
+        """Digests of what its inputs hold now."""
+        return contents_of(self.policy, self.task)
+
+    def check(self) -> None:
+        """Refuse to be carried out with other inputs than those that it names.
+
+        Raises:
+            SettingsError: An input has changed since the plan was made.
+        """
+        now = self.reads
+        for name in type(now).model_fields:
+            if getattr(now, name) != getattr(self.contents, name):
+                raise SettingsError(
+                    f"the {name} no longer holds what this plan of {self.step} was "
+                    f"made for; make the plan again, or bring the {name} back"
+                )
 
     def make(self, base: Policy, needed: Mapping[str, Any], run: RunFolder) -> Any:
         """Train; ``needed`` holds what came of ``needs``. Returns a policy, or a model.
@@ -183,6 +204,8 @@ def steps() -> dict[str, type[Plan]]:
     """All steps by name."""
     import rlreason.runs.steps  # noqa: F401  (registers the library's own)
 
+    for module in entry_points(group="rlreason.steps"):
+        module.load()  # a package's own, also in the processes that train seeds
     return dict(_STEPS)
 
 
@@ -254,36 +277,24 @@ def obtain(plan: Plan) -> Any:
     run = folder_of(plan)
     needed = {}
     if not run.done:  # before its clock runs
-        _check_contents(plan)
+        plan.check()
         needed = {name: obtain(each) for name, each in plan.needs.items()}
     with run:
         if not _finished(run):
+            plan.check()  # what it needed may have taken hours
             made = plan.make(load_policy(plan.policy), needed, run)
             run.save(trained_tensors(made), {"finished": True})
+    _check_base(plan)
     return plan.load(run)
 
 
-def contents_of(recipe: Recipe, reward: str | None = None) -> Contents:
-    """Digests of what a recipe's base and task hold."""
-    task = recipe.task
+def contents_of(policy: str, task: TaskSettings, reward: str | None = None) -> Contents:
+    """Digests of what a base, a task and a reward function of one's own hold now."""
     return Contents(
-        policy=policy_digest(recipe.policy),
+        policy=policy_digest(policy),
         task=task_digest(task.name) or task.name,
-        reward=reward,
+        reward=reward_digest(reward),
     )
-
-
-def _check_contents(plan: Plan) -> None:
-    if policy_digest(plan.policy) != plan.contents.policy:
-        raise SettingsError(
-            f"the policy {plan.policy!r} is no longer the one that this plan was made "
-            "for; make the plan again, or bring the policy back"
-        )
-    if (task_digest(plan.task.name) or plan.task.name) != plan.contents.task:
-        raise SettingsError(
-            f"the task {plan.task.name!r} no longer holds what this plan was made for; "
-            "make the plan again, or bring the data back"
-        )
 
 
 def load_run(path: Path) -> Any:
@@ -306,12 +317,17 @@ def load_run(path: Path) -> Any:
         raise RunFolderError(
             f"{path} is not finished; run its `rlreason train` to the end"
         )
-    if policy_digest(plan.policy) != plan.contents.policy:
-        raise RunFolderError(
-            f"{path} was trained from another {plan.policy!r} than there is now: bring "
-            "that policy back, or train again"
-        )
+    _check_base(plan)
     return plan.load(run)
+
+
+def _check_base(plan: Plan) -> None:
+    """Trained weights stand in the base's shape and speak its tokenizer's language."""
+    if policy_digest(plan.policy) != plan.contents.policy:
+        raise SettingsError(
+            f"{plan.step} was trained from another {plan.policy!r} than there is now: "
+            "bring that policy back, or train again"
+        )
 
 
 def validate(
@@ -359,7 +375,12 @@ def trained_tensors(made: Policy | OutcomeRewardModel) -> dict[str, Tensor]:
 
 def weights_of(run: RunFolder) -> dict[str, Tensor]:
     """The last weights that a run kept."""
-    return run.restore().tensors
+    checkpoint = run.restore()
+    if checkpoint is None:
+        raise RunFolderError(
+            f"{run.path} has lost its weights; delete it to train it again"
+        )
+    return checkpoint.tensors
 
 
 def with_weights(policy: Policy, tensors: dict[str, Tensor]) -> Policy:

@@ -34,9 +34,10 @@ from rlreason.rewards.orm import (
     score_tokens,
     sparse_orm_reward,
 )
+from rlreason.rewards.own import load_reward
 from rlreason.rewards.shaping import shaped_reward
 from rlreason.rewards.sparse import sparse_token_rewards
-from rlreason.runs.contents import file_digest
+from rlreason.runs.contents import Contents, policy_digest
 from rlreason.runs.folder import RunFolder, RunFolderError, read_settings
 from rlreason.runs.plans import (
     AnyPlan,
@@ -44,6 +45,7 @@ from rlreason.runs.plans import (
     Trained,
     TrainedRewardModel,
     contents_of,
+    folder_of,
     load_run,
     obtain,
     plan_of,
@@ -54,6 +56,7 @@ from rlreason.runs.plans import (
     with_weights,
 )
 from rlreason.runs.recipes import Recipe, RewardSettings
+from rlreason.settings import SettingsError
 
 
 def common_fields(recipe: Recipe) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def common_fields(recipe: Recipe) -> dict[str, Any]:
     return {
         "policy": recipe.policy,
         "task": recipe.task,
-        "contents": contents_of(recipe),
+        "contents": contents_of(recipe.policy, recipe.task),
     }
 
 
@@ -71,7 +74,27 @@ def _start(recipe: Recipe, seed: int) -> Plan | None:
         return None
     if recipe.start == "sft":
         return SftPlan.of(recipe, seed)
-    return read_plan_file(Path(recipe.start) / "settings.json")
+    plan = read_plan_file(Path(recipe.start) / "settings.json")
+    remedy = "give another run to --start"
+    if not plan.starts:
+        raise SettingsError(
+            f"{recipe.start} is of {plan.step}, whose model is no policy of the base's "
+            f"shape; {remedy}"
+        )
+    if plan.contents.policy != policy_digest(recipe.policy):
+        raise SettingsError(
+            f"{recipe.start} was trained from {plan.policy!r}, and the recipe's policy "
+            f"is {recipe.policy!r}; {remedy}, or set policy"
+        )
+    run = folder_of(plan)
+    if run.path.resolve() != Path(recipe.start).resolve():
+        raise SettingsError(
+            f"{recipe.start} is not where its run is looked for, {run.path}; move it "
+            "there, or point RLREASON_RUNS to its folder"
+        )
+    if not run.done:
+        raise SettingsError(f"{recipe.start} is not finished; train it to the end")
+    return plan
 
 
 @register
@@ -181,6 +204,7 @@ class RewardModelPlan(Plan):
     algorithm: OrmSettings
 
     about: ClassVar[str] = "Train the outcome reward model on labelled samples."
+    starts: ClassVar[bool] = False
     part: ClassVar[str] = "orm"
 
     @classmethod
@@ -253,7 +277,7 @@ class PpoPlan(Plan):
         if from_base and recipe.ppo_temperature_from_base is not None:
             update["temperature"] = recipe.ppo_temperature_from_base
         learned = recipe.reward.learned
-        contents = contents_of(recipe, reward=reward_digest(recipe.reward))
+        contents = contents_of(recipe.policy, recipe.task, recipe.reward.function)
         return cls(
             **common_fields(recipe) | {"contents": contents},
             start=_start(recipe, seed),
@@ -269,6 +293,17 @@ class PpoPlan(Plan):
     def needs(self) -> dict[str, Plan]:
         """Where it starts, and what rewards."""
         return _present(start=self.start, reward_model=self.reward_model)
+
+    @property
+    def reads(self) -> Contents:
+        """A function of one's own besides."""
+        return contents_of(self.policy, self.task, self.reward.function)
+
+    def check(self) -> None:
+        """Its reward is there before anything is trained for it."""
+        super().check()
+        if self.reward.function is not None:
+            load_reward(self.reward.function)
 
     def make(self, base: Policy, needed: Mapping[str, Any], run: RunFolder) -> Policy:
         """See ``algorithms.ppo``."""
@@ -322,6 +357,7 @@ class RcrlPlan(Plan):
     algorithm: RcrlSettings
 
     about: ClassVar[str] = "Return-conditioned RL: learn labels, ask for good steps."
+    starts: ClassVar[bool] = False  # two tokens more
     part: ClassVar[str] = "rcrl"
 
     @classmethod
@@ -376,14 +412,6 @@ def _present(**plans: Plan | None) -> dict[str, Plan]:
 # --- Rewards -------------------------------------------------------------------------
 
 
-def reward_digest(reward: RewardSettings) -> str | None:
-    """What the user's own reward function holds: its file and its name."""
-    if reward.function is None:
-        return None
-    path, _, name = reward.function.rpartition(":")
-    return f"{file_digest(Path(path))}:{name}"
-
-
 def reward_function(
     reward: RewardSettings,
     algorithm: PpoSettings,
@@ -408,8 +436,6 @@ def reward_function(
             policy, gamma=gamma, scale=reward.size, bootstrap=bootstrap
         )
     if reward.kind == "own":
-        from rlreason.rewards.own import load_reward
-
         return load_reward(reward.function)
     from_model = {"sparse-orm": sparse_orm_reward, "dense-orm": dense_orm_reward}
     return from_model[reward.kind](orm)
