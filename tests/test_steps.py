@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub.errors import HfHubHTTPError
 from toys import (
     TOY_PROBLEMS,
     UPDATE,
@@ -48,6 +49,7 @@ from rlreason.rewards.sparse import sparse_token_rewards
 from rlreason.runs import evaluate as evaluate_module
 from rlreason.runs import folder as folder_module
 from rlreason.runs import steps as module
+from rlreason.runs.contents import policy_digest
 from rlreason.runs.folder import RunFolder
 from rlreason.runs.plans import (
     Plan,
@@ -695,3 +697,14 @@ def test_only_a_finished_reward_model_is_one(trained_orm, tmp_path):
     with pytest.raises(ValueError, match="not finished; run its `rlreason train`"):
         module.load_reward_model(half)
     assert module.load_reward_model(orm).tensors()
+
+
+def test_a_hub_that_cannot_be_reached_is_told_by_loading_and_not_by_naming(
+    monkeypatch,
+):
+    def unreachable(*_):
+        raise HfHubHTTPError.__bases__[0]("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    assert policy_digest("somebody/something") == "somebody/something@unknown"

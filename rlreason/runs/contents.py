@@ -76,15 +76,16 @@ def _file_digest(path: Path, mtime: int, size: int) -> str:
 
 def _hub_revision(name: str) -> str:
     """The commit of a model on the hub: of the copy in the cache, else today's."""
-    import httpx
     from huggingface_hub import model_info, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    # The hub's error is one of its HTTP library, which has changed between versions
+    unreachable = (*HfHubHTTPError.__bases__, HFValidationError)
     repository = "/".join(name.split("/")[:2])
     try:
         cached = try_to_load_from_cache(repository, "config.json")
         if isinstance(cached, str):
             return Path(cached).parent.name[:HASH_LENGTH]
         return (model_info(repository).sha or "unknown")[:HASH_LENGTH]
-    except (OSError, httpx.HTTPError, HfHubHTTPError, HFValidationError):
+    except unreachable:
         return "unknown"  # loading it says what is wrong
