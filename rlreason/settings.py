@@ -140,8 +140,12 @@ def describe(error: ValidationError, where: str) -> str:
     """Put a pydantic error on one line: which field, what was wrong, what was given."""
     faults = []
     for fault in error.errors(include_url=False):
-        field = ".".join(str(part) for part in fault["loc"]) or "settings"
-        faults.append(f"{field}: {fault['msg']} (given: {fault['input']!r})")
+        field = ".".join(str(part) for part in fault["loc"])
+        said = fault["msg"].removeprefix("Value error, ")
+        given = fault["input"]
+        # What is wrong with several fields together names them itself
+        shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+        faults.append(f"{field}: {said}{shown}" if field else f"{said}{shown}")
     return f"{where}: " + "; ".join(faults)
 
 
