@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,12 @@ settings.register_profile(
 settings.load_profile("seeded")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
+
+
+# What starts the suite in the background may have told it to ignore Ctrl-C, and all that
+# it starts would too; then the tests of interruptions would wait for ever
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
