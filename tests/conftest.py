@@ -22,8 +22,8 @@ settings.load_profile("seeded")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
 
 
-# What starts the suite in the background may have told it to ignore Ctrl-C, and all that
-# it starts would too; then the tests of interruptions would wait for ever
+# What starts the suite in the background may have told it to ignore Ctrl-C, and its
+# children would too: then the tests of interruptions would wait for ever
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
