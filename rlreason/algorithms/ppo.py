@@ -70,7 +70,7 @@ from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample_prompts
 from rlreason.policy.value import Scores, new_value_function, score, score_values
-from rlreason.rewards.base import RewardFunction
+from rlreason.rewards.base import RememberingReward, RewardFunction
 from rlreason.rewards.sparse import sparse_rewards, sparse_token_rewards
 from rlreason.tasks.problem import Problem
 
@@ -88,6 +88,7 @@ class Learner:
         value_function: None where credit is a baseline.
         reference: None where nothing asks for the KL.
         trained: Weights of the policy, and of the value function where there is one.
+        reward: What the task pays; what it remembers is kept with the rest.
         kl_coef: Beta of the next ``pay``.
     """
 
@@ -97,9 +98,10 @@ class Learner:
         problems: Sequence[Problem],
         settings: PpoSettings,
         *,
+        reward: RewardFunction = sparse_token_rewards,
         shots: Sequence[Problem] = (),
     ) -> None:
-        self.settings = settings
+        self.settings, self.reward = settings, reward
         self.policy = start.clone()
         if settings.lora is not None:
             self.policy = with_lora(
@@ -357,6 +359,8 @@ class Learner:
             tensors |= {f"value.{name}": t for name, t in state.items()}
         tensors |= optimizer_tensors(self.optimizer, "adamw")
         state = {"kl_coef": self.kl_coef, "questions": self.questions.state()}
+        if isinstance(self.reward, RememberingReward):
+            state["reward"] = self.reward.state()
         recorder.save(tensors, {"phase": phase, **state})
 
     def restore(self, recorder: Recorder) -> int:
@@ -378,6 +382,8 @@ class Learner:
         load_optimizer_tensors(self.optimizer, "adamw", saved.tensors)
         self.kl_coef = saved.state["kl_coef"]
         self.questions.restore(saved.state["questions"])
+        if isinstance(self.reward, RememberingReward):
+            self.reward.restore(saved.state["reward"])
         return saved.state["phase"]
 
     def finished(self) -> Policy:
@@ -502,7 +508,7 @@ def ppo(
             away; names the phase and the last good checkpoint.
     """
     recorder = recorder or NullRecorder()
-    learner = Learner(start, problems, settings, shots=shots)
+    learner = Learner(start, problems, settings, reward=reward, shots=shots)
     first = saved = learner.restore(recorder)
     with progress_bar(settings.phases, "PPO", unit="phase", done=first) as progress:
         for phase in range(first, settings.phases):
