@@ -49,7 +49,7 @@ MIX = {
     "notes": Kind(0.40, "notes", (2, 5)),
     "pages": Kind(0.20, "page", (1, 1)),
 }
-COMPOSED = 0.05
+COMPOSED = 0.03
 """Share of the problems of a page that have 2 to 5 steps, whatever the others have."""
 ANOTHER = 0.35
 """Chance that a page goes on with another problem, up to four."""
