@@ -365,7 +365,7 @@ Every notebook was executed with the profile `{profile}`, each in a process of i
 Training inside the notebooks took {training:.0f} s in all. A notebook that found its
 training done, by another notebook or by an earlier execution, does not count it again.
 
-| machine | |
+| machine | value |
 |---|---|
 | processor | {processor} |
 | GPU | {gpus} |
