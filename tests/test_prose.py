@@ -203,6 +203,24 @@ def test_what_is_referred_to_is_there(named, pattern):
     assert {number for text in texts for number in numbers(named, text)} <= there
 
 
+# What book/known.md says once
+
+
+ONCE = (
+    r"from memory|as far as we|we remember|[Ff]rom development|[Nn]ot run on this page"
+)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_a_chapter_relies_on_the_page_of_what_is_known_and_hedges_no_more(path):
+    assert re.findall(ONCE, joined(sources(path))) == []
+
+
+def test_a_hedge_is_noticed_and_a_mark_is_none():
+    assert re.findall(ONCE, "It has 0.7 (the paper's, from memory).")
+    assert not re.findall(ONCE, "It has 0.7 (*unverified*), and the log says 0.5.")
+
+
 # Links
 
 
