@@ -206,7 +206,7 @@ def curriculum(kind: str, text: str) -> Arm:
 
 def relabelled(name: str, text: str, changes: Changes, more: tuple = ()) -> Arm:
     """Return-conditioned RL on other labels."""
-    measures = (*GREEDY, *more, "labels")
+    measures = ("labels", *GREEDY, *more)
     return Arm(name, text, "rcrl", changes, against="rcrl", measures=measures)
 
 
