@@ -1,4 +1,4 @@
-"""What rows say: pairs that belong together, whole intervals, provenance on the page."""
+"""What rows say: of pairs that belong together, with provenance on the page."""
 
 from __future__ import annotations
 
@@ -128,7 +128,9 @@ def test_a_difference_is_of_pairs_of_one_seed_and_problem():
 
 def test_what_was_asked_otherwise_is_not_compared():
     rows = [*greedy("ppo", AFTER), *greedy("sft", BEFORE_[:, :30])]
-    with pytest.raises(RecordError, match="ppo is recorded on 40 problems and sft on 30"):
+    with pytest.raises(
+        RecordError, match="ppo is recorded on 40 problems and sft on 30"
+    ):
         Records(rows, "nano").difference(Cell("ppo"), Cell("sft"))
 
 
@@ -251,7 +253,7 @@ def test_a_figure_has_a_panel_an_arm_and_column_and_a_line_a_seed(write):
     line = {1: 0.1, 2: 0.2}
     assert recorded_panels("tiny", "over-optimisation") == {
         f"{title}: reward": {"seed 0": line, "seed 1": line},
-        f"{title}: accuracy": dict.fromkeys(("seed 0", "seed 1"), {1: 0.5, 2: 0.5}),
+        f"{title}: accuracy": {f"seed {n}": {1: 0.5, 2: 0.5} for n in (0, 1)},
     }
 
 
