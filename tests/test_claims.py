@@ -96,8 +96,13 @@ def test_an_effect_is_of_pairs_and_says_of_what():
 
 
 def test_no_better_leaves_room_for_what_no_interval_can_exclude():
-    tables = [*greedy("ppo", GRADED), *greedy("ppo-replay", GRADED)]
-    (effect,) = arms("ppo-replay", "ppo", expected=NO_HIGHER)(Records(tables, "nano"))
+    def of(graded) -> Effect:
+        rows = [*greedy("ppo", graded), *greedy("ppo-replay", graded)]
+        rule = arms("ppo-replay", "ppo", expected=NO_HIGHER)
+        return next(rule(Records(rows, "nano")))
+
+    assert of(GRADED).verdict == "inconclusive"  # too few problems to say so
+    effect = of(np.tile(GRADED, 8))
     assert effect.verdict == "supported"
     wrong = replace(effect, expected=BELOW_0)
     assert wrong.verdict == "inconclusive"  # an effect of 0 never lies below 0

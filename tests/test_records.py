@@ -134,6 +134,16 @@ def test_what_was_asked_otherwise_is_not_compared():
         Records(rows, "nano").difference(Cell("ppo"), Cell("sft"))
 
 
+@pytest.mark.parametrize(("problems", "half"), [(8, 0.375), (300, 0.01)])
+def test_equal_values_leave_room_for_what_so_few_problems_cannot_show(problems, half):
+    table = np.ones((3, problems))
+    records = Records(greedy("sft", table), "nano")
+    found = records.value(Cell("sft"))
+    assert limits(found) == (1.0, 1 - half, 1 + half)
+    wrong = hierarchical_interval(table)  # as if nothing could ever differ
+    assert wrong.low == wrong.high
+
+
 @pytest.mark.parametrize("values", [{}, {"right": None}, {"right": "01x"}])
 def test_a_row_without_what_its_measure_has_is_one_error(values):
     records = Records(rows_of("sft", "greedy", [values]), "nano")
@@ -274,8 +284,9 @@ def test_a_page_sets_the_measured_table_beside_the_reported_one(write):
     assert [small[1], large[1]] == ["nano-xs", "nano"]
     # Value, samples that are missing, no pair with a start, rollouts in all, tokens
     whole = hierarchical_interval(AFTER)
+    assert whole.low < 0 < 1 < whole.high
     assert large[2] == unbroken(
-        f"{100 * whole.mean:.1f} [{100 * whole.low:.1f}, {100 * whole.high:.1f}]"
+        f"{100 * whole.mean:.1f} [0.0, 100.0]"  # a share has bounds, a t interval none
     )
     assert small[3] == "" != large[3]
     assert small[6] == ""

@@ -25,11 +25,7 @@ from typing import Literal
 
 import numpy as np
 
-from rlreason.evaluation.intervals import (
-    Interval,
-    hierarchical_interval,
-    seed_interval,
-)
+from rlreason.evaluation.intervals import Interval, seed_interval
 from rlreason.experiments.records import (
     ACCURACY,
     BEFORE,
@@ -37,6 +33,7 @@ from rlreason.experiments.records import (
     Cell,
     Records,
     in_points,
+    interval_of,
 )
 from rlreason.experiments.reported import Provenance
 from rlreason.experiments.rows import Row
@@ -184,7 +181,7 @@ def by_size(
             large, small = rule_of(records, records.size), rule_of(records, size)
             if seeds := sorted(large.keys() & small.keys()):
                 table = np.stack([large[seed] - small[seed] for seed in seeds])
-                interval = hierarchical_interval(table)
+                interval = interval_of(table)
                 label = f"{name}, {records.size} less {size}"
                 yield Effect(label, interval, ABOVE_0, points=False)
 

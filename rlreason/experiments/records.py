@@ -19,7 +19,7 @@ AUC                         of the reward model
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -128,7 +128,7 @@ class Records:
     def value(self, cell: Cell) -> Interval | None:
         """The mean with its interval; None where nothing is recorded."""
         tables = list(self.values(cell).values())
-        return _interval(np.stack(tables)) if tables else None
+        return interval_of(np.stack(tables)) if tables else None
 
     def pairs(self, one: Cell, other: Cell) -> dict[int, np.ndarray]:
         """``one`` minus ``other`` of each problem, by seed.
@@ -148,7 +148,7 @@ class Records:
     def difference(self, one: Cell, other: Cell) -> Interval | None:
         """The mean of ``pairs`` with its interval; None where there is no pair."""
         tables = list(self.pairs(one, other).values())
-        return _interval(np.stack(tables)) if tables else None
+        return interval_of(np.stack(tables)) if tables else None
 
     def samples(self) -> int | None:
         """K, the largest that is recorded; None without samples."""
@@ -159,10 +159,20 @@ class Records:
         return metric.replace("@K", f"@{self.samples() or 'K'}")
 
 
-def _interval(table: np.ndarray) -> Interval:
-    """Of (seeds, problems); over seeds alone where there is one value a seed."""
-    one_value = table.shape[1] == 1
-    return seed_interval(table[:, 0]) if one_value else hierarchical_interval(table)
+def interval_of(table: np.ndarray) -> Interval:
+    """Of (seeds, problems); over seeds alone where there is one value a seed.
+
+    Where all values are equal, they have no spread to learn from. That no problem of n
+    is otherwise leaves 3 / n for the share of those that are (the rule of three).
+    """
+    problems = table.shape[1]
+    if problems == 1:
+        return seed_interval(table[:, 0])
+    found = hierarchical_interval(table)
+    if found.low < found.high:
+        return found
+    low, high = found.mean - 3 / problems, found.mean + 3 / problems
+    return replace(found, low=low, high=high, method="rule of three")
 
 
 def load_records(profile: str | Path) -> Records:
@@ -449,7 +459,9 @@ def _cells(records: Records, arm: Arm, table: Table, size: str) -> list[str]:
 
 
 def _percent(interval: Interval) -> str:
-    mean, low, high = (100 * v for v in (interval.mean, interval.low, interval.high))
+    """A share; Student's t knows no bounds, a share has some."""
+    ends = interval.mean, max(interval.low, 0.0), min(interval.high, 1.0)
+    mean, low, high = (100 * value for value in ends)
     return unbroken(f"{mean:.1f} [{low:.1f}, {high:.1f}]")
 
 
