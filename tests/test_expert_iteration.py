@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -29,9 +30,12 @@ from rlreason.algorithms.expert_iteration import (
     OnRound,
     Solution,
     SolutionScorer,
+    Tally,
+    allocate,
     expert_iteration,
     grow,
     orm_filter,
+    rarity_weights,
     solution_key,
 )
 from rlreason.algorithms.finetune import FinetuneSettings
@@ -43,6 +47,7 @@ from rlreason.rewards.orm import OutcomeRewardModel, score_responses
 from rlreason.rewards.sparse import sparse_rewards
 from rlreason.tasks.answers import operation_key
 from rlreason.tasks.problem import Problem
+from rlreason.tasks.prompts import format_prompt
 
 QUICK = ExpertIterationSettings(
     k=4,
@@ -185,6 +190,10 @@ def run(
     )
 
 
+def prompts_of(problems) -> list[tuple[int, ...]]:
+    return [tuple(toy_policy().encode_prompt(format_prompt(p))) for p in problems]
+
+
 def rounds(recorder: Memory) -> list[dict]:
     return [row for row in recorder.rows if row["kind"] == "round"]
 
@@ -192,11 +201,14 @@ def rounds(recorder: Memory) -> list[dict]:
 @pytest.fixture
 def seen(monkeypatch) -> dict[str, list]:
     """What was sampled, and what was trained on, round by round."""
-    found: dict[str, list] = {"sampled": [], "asked": [], "trained": [], "students": []}
+    found: dict[str, list] = {
+        name: [] for name in ("policies", "sampled", "asked", "trained", "students")
+    }
     whole_sample, whole_finetune = module.sample, module.finetune
 
     def watched_sample(policy, problems, **options):
         found["asked"].append(options)
+        found["policies"].append(policy)
         found["sampled"].append(whole_sample(policy, problems, **options))
         return found["sampled"][-1]
 
@@ -441,6 +453,79 @@ def test_p49_a_threshold_without_an_orm_or_an_orm_without_one_is_an_error():
         run(orm=briefly)
 
 
+# Exploring: who is asked how often, and what weighs how much
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rates=st.lists(st.floats(0.01, 0.99), min_size=1, max_size=30),
+    k=st.integers(1, 20),
+)
+def test_the_seldom_solved_are_asked_more_and_all_together_as_often(rates, k):
+    counts = allocate(rates, k * len(rates))
+    assert sum(counts) == k * len(rates)
+    assert min(counts) >= 1
+    pairs = sorted(zip(rates, counts, strict=True))
+    assert all(n >= m - 1 for (_, n), (_, m) in pairwise(pairs))  # remainders: one
+    assert allocate([0.3] * len(rates), k * len(rates)) == [k] * len(rates)
+    spared = len(rates) * (k - 1)  # by definition, but for rounding
+    for rate, count in zip(rates, counts, strict=True):
+        assert abs(count - 1 - spared / rate / sum(1 / r for r in rates)) < 1 + 1e-6
+
+
+def test_rare_solutions_weigh_more_and_all_together_as_much():
+    rates = [0.1, 0.5, 0.5, 0.9]
+    assert rarity_weights(rates, 0.0) == [1.0] * 4
+    weights_ = rarity_weights(rates, 1.0)
+    assert sum(weights_) == pytest.approx(4)
+    assert weights_[0] / weights_[3] == pytest.approx(9)
+    # Wrong: unscaled, which would be another learning rate as well
+    assert sum(1 / rate for rate in rates) > 4 * 2
+
+
+def test_the_second_round_asks_by_the_first_ones_solve_rates(seen):
+    recorder = Memory()
+    run(recorder, allocation="rare", rarity=1.0, k=8)
+    first = seen["sampled"][0]
+    second = [r for part in seen["sampled"][1:] for r in part]
+    assert {r["rollouts"] for r in rounds(recorder)} == {48, 96}
+    assert len(first) == len(second) == 48
+    known = Tally((0,) * 6, (0,) * 6).after(
+        TOY_PROBLEMS, first, sparse_rewards(first, TOY_PROBLEMS)
+    )
+    assert known.asked == (8,) * 6
+    asked = Counter(r.problem_id for r in second)
+    counts = [asked[problem.id] for problem in TOY_PROBLEMS]
+    assert counts == allocate(known.rates(), 48)
+    assert len(set(counts)) > 1
+    # One question's samples are those it would have had alone
+    alone = sample(
+        seen["policies"][1], TOY_PROBLEMS[:1], k=counts[0],
+        temperature=QUICK.temperature, max_new_tokens=QUICK.max_new_tokens, seed=1,
+    )  # fmt: skip
+    mine = [r.tokens for r in second if r.problem_id == TOY_PROBLEMS[0].id]
+    assert [r.tokens for r in alone] == mine
+    # Both rounds' rates weigh what the second learns from
+    both = known.after(TOY_PROBLEMS, second, sparse_rewards(second, TOY_PROBLEMS))
+    places = {prompt: i for i, prompt in enumerate(prompts_of(TOY_PROBLEMS))}
+    learned = seen["trained"][1]
+    rates = [both.rates()[places[example.prompt_tokens]] for example in learned]
+    assert [e.weight for e in learned] == rarity_weights(rates, 1.0)
+    assert {e.weight for e in learned} != {1.0}
+
+
+def test_p47_exploring_goes_on_after_a_kill_to_the_bit():
+    given = {"allocation": "rare", "rarity": 1.0}
+    undisturbed = Memory()
+    expected = weights(run(undisturbed, **given))
+    for die_at in range(1, len(undisturbed.rows), 3):
+        recorder = Memory(die_at=die_at)
+        with pytest.raises(InterruptedRunError):
+            run(recorder, **given)
+        assert same_bits(weights(run(recorder, **given)), expected), die_at
+        assert recorder.rows == undisturbed.rows
+
+
 # Settings and faults
 
 CHANGED = {
@@ -453,6 +538,8 @@ CHANGED = {
     "orm_threshold": 0.5,
     "reference_solutions": False,
     "first_round_shots": 1,
+    "allocation": "rare",
+    "rarity": 1.0,
     "max_new_tokens": 19,
     "seed": 1,
     "finetune": QUICK.finetune.model_copy(update={"lr": 1e-3}),
@@ -470,6 +557,10 @@ def test_every_setting_changes_the_result():
     default = trained()
     for name, value in CHANGED.items():
         orm = briefly if name == "orm_threshold" else None
+        if name == "allocation":  # of round 2, which must find something to tell by
+            able = {"start_from": "current", "deduplicate": "none"}
+            assert not same_bits(trained(allocation=value, **able), trained(**able))
+            continue
         assert not same_bits(trained(**{name: value}, orm=orm), default), name
     assert same_bits(trained(), default)
 

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -132,6 +133,16 @@ def test_a_mean_of_micro_batch_means_is_another_gradient():
         (nll(policy, mb) / response_token_count(mb) / len(cut)).backward()
     assert len(cut) > 1
     assert largest_difference(gradient(policy), whole) > 1e-2
+
+
+def test_a_weight_counts_as_so_many_copies_and_makes_no_tokens():
+    policy = tiny_policy()
+    light, *rest = uneven_examples(policy)
+    heavy = replace(light, weight=3.0)
+    assert response_token_count([heavy]) == response_token_count([light])
+    found, copies = nll(policy, [heavy, *rest]), nll(policy, [light] * 3 + rest)
+    assert found.item() == pytest.approx(copies.item(), rel=1e-5)
+    assert found.item() > nll(policy, [light, *rest]).item() * 1.01
 
 
 def forget_the_past(policy: Policy) -> Policy:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import combinations, product
+from statistics import fmean
 
 import pytest
 import torch
@@ -32,6 +34,8 @@ from toys import (
 from rlreason import sample
 from rlreason.algorithms import ppo as algorithm
 from rlreason.algorithms.credit import (
+    best_of_k,
+    best_of_k_advantages,
     bootstrapped,
     explained_variance,
     gae,
@@ -48,6 +52,7 @@ from rlreason.algorithms.ppo_settings import (
     LoraSettings,
     PpoSettings,
 )
+from rlreason.evaluation.metrics import pass_at_k
 from rlreason.policy.load import Policy
 from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
@@ -299,6 +304,76 @@ def test_p29_grpo_does_not_blow_up_the_penalty_where_all_rewards_are_equal():
             response_advantages(rewards, groups, kind, penalties=penalties),
             response_advantages(rewards - penalties, groups, kind),
         )
+
+
+def best_of_k_by_counting(rewards: Tensor, k: int) -> Tensor:
+    """Of each response: the mean best of the sets with it less that of those without"""
+    found = []
+    for i in range(len(rewards)):
+        sides = {True: [], False: []}
+        for chosen in combinations(range(len(rewards)), k):
+            sides[i in chosen].append(max(float(rewards[j]) for j in chosen))
+        found.append(fmean(sides[True]) - fmean(sides[False]))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+@pytest.mark.parametrize("right", [0, 1, 3, 6])
+def test_best_of_k_is_counted_over_all_sets(k, right):
+    binary = (torch.arange(6) < right).float()
+    for rewards in (binary, random(6), random(6).round()):
+        found = best_of_k_advantages(rewards, k)
+        assert torch.allclose(found, best_of_k_by_counting(rewards, k), atol=1e-5)
+        assert float(found.sum()) == pytest.approx(0, abs=1e-5)
+    assert best_of_k(binary, k) == pytest.approx(pass_at_k(6, right, k))
+
+
+def test_best_of_one_is_rloo_and_of_more_pays_rare_answers():
+    groups = torch.tensor([0, 1]).repeat(6)  # two questions, mixed
+    hard = torch.tensor([1.0, 0, 0, 0, 0, 0])
+    easy = torch.tensor([1.0, 1, 1, 1, 1, 0])
+    rewards, penalties = torch.stack([hard, easy], dim=1).flatten(), random(12)
+
+    def credited(k: int) -> Tensor:
+        return response_advantages(rewards, groups, "rloo", penalties=penalties, k=k)
+
+    for k in (2, 5):
+        paid = credited(k) - response_advantages(-penalties, groups, "rloo")
+        assert torch.allclose(paid[groups == 0], best_of_k_advantages(hard, k))
+        assert torch.allclose(paid[groups == 1], best_of_k_advantages(easy, k))
+    assert torch.allclose(
+        credited(1), response_advantages(rewards - penalties, groups, "rloo")
+    )
+    # A right answer: of the mean it earns 1 less the others' mean, of the best of five
+    # nothing where others are right as well
+    assert best_of_k_advantages(hard, 5)[0] == 1
+    assert best_of_k_advantages(easy, 5)[0] == 0
+
+
+def gradient_of_the_best_of_k(p: float, n: int, k: int, credit) -> float:
+    """Its expectation over n answers, each right with chance p, along the logit of p"""
+    total = 0.0
+    for outcome in product((0.0, 1.0), repeat=n):
+        chance = math.prod(p if right else 1 - p for right in outcome)
+        scores = torch.tensor(outcome) - p  # d log-probability / d logit
+        total += chance * float((credit(torch.tensor(outcome), k) * scores).sum())
+    return total
+
+
+def test_the_best_of_k_is_climbed_without_bias():
+    p, n, k = 0.3, 5, 3
+    exact = k * (1 - p) ** (k - 1) * p * (1 - p)  # of 1 - (1 - p)^k; once a response
+    found = gradient_of_the_best_of_k(p, n, k, best_of_k_advantages) * k / n
+    assert found == pytest.approx(exact, rel=1e-4)
+
+    # Wrong: the baseline is the best of k of all, the response's own among them
+    def shrunk(rewards, k):
+        without = [best_of_k(rewards[torch.arange(n) != i], k) for i in range(n)]
+        joined = best_of_k_advantages(rewards, k) + torch.stack(without)
+        return joined - best_of_k(rewards, k)
+
+    wrong = gradient_of_the_best_of_k(p, n, k, shrunk) * k / n
+    assert abs(wrong / exact - 1) > 0.2
 
 
 def test_p29_two_questions_of_one_text_are_two_groups():
@@ -963,6 +1038,8 @@ def test_p50_saving_memory_changes_nothing_but_rounding(changes):
         ({"rollouts": 9, "n": 2}, "no multiple of n"),
         ({"n": 2, "keep": 3}, "keep=3 is more than n=2"),
         ({"n": 1, "credit": BaselineSettings(kind="rloo")}, "set n to 2 or more"),
+        ({"credit": BaselineSettings(kind="grpo", k=2)}, "grpo has no best of k"),
+        ({"credit": BaselineSettings(kind="rloo", k=2)}, "set n .now 2. above k"),
         ({"top_k": 5}, "Extra inputs"),
         ({"temperature": 0.0}, "greater than 0"),
     ],

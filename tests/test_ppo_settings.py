@@ -730,13 +730,15 @@ WITHIN = {
             "value_clip": 1e-6,
             "value_lr_scale": 9.0,
             "value_warmup": 1,
+            "value_epochs": 1,
+            "value_lam": 0.3,
             "bootstrap": True,
         },
     ),
     BaselineSettings: (
         lambda credit: quick(rollouts=24, n=4, credit=credit),
         BaselineSettings(kind="rloo"),
-        {"kind": "grpo"},
+        {"kind": "grpo", "k": 2},
     ),
 }
 # These change memory alone, and each has its own test

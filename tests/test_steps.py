@@ -37,6 +37,7 @@ from rlreason.policy.load import Policy, load_policy
 from rlreason.policy.value import ValueSettings
 from rlreason.policy.vocabulary import add_tokens
 from rlreason.rewards.dense import dense_reward
+from rlreason.rewards.novelty import NoveltyReward
 from rlreason.rewards.orm import (
     OutcomeRewardModel,
     dense_orm_reward,
@@ -334,6 +335,7 @@ REWARDS = {
         {"size": 0.8},
         lambda _: shaped_reward(toy_policy(), gamma=0.9, scale=0.8),
     ),
+    "novel": ({}, lambda _: NoveltyReward(bonus=0.5)),
     "sparse-orm": ({}, sparse_orm_reward),
     "dense-orm": ({}, dense_orm_reward),
 }

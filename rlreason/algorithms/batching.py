@@ -9,7 +9,7 @@ divided by the number of response tokens of the whole batch (never a mean of mea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,10 +21,12 @@ class Example:
     Attributes:
         prompt_tokens: Ids of the prompt, BOS included where the model has one.
         tokens: Ids of the response, EOS included where it ended by itself.
+        weight: Of its loss.
     """
 
     prompt_tokens: tuple[int, ...]
     tokens: tuple[int, ...]
+    weight: float = field(default=1.0, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.prompt_tokens) + len(self.tokens)

@@ -7,6 +7,7 @@ whole responses. Then whitening. Equations alone: tensors in, tensors out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import comb
 
 import torch
 from torch import Tensor
@@ -75,7 +76,12 @@ def bootstrapped(
 
 
 def response_advantages(
-    rewards: Tensor, groups: Tensor, kind: str, *, penalties: Tensor | None = None
+    rewards: Tensor,
+    groups: Tensor,
+    kind: str,
+    *,
+    penalties: Tensor | None = None,
+    k: int = 1,
 ) -> Tensor:
     """Advantage of whole responses against a baseline, (B,); see BaselineSettings.
 
@@ -87,6 +93,8 @@ def response_advantages(
         penalties: What each response's KL costs, (B,); None: nothing. GRPO divides the
             rewards alone by their deviation: where all rewards are equal, the tiny
             differences of the penalties would be blown up to advantages of size 1.
+        k: Of rloo: how many responses the objective takes the best of. The penalties
+            are those of one.
     """
     if penalties is None:
         penalties = torch.zeros_like(rewards)
@@ -101,12 +109,55 @@ def response_advantages(
         return (torch.zeros_like(size).index_add_(0, group, values) / size)[group]
 
     others = (size / (size - 1).clamp(min=1))[group]  # n / (n - 1)
+    if kind == "rloo" and k > 1:
+        best = torch.zeros_like(rewards)
+        for g in range(len(size)):
+            best[group == g] = best_of_k_advantages(rewards[group == g], k)
+        return best - (penalties - means(penalties)) * others
     if kind == "rloo":
         # R - mean of the others = (R - mean of all) * n / (n - 1)
         return (totals - means(totals)) * others
     centred = rewards - means(rewards)
     deviation = (means(centred.square()) * others).sqrt()
     return centred / (deviation + 1e-6) - (penalties - means(penalties))
+
+
+def best_of_k(rewards: Tensor, k: int) -> Tensor:
+    """The mean, over all sets of k out of m rewards, of the largest: (..., m) to (...).
+
+    The j-th smallest is the largest of C(j - 1, k - 1) of the C(m, k) sets. Of rewards
+    0 and 1 it is the unbiased pass@k (Chen et al. 2021); k = 1 is the mean.
+    """
+    m = rewards.shape[-1]
+    shares = [comb(j, k - 1) / comb(m, k) for j in range(m)]
+    return rewards.sort(-1).values @ rewards.new_tensor(shares)
+
+
+def best_of_k_advantages(rewards: Tensor, k: int) -> Tensor:
+    r"""Advantages whose objective is the best of k responses, not the mean one: (n,).
+
+    .. math:: A_i = \operatorname{mean}_{S \ni i} \max_{j \in S} R_j
+              - \operatorname{mean}_{S \not\ni i} \max_{j \in S} R_j, \quad |S| = k
+
+    The first mean is what response i is part of, the unbiased gradient of the expected
+    best of k; the second, over the other n - 1 alone, is a baseline that does not
+    depend on i and leaves it unbiased (Walder and Karkhanis 2025; Chen et al. 2025
+    have the same first part for rewards 0 and 1). The sum over a group is 0, and k = 1
+    is rloo. A right answer to a question that nearly all solve earns nearly nothing: a
+    set of k would have held another. A group of k or fewer gets 0.
+
+    Args:
+        rewards: Of the n responses to one question, (n,).
+        k: 2 or more.
+    """
+    n = len(rewards)
+    if n <= k:
+        return torch.zeros_like(rewards)
+    apart = ~torch.eye(n, dtype=torch.bool, device=rewards.device)
+    others = rewards.expand(n, n)[apart].view(n, n - 1)  # row i: all but i
+    # i in the set: the largest of it and of k - 1 others
+    joined = best_of_k(others.maximum(rewards[:, None]), k - 1)  # (n,)
+    return joined - best_of_k(others, k)
 
 
 def group_ids(rollouts: Sequence[Rollout]) -> Tensor:

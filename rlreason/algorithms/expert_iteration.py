@@ -10,6 +10,11 @@ steps that its chapter has:
 4. *Grow*: D_i = R_i united with D_{i-1}.
 5. *Distil*: fine-tune on D_i, starting from the **pretrained base** each round.
 
+Beyond the paper, two settings explore: ``allocation`` asks more often what is seldom
+solved, with as many rollouts in all (compare Dart-Math, Tong et al. 2024), and
+``rarity`` lets solutions of such questions weigh more in the loss. Both go by the solve
+rate of each question over all rounds so far (``Tally``).
+
 It counts rollouts, the unit of the paper's sample complexity.
 
 The paper's rule for ORM-EI is not known in full. Our reading: the final answer decides
@@ -85,6 +90,20 @@ class ExpertIterationSettings(Settings):
         ge=0,
         le=1,
     )
+    allocation: Literal["uniform", "rare"] = setting(
+        "uniform",
+        "Who gets the k samples a question: each as many; or, once solve rates are "
+        "known, each at least one and the rest by how seldom it is solved.",
+        source="paper",
+        neutral="uniform",
+    )
+    rarity: float = setting(
+        0.0,
+        "A solution weighs its question's solve rate to minus this power.",
+        source="ours",
+        neutral=0.0,
+        ge=0,
+    )
     max_new_tokens: int = setting(
         256, "Length limit of a response.", source="precursor", ge=1
     )
@@ -109,6 +128,54 @@ class Solution:
     problem: int
     key: tuple[str, ...]
     tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How often each question was asked and solved so far, by its index."""
+
+    asked: tuple[int, ...]
+    right: tuple[int, ...]
+
+    def after(self, problems, rollouts, rewards) -> Tally:
+        """The tally with a round's rollouts."""
+        asked = Counter(rollout.problem_id for rollout in rollouts)
+        right: Counter[str] = Counter()
+        for rollout, reward in zip(rollouts, rewards, strict=True):
+            right[rollout.problem_id] += reward >= 1.0
+        old = zip(problems, self.asked, self.right, strict=True)
+        rows = [(a + asked[p.id], r + right[p.id]) for p, a, r in old]
+        return Tally(*map(tuple, zip(*rows, strict=True)))
+
+    def rates(self) -> list[float]:
+        """Solve rates, by Laplace's rule: 1/2 where nothing is known, never 0 or 1."""
+        pairs = zip(self.asked, self.right, strict=True)
+        return [(right + 1) / (asked + 2) for asked, right in pairs]
+
+
+def allocate(rates: Sequence[float], total: int) -> list[int]:
+    """Samples for each of Q questions: one, and a share of the rest as 1 / rate.
+
+    1 / rate is how many samples a right one takes. They sum to ``total``, at least Q;
+    what is left by rounding down goes to the largest remainders, of equal ones to the
+    first.
+
+    >>> allocate([0.8, 0.2, 0.8], 9)
+    [2, 5, 2]
+    """
+    rest, whole = total - len(rates), sum(1 / rate for rate in rates)
+    shares = [rest / rate / whole for rate in rates]
+    counts = [1 + int(share) for share in shares]
+    by_remainder = sorted(range(len(rates)), key=lambda i: int(shares[i]) - shares[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def rarity_weights(rates: Sequence[float], power: float) -> list[float]:
+    """rate ** -power of each solution's question, scaled to a mean of 1."""
+    raw = [rate**-power for rate in rates]
+    return [weight * len(raw) / sum(raw) for weight in raw]
 
 
 OnRound = Callable[[int, Policy], dict[str, Any]]
@@ -170,20 +237,23 @@ def expert_iteration(
         )
     policy, first_round = start, 0
     dataset = _initial_data(base, problems, solved, settings)
+    tally = Tally((0,) * len(problems), (0,) * len(problems))
     saved = recorder.restore()
     if saved is not None:
         first_round, dataset = saved.state["round"], _unpack(saved)
+        tally = Tally(*map(tuple, saved.state["tally"]))
         policy = _with_weights(start, saved, "policy.") if first_round else start
     for round_ in range(first_round, settings.rounds):
         # Only the first round can go on in the middle of its fine-tuning
         resumed = saved if saved is not None and saved.state["updates"] else None
         saved = None
         if resumed is None:
-            dataset, metrics = _explore(
+            dataset, tally, metrics = _explore(
                 policy,
                 problems,
                 dataset,
                 settings,
+                tally=tally,
                 round_=round_,
                 shots=() if round_ else shots[: settings.first_round_shots],
                 orm=orm,
@@ -194,44 +264,39 @@ def expert_iteration(
         inner = NestedRecorder(
             recorder,
             saved=resumed,
-            **_packed(round_, policy, dataset, metrics),
+            **_packed(round_, policy, dataset, tally, metrics),
             round=round_ + 1,
         )
         seed = settings.finetune.seed + settings.seed * 1000 + round_
         policy = _distil(
             (base if settings.start_from == "base" else policy).clone(),
-            [_example(base, problems, solution) for solution in dataset],
+            _examples(base, problems, dataset, tally, settings),
             settings.finetune.model_copy(update={"seed": seed}),
             inner,
         )
         if on_round is not None:
             metrics |= on_round(round_ + 1, policy)
         recorder.log("round", round=round_ + 1, **metrics)
-        packed = _packed(round_ + 1, policy, dataset, {})
+        packed = _packed(round_ + 1, policy, dataset, tally, {})
         recorder.save(packed["tensors"], packed["state"] | {"updates": 0})
     return policy
 
 
 def _explore(
-    policy, problems, dataset, settings, *, round_, shots, orm, recorder
-) -> tuple[list[Solution], dict[str, Any]]:
-    """Sample, filter, de-duplicate, grow: D_i and the round's metrics so far."""
+    policy, problems, dataset, settings, *, tally, round_, shots, orm, recorder
+) -> tuple[list[Solution], Tally, dict[str, Any]]:
+    """Sample, filter, de-duplicate, grow: D_i, the tally, the round's metrics so far"""
+    counts = [settings.k] * len(problems)
+    if settings.allocation == "rare":
+        counts = allocate(tally.rates(), settings.k * len(problems))
     with recorder.clock("sampling"):
-        rollouts = sample(
-            policy,
-            problems,
-            k=settings.k,
-            temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
-            seed=settings.seed * 1000 + round_,
-            shots=shots,
-        )
+        rollouts = _sample(policy, problems, counts, settings, round_, shots)
     rewards = passed = sparse_rewards(rollouts, problems)
     if orm is not None:
         with recorder.clock("scoring"):
             passed = orm_filter(rollouts, rewards, orm, settings.orm_threshold)
     grown = grow(dataset, rollouts, passed, problems, settings)
-    metrics = _round_metrics(rollouts, rewards, grown, len(dataset), settings)
+    metrics = _round_metrics(rollouts, rewards, grown, len(dataset), len(problems))
     if orm is not None:
         metrics["orm_kept"] = _share_kept(rollouts, rewards, passed)
     metrics["rollouts"] = (round_ + 1) * len(rollouts)
@@ -241,7 +306,25 @@ def _explore(
             f"{metrics['rollouts']} rollouts, so there is nothing to learn from; "
             f"start from SFT, raise k or max_new_tokens, or set first_round_shots"
         )
-    return grown, metrics
+    return grown, tally.after(problems, rollouts, rewards), metrics
+
+
+def _sample(policy, problems, counts, settings, round_, shots) -> list[Rollout]:
+    """So many samples of each question, one question's together, in their order."""
+    found: dict[str, list[Rollout]] = {problem.id: [] for problem in problems}
+    for k in sorted(set(counts)):
+        rollouts = sample(
+            policy,
+            [p for p, count in zip(problems, counts, strict=True) if count == k],
+            k=k,
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed * 1000 + round_,
+            shots=shots,
+        )
+        for rollout in rollouts:
+            found[rollout.problem_id].append(rollout)
+    return [rollout for rows in found.values() for rollout in rows]
 
 
 def _distil(student, examples, settings, recorder: NestedRecorder) -> Policy:
@@ -335,10 +418,15 @@ def _initial_data(base, problems, solved, settings) -> list[Solution]:
     return data
 
 
-def _example(base: Policy, problems: Sequence[Problem], solution: Solution) -> Example:
+def _examples(base, problems, dataset, tally, settings) -> list[Example]:
     """Training sees the zero-shot prompt, whatever the rollout was asked with."""
-    prompt = format_prompt(problems[solution.problem])
-    return Example(tuple(base.encode_prompt(prompt)), solution.tokens)
+    rates = tally.rates()
+    weights = rarity_weights([rates[s.problem] for s in dataset], settings.rarity)
+    prompts = [base.encode_prompt(format_prompt(problem)) for problem in problems]
+    return [
+        Example(tuple(prompts[solution.problem]), solution.tokens, weight=weight)
+        for solution, weight in zip(dataset, weights, strict=True)
+    ]
 
 
 def _candidates(rollouts, rewards) -> list[int]:
@@ -355,8 +443,7 @@ def _share_kept(rollouts, rewards, passed) -> float:
     return len(_candidates(rollouts, passed)) / max(1, len(candidates))
 
 
-def _round_metrics(rollouts, rewards, dataset, before, settings) -> dict[str, Any]:
-    questions = len(rollouts) // settings.k
+def _round_metrics(rollouts, rewards, dataset, before, questions) -> dict[str, Any]:
     right = {
         r.problem_id
         for r, reward in zip(rollouts, rewards, strict=True)
@@ -377,13 +464,14 @@ def _round_metrics(rollouts, rewards, dataset, before, settings) -> dict[str, An
 # --- Checkpoints -------------------------------------------------------------------
 
 
-def _packed(round_, policy, dataset, metrics) -> dict[str, Any]:
+def _packed(round_, policy, dataset, tally, metrics) -> dict[str, Any]:
     """What decides all that follows a round's sampling: its policy, D, metrics."""
     tensors = {f"policy.{k}": v for k, v in policy.model.state_dict().items()}
     tensors["data.problem"] = torch.tensor([s.problem for s in dataset])
     tensors |= pack_lists("data.tokens", [s.tokens for s in dataset])
     keys = [list(solution.key) for solution in dataset]
-    state = {"round": round_, "metrics": metrics, "keys": keys}
+    counts = [tally.asked, tally.right]
+    state = {"round": round_, "metrics": metrics, "keys": keys, "tally": counts}
     return {"tensors": tensors, "state": state}
 
 

@@ -202,13 +202,17 @@ def _lr_of(update: int, total: int, settings: FinetuneSettings) -> float:
 
 
 def nll(policy: Policy, batch: Sequence[Example]) -> Tensor:
-    """Summed negative log-likelihood (nats) of the responses of ``batch``: a scalar."""
+    """Summed negative log-likelihood (nats) of the responses of ``batch``: a scalar.
+
+    Each response's own is multiplied by its weight.
+    """
     logprobs, response_mask = token_logprobs(
         policy.model,
         [example.prompt_tokens for example in batch],
         [example.tokens for example in batch],
     )  # (B, T), (B, T)
-    return -(logprobs * response_mask).sum()
+    weights = logprobs.new_tensor([example.weight for example in batch])  # (B,)
+    return -(logprobs * response_mask * weights[:, None]).sum()
 
 
 def accumulate_gradients(

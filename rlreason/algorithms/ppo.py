@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,13 +31,14 @@ from torch import Tensor, nn
 
 from rlreason.algorithms.credit import (
     bootstrapped,
-    explained_variance,
+    explained_variance,  # noqa: F401  asked for here
     gae,
     group_ids,
     response_advantages,
     whiten,
 )
 from rlreason.algorithms.curriculum import QuestionSampler, best_k_of_n, learning_scores
+from rlreason.algorithms.experience import Experience, phase_metrics
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.optim import (
     DivergedError,
@@ -68,45 +69,10 @@ from rlreason.policy.progress import progress_bar
 from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample_prompts
-from rlreason.policy.value import Scores, new_value_function, score
-from rlreason.rewards.base import RewardFunction
+from rlreason.policy.value import Scores, new_value_function, score, score_values
+from rlreason.rewards.base import RememberingReward, RewardFunction
 from rlreason.rewards.sparse import sparse_rewards, sparse_token_rewards
 from rlreason.tasks.problem import Problem
-
-
-@dataclass(frozen=True)
-class Experience:
-    """What a phase learns from: B responses, padded on the right to T tokens.
-
-    Attributes:
-        rollouts: The B responses.
-        response_mask: True at response tokens, (B, T), from lengths.
-        logprobs: Of the sampling policy at the sampling temperature, (B, T).
-        ref_logprobs: Of the reference at the same temperature, (B, T); ``logprobs``
-            where it is not asked.
-        values: V before each token, (B, T); 0 without a value function.
-        last_values: V after the last token, (B,).
-        rewards: What the task paid per token, (B, T).
-        penalties: The price of the KL per token, (B, T), to be taken off.
-        advantages: (B, T).
-        returns: What V is to become, (B, T).
-        totals: What the task paid each response, before anything was done to it.
-
-    All tensors are float32 on the policy's device and 0 outside the mask.
-    """
-
-    rollouts: tuple[Rollout, ...]
-    response_mask: Tensor
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    last_values: Tensor
-    rewards: Tensor
-    penalties: Tensor
-    advantages: Tensor
-    returns: Tensor
-    totals: tuple[float, ...] = ()
-
 
 TokenRewards = Sequence[tuple[float, ...]]  # B tuples, as a RewardFunction returns them
 
@@ -122,6 +88,7 @@ class Learner:
         value_function: None where credit is a baseline.
         reference: None where nothing asks for the KL.
         trained: Weights of the policy, and of the value function where there is one.
+        reward: What the task pays; what it remembers is kept with the rest.
         kl_coef: Beta of the next ``pay``.
     """
 
@@ -131,9 +98,10 @@ class Learner:
         problems: Sequence[Problem],
         settings: PpoSettings,
         *,
+        reward: RewardFunction = sparse_token_rewards,
         shots: Sequence[Problem] = (),
     ) -> None:
-        self.settings = settings
+        self.settings, self.reward = settings, reward
         self.policy = start.clone()
         if settings.lora is not None:
             self.policy = with_lora(
@@ -254,6 +222,7 @@ class Learner:
                 group_ids(experience.rollouts).to(rewards.device),
                 self.settings.credit.kind,
                 penalties=penalties.sum(1),
+                k=self.settings.credit.k,
             )
             return replace(experience, advantages=baselined[:, None] * mask)
         if chosen.bootstrap:
@@ -265,9 +234,10 @@ class Learner:
                 truncated=torch.tensor(cut, device=rewards.device),
                 gamma=chosen.gamma,
             )
-        advantages, returns = gae(
-            rewards - penalties, experience.values, mask, chosen.gamma, chosen.lam
-        )
+        paid = (rewards - penalties, experience.values, mask, chosen.gamma)
+        advantages, returns = gae(*paid, chosen.lam)
+        if chosen.value_lam is not None:
+            _, returns = gae(*paid, chosen.value_lam)
         return replace(experience, advantages=advantages, returns=returns)
 
     # 5. Learn
@@ -292,19 +262,44 @@ class Learner:
         set_lr(self.optimizer, lr)
         if settings.gae is not None and phase < settings.gae.value_warmup:
             self.optimizer.param_groups[0]["lr"] = 0.0
-        for epoch in range(settings.epochs):
-            for mb_rows in _mini_batches(rows, settings, phase, epoch):
-                metrics = self.accumulate(experience, mb_rows)
-                metrics["grad_norm"] = self._clip_gradients()
-                finite = all(map(math.isfinite, metrics.values()))
-                far = metrics["stop_kl"] > (settings.stop_kl or math.inf)
-                if finite and not far:
-                    self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-                updates.append(metrics)
-                if far or not finite:
-                    return _means(updates) | {"updates": len(updates) - 1, "lr": lr}
-        return _means(updates) | {"updates": len(updates), "lr": lr}
+        made = 0
+        for mb_rows in _mini_batches(rows, settings, phase, range(settings.epochs)):
+            metrics = self.accumulate(experience, mb_rows)
+            metrics["grad_norm"] = self._clip_gradients()
+            far = metrics["stop_kl"] > (settings.stop_kl or math.inf)
+            good = all(map(math.isfinite, metrics.values())) and not far
+            if good:
+                self.optimizer.step()
+                made += 1
+            self.optimizer.zero_grad(set_to_none=True)
+            updates.append(metrics)
+            if not good:
+                break
+        self.learn_values(experience, phase)
+        return _means(updates) | {"updates": made, "lr": lr}
+
+    def learn_values(self, experience: Experience, phase: int) -> None:
+        """The epochs in which V alone learns, from all responses.
+
+        The policy's weights have no gradient then, and so AdamW leaves them alone.
+        """
+        settings, chosen = self.settings, self.settings.gae
+        rows = list(range(len(experience.rollouts)))
+        first = settings.epochs
+        epochs = range(first, first + (chosen.value_epochs if chosen else 0))
+        for mb_rows in _mini_batches(rows, settings, phase, epochs):
+            count = int(experience.response_mask[mb_rows].sum())
+            for part, *sequences in self._parts(experience.rollouts, mb_rows):
+                values, mask = score_values(
+                    self.policy, *sequences, self.value_function
+                )  # (b, t), (b, t)
+                old = experience.values[part, : mask.shape[1]]
+                returns = experience.returns[part, : mask.shape[1]]
+                loss = value_loss(values, old, returns, mask, chosen.value_clip)
+                (loss / count).backward()
+            if math.isfinite(self._clip_gradients()):
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def kept(self, experience: Experience) -> list[int]:
         """The rows that are learned from: all, or the best ``keep`` of each n.
@@ -364,6 +359,8 @@ class Learner:
             tensors |= {f"value.{name}": t for name, t in state.items()}
         tensors |= optimizer_tensors(self.optimizer, "adamw")
         state = {"kl_coef": self.kl_coef, "questions": self.questions.state()}
+        if isinstance(self.reward, RememberingReward):
+            state["reward"] = self.reward.state()
         recorder.save(tensors, {"phase": phase, **state})
 
     def restore(self, recorder: Recorder) -> int:
@@ -385,6 +382,8 @@ class Learner:
         load_optimizer_tensors(self.optimizer, "adamw", saved.tensors)
         self.kl_coef = saved.state["kl_coef"]
         self.questions.restore(saved.state["questions"])
+        if isinstance(self.reward, RememberingReward):
+            self.reward.restore(saved.state["reward"])
         return saved.state["phase"]
 
     def finished(self) -> Policy:
@@ -406,6 +405,22 @@ class Learner:
         self, rollouts, rows=None, *, policy=None, entropy=False
     ) -> Iterator[tuple[Tensor, Scores]]:
         """Score ``rows`` of ``rollouts`` in parts that fit the budget of tokens."""
+        for where, prompts, responses in self._parts(rollouts, rows):
+            yield (
+                where,
+                score(
+                    policy or self.policy,
+                    prompts,
+                    responses,
+                    temperature=self.settings.temperature,
+                    value_function=None if policy else self.value_function,
+                    entropy=entropy,
+                    chunk=self.settings.logit_rows,
+                ),
+            )
+
+    def _parts(self, rollouts, rows=None) -> Iterator[tuple[Tensor, list, list]]:
+        """Places, prompts and responses that go through the model at once."""
 
         def size(i: int) -> int:
             return len(rollouts[i].prompt_tokens) + len(rollouts[i].tokens)
@@ -414,15 +429,8 @@ class Learner:
         for mb in micro_batches(list(rows), max_tokens=budget, size=size):
             yield (
                 torch.tensor(mb, device=self.policy.device),
-                score(
-                    policy or self.policy,
-                    [rollouts[i].prompt_tokens for i in mb],
-                    [rollouts[i].tokens for i in mb],
-                    temperature=self.settings.temperature,
-                    value_function=None if policy else self.value_function,
-                    entropy=entropy,
-                    chunk=self.settings.logit_rows,
-                ),
+                [rollouts[i].prompt_tokens for i in mb],
+                [rollouts[i].tokens for i in mb],
             )
 
     def _clip_gradients(self) -> float:
@@ -439,14 +447,15 @@ def _checkpointing(model: nn.Module, what: str) -> Callable[..., None]:
 
 
 def _mini_batches(
-    rows: list[int], settings: PpoSettings, phase: int, epoch: int
+    rows: list[int], settings: PpoSettings, phase: int, epochs: range
 ) -> Iterator[list[int]]:
     """Rows of each update, in an order that (seed, phase, epoch) alone decides."""
-    seed = (settings.seed * 1_000_003 + phase) * 101 + epoch
-    generator = torch.Generator().manual_seed(seed)
-    order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
-    for begin in range(0, len(rows), settings.batch_size):
-        yield order[begin : begin + settings.batch_size]
+    for epoch in epochs:
+        seed = (settings.seed * 1_000_003 + phase) * 101 + epoch
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for begin in range(0, len(rows), settings.batch_size):
+            yield [rows[i] for i in order[begin : begin + settings.batch_size]]
 
 
 # --- The loop ------------------------------------------------------------------------
@@ -499,7 +508,7 @@ def ppo(
             away; names the phase and the last good checkpoint.
     """
     recorder = recorder or NullRecorder()
-    learner = Learner(start, problems, settings, shots=shots)
+    learner = Learner(start, problems, settings, reward=reward, shots=shots)
     first = saved = learner.restore(recorder)
     with progress_bar(settings.phases, "PPO", unit="phase", done=first) as progress:
         for phase in range(first, settings.phases):
@@ -509,7 +518,11 @@ def ppo(
             with recorder.clock("scoring"):
                 experience = learner.score(rollouts)
             experience = learner.credit(learner.pay(experience, token_rewards))
-            metrics = _phase_metrics(experience, learner)
+            metrics = phase_metrics(
+                experience,
+                kl_coef=learner.kl_coef if learner.reference else None,
+                valued=learner.value_function is not None,
+            )
             right = sparse_rewards(rollouts, problems)
             metrics["accuracy"] = sum(right) / len(right)
             _check(metrics, phase, settings, saved, recorder)
@@ -531,39 +544,6 @@ def ppo(
 
 
 # --- Diagnostics ---------------------------------------------------------------------
-
-
-def _phase_metrics(experience: Experience, learner: Learner) -> dict[str, float]:
-    """What is known of a phase before it is learned from."""
-    rollouts, mask = experience.rollouts, experience.response_mask
-    tokens, count = int(mask.sum()), len(rollouts)
-    net = experience.rewards - experience.penalties
-    sampled = torch.zeros_like(experience.logprobs)
-    for row, rollout in enumerate(rollouts):
-        sampled[row, : len(rollout.tokens)] = torch.tensor(rollout.logprobs)
-    error = torch.where(mask, (experience.logprobs - sampled).expm1().abs(), 0.0)
-    metrics = {
-        "reward": sum(experience.totals) / count,
-        "penalised_reward": float(net.sum()) / count,
-        "response_length": sum(len(r.tokens) for r in rollouts) / count,
-        "response_tokens": tokens,
-        "truncated": sum(not r.finished for r in rollouts) / count,
-        "ratio_error": float(error.max()),
-    }
-    if learner.reference is not None:
-        k1, k3 = (
-            kl_estimate(experience.logprobs, experience.ref_logprobs, kind) * mask
-            for kind in ("k1", "k3")
-        )
-        metrics["kl"] = float(k1.sum()) / count
-        metrics["kl_token"] = float(k3.sum()) / tokens
-        metrics["kl_coef"] = learner.kl_coef
-    if learner.value_function is not None:
-        metrics["explained_variance"] = explained_variance(
-            experience.values[mask], experience.returns[mask]
-        )
-        metrics["value"] = float(experience.values[mask].mean())
-    return metrics
 
 
 def _means(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -34,6 +34,22 @@ class GaeSettings(Settings):
     value_warmup: int = ours(
         0, "First phases in which V learns and the policy does not.", neutral=0, ge=0
     )
+    value_epochs: int = ours(
+        0,
+        "Passes after the policy's in which V alone learns, as in Spinning Up: V needs "
+        "more updates than the policy may make.",
+        neutral=0,
+        ge=0,
+    )
+    value_lam: float | None = ours(
+        None,
+        "Lambda of what V is to become; None: lam. At 1 V learns from what was paid, "
+        "not from itself, while lam below 1 keeps the advantages calm (VC-PPO, Yuan et "
+        "al. 2025).",
+        neutral=None,
+        ge=0,
+        le=1,
+    )
     bootstrap: bool = ours(
         False,
         "What a cut response gets at its end: V of where it was cut, in place of all "
@@ -50,11 +66,14 @@ class BaselineSettings(Settings):
 
     - reinforce: R minus the mean of the batch;
     - rloo: R minus the mean of the question's other responses (Ahmadian et al. 2024);
+      with ``k`` above 1 the objective is the best of k responses (pass@k) in place of
+      the mean one (Walder and Karkhanis 2025), see ``credit.best_of_k_advantages``;
     - grpo: what the task paid minus the question's mean, divided by its deviation
       (Shao et al. 2024); then the KL penalty, less its mean, is taken off undivided.
     """
 
     kind: Literal["reinforce", "rloo", "grpo"] = ours(..., "The baseline.")
+    k: int = ours(1, "Of rloo: the best of how many responses counts.", neutral=1, ge=1)
 
 
 class KlSettings(Settings):
@@ -157,6 +176,14 @@ class PpoSettings(Settings):
             raise ValueError(
                 f"{self.credit.kind} compares responses: set n to 2 or more"
             )
+        if isinstance(self.credit, BaselineSettings) and self.credit.k > 1:
+            if self.credit.kind != "rloo":
+                raise ValueError(f"{self.credit.kind} has no best of k: leave k at 1")
+            if self.n <= self.credit.k:
+                raise ValueError(
+                    f"the best of k={self.credit.k} responses is compared with that of "
+                    f"k others: set n (now {self.n}) above k"
+                )
         if self.kl.target is not None and self.rollouts >= 5 * self.kl.horizon:
             raise ValueError(
                 f"kl.horizon={self.kl.horizon}: one phase of {self.rollouts} rollouts "

@@ -219,6 +219,27 @@ def score(
     )
 
 
+def score_values(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    value_function: ValueFunction,
+) -> tuple[Tensor, Tensor]:
+    """V before each response token, and the mask: (B, T), (B, T), as ``score`` has it.
+
+    Differentiable in the value function's own weights, and in no other's: the trunk is
+    read without a gradient, whether detached or not, and a network does without it.
+    """
+    batch = pad_batch(prompts, responses, pad_id=policy.pad_id, device=policy.device)
+    source, seen = value_function.source(policy.model), {}
+    if source is not None:
+        positions = positions_of(batch.input_ids)
+        with torch.no_grad(), first_call(source) as seen:
+            _run(trunk_of(policy.model), positions, input_ids=batch.input_ids)
+    values, _ = _values_at(batch, value_function(batch.input_ids, seen))
+    return values, batch.response_mask
+
+
 def _values_at(batch: PaddedBatch, everywhere: Tensor) -> tuple[Tensor, Tensor]:
     """From V of all places (B, L): before each response token (B, T), at the end (B,).
 

@@ -2,6 +2,7 @@
 
 from rlreason.rewards.base import RewardFunction
 from rlreason.rewards.dense import dense_reward
+from rlreason.rewards.novelty import NoveltyReward
 from rlreason.rewards.own import load_reward
 from rlreason.rewards.shaping import shaped_reward
 from rlreason.rewards.sparse import (
@@ -11,6 +12,7 @@ from rlreason.rewards.sparse import (
 )
 
 __all__ = [
+    "NoveltyReward",
     "RewardFunction",
     "dense_reward",
     "load_reward",

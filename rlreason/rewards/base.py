@@ -8,7 +8,7 @@ dense and learned rewards differ in where they stand and not in how they are use
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rlreason.policy.rollout import Rollout
 from rlreason.tasks.problem import Problem
@@ -26,6 +26,20 @@ class RewardFunction(Protocol):
         is matched by ``problem_id``. A rollout of a problem that is not there is an
         error.
         """
+
+
+@runtime_checkable
+class RememberingReward(RewardFunction, Protocol):
+    """A reward that depends on what it was shown before.
+
+    What it remembers decides what follows, so a run keeps it in its checkpoints.
+    """
+
+    def state(self) -> dict[str, Any]:
+        """All that it remembers, as JSON holds it."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Remember that, and nothing else."""
 
 
 def problems_of(

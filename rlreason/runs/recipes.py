@@ -63,22 +63,27 @@ class TaskSettings(Settings):
         return self.load("validation", shots) if shots else []
 
 
+SIZED = ("dense", "shaped", "novel")  # rewards that have a size
+
+
 class RewardSettings(Settings):
     """What PPO is rewarded for.
 
     - sparse: 1 for a right final answer;
     - dense: the same, and a share of ``size`` for each matched step of the reference;
     - shaped: the same, and the change of a potential worth ``size`` when complete;
+    - novel: the same, and up to ``size`` where the way to it is new;
     - sparse-orm, dense-orm: the reward model's score, at the end or at each step;
     - own: what a function of yours says. ``kind`` is then its place, FILE.py:NAME.
     """
 
-    kind: Literal["sparse", "dense", "shaped", "sparse-orm", "dense-orm", "own"] = (
-        setting("sparse", "Which of these, or FILE.py:NAME.", source="paper")
-    )
+    kind: Literal[
+        "sparse", "dense", "shaped", "novel", "sparse-orm", "dense-orm", "own"
+    ] = setting("sparse", "Which of these, or FILE.py:NAME.", source="paper")
     size: float | None = setting(
         None,
-        "Most that steps can earn; 0.5 for dense and shaped unless given.",
+        "Most that steps, or a new way, can earn; 0.5 for dense, shaped and novel "
+        "unless given.",
         source="ours",
         neutral=None,
         gt=0,
@@ -99,13 +104,13 @@ class RewardSettings(Settings):
         kind = values.get("kind", "sparse")
         if isinstance(kind, str) and ".py:" in kind:
             values = {**values, "kind": "own", "function": kind}
-        if kind in ("dense", "shaped") and values.get("size") is None:
+        if kind in SIZED and values.get("size") is None:
             values = {**values, "size": 0.5}
         return values
 
     @model_validator(mode="after")
     def _fits(self) -> RewardSettings:
-        if self.size is not None and self.kind not in ("dense", "shaped"):
+        if self.size is not None and self.kind not in SIZED:
             raise ValueError(
                 f"size means nothing to a {self.kind} reward: leave it out"
             )

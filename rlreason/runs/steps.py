@@ -27,6 +27,7 @@ from rlreason.policy.load import Policy, load_policy
 from rlreason.policy.vocabulary import add_tokens
 from rlreason.rewards.base import RewardFunction
 from rlreason.rewards.dense import dense_reward
+from rlreason.rewards.novelty import NoveltyReward
 from rlreason.rewards.orm import (
     OutcomeRewardModel,
     dense_orm_reward,
@@ -441,6 +442,8 @@ def reward_function(
         return shaped_reward(
             policy, gamma=gamma, scale=reward.size, bootstrap=bootstrap
         )
+    if reward.kind == "novel":
+        return NoveltyReward(bonus=reward.size)
     if reward.kind == "own":
         return load_reward(reward.function)
     from_model = {"sparse-orm": sparse_orm_reward, "dense-orm": dense_orm_reward}
