@@ -47,6 +47,7 @@ from rlreason.evaluation.diversity import (
     repeated_at_k,
     shared_at_k,
 )
+from rlreason.evaluation.evaluate import Sampler
 from rlreason.evaluation.intervals import (
     Interval,
     accuracy_interval,
@@ -86,6 +87,7 @@ def measure_solutions(
     *,
     samples: int = SAMPLES,
     problems: int = 50,
+    sampler: Sampler = answer_groups,
 ) -> dict[str, Any]:
     """Count the correct solutions of what a variant trains, for JSON.
 
@@ -95,6 +97,7 @@ def measure_solutions(
     Args:
         samples: Drawn a problem, at the temperature of the evaluation.
         problems: The first so many of the test split.
+        sampler: As in ``evaluate``.
 
     Returns:
         ``seeds`` has one ``Solutions.to_dict`` a seed of training, which
@@ -108,6 +111,7 @@ def measure_solutions(
             asked,
             samples=samples,
             stream=f"{variant.name} {seed}",
+            sampler=sampler,
             temperature=recipe.evaluation.temperature,
             max_new_tokens=recipe.max_new_tokens,
             label=GOOD if variant.step == "rcrl" else None,
@@ -134,6 +138,7 @@ def draw_solutions(
     *,
     samples: int = SAMPLES,
     stream: str,
+    sampler: Sampler = answer_groups,
     **settings: Any,
 ) -> Solutions:
     """Sample a policy and count its correct solutions; no answer is kept.
@@ -141,10 +146,11 @@ def draw_solutions(
     Args:
         stream: Names the random numbers; one of its own for every policy that is to be
             compared with others.
-        settings: What ``answer_groups`` takes beside these.
+        sampler: As in ``evaluate``.
+        settings: What the sampler takes beside these.
     """
     seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big")
-    groups = answer_groups(policy, problems, k=samples, seed=seed, **settings)
+    groups = sampler(policy, problems, k=samples, seed=seed, **settings)
     found = {problems[i].id: count_solutions(problems[i], g) for i, g in groups}
     return Solutions(samples, {problem.id: found[problem.id] for problem in problems})
 
