@@ -60,6 +60,7 @@ from rlreason.experiments.catalogue import Variant
 from rlreason.experiments.measures import Context
 from rlreason.policy.labels import answer_groups
 from rlreason.policy.load import Policy
+from rlreason.runs.recipes import Recipe
 from rlreason.tasks.problem import Problem
 
 Array = NDArray[np.float64]
@@ -67,6 +68,7 @@ Seeds = Sequence[Solutions]
 """The solutions of one policy, one a seed of training."""
 
 SAMPLES = 1536  # 16 times the paper's 96
+SFT = Variant("sft", "sft")
 
 
 def powers_to(samples: int) -> list[int]:
@@ -81,6 +83,22 @@ def powers_to(samples: int) -> list[int]:
 # --- Sampling -------------------------------------------------------------------------
 
 
+def rounds_of(recipe: Recipe) -> list[Variant]:
+    """SFT and each round of expert iteration, for what grows by round.
+
+    A run of r rounds is the r-th round of a longer one: both restart from the base and
+    draw with the same seeds. By size it is the same of another recipe.
+    """
+    rounds = range(1, recipe.expert_iteration.rounds + 1)
+    return [
+        SFT,
+        *(
+            Variant(f"round-{r}", "expert-iteration", {"expert_iteration.rounds": r})
+            for r in rounds
+        ),
+    ]
+
+
 def measure_solutions(
     context: Context,
     variant: Variant,
@@ -91,8 +109,7 @@ def measure_solutions(
 ) -> dict[str, Any]:
     """Count the correct solutions of what a variant trains, for JSON.
 
-    ``Variant("sft", "sft")`` is what training starts from. Give it twice the samples:
-    ``own_coverage`` divides them into two.
+    Give ``SFT`` twice the samples: ``own_coverage`` divides them into two.
 
     Args:
         samples: Drawn a problem, at the temperature of the evaluation.
