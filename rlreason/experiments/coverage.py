@@ -23,7 +23,9 @@ numbers to all policies, so that one seed draws from similar policies the same a
 and one policy would cover another completely by being alike: each policy has a stream
 of its own here.
 
-Left out: problems that training asked; and how long a solution is.
+Left out: whether a correct answer was reached by correct steps. Among 1,536 samples
+some hit the number by luck, and each by other operations: pass@k at large k, and the
+count of distinct solutions, have them in. With m = 1 they hardly weigh in ``coverage``.
 """
 
 from __future__ import annotations
