@@ -396,10 +396,19 @@ class RecordCommand(click.Command):
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Take over the rows of such a folder, and stop.",
 )
+@click.option(
+    "--measure",
+    "measures",
+    multiple=True,
+    metavar="MEASURE",
+    help="Take this one alone, e.g. greedy, the cheapest. Repeatable.",
+)
 @click.option("--size", help="Of one base alone.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of one seed alone.")
 @click.option("--here", is_flag=True, help="Train and measure in this process.")
-def record(names, profile, seeds, only_list, jobs, out, source, size, seed, here):
+def record(
+    names, profile, seeds, only_list, jobs, out, source, measures, size, seed, here
+):
     """Train all seeds, measure them on the test split, and record it.
 
     NAME is an experiment, or a table of them: see below. All by default. Of each run
@@ -415,7 +424,7 @@ def record(names, profile, seeds, only_list, jobs, out, source, size, seed, here
     """
     from rlreason.execution import recording
 
-    recorder = recording.recorder(profile, seeds=seeds, out=out)
+    recorder = recording.recorder(profile, seeds=seeds, out=out, measures=measures)
     if source is not None:
         click.echo(recorder.take_over(source))
         return

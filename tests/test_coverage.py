@@ -25,21 +25,18 @@ from rlreason.evaluation.diversity import (
     repeated_at_k,
     shared_at_k,
 )
-from rlreason.experiments.catalogue import EXPERT_ITERATION, RCRL
 from rlreason.experiments.coverage import (
-    SFT,
     coverage,
     crossing,
     distinct_curve,
     draw_solutions,
-    measure_solutions,
     novelty,
     own_coverage,
     pass_curve,
     pass_differences,
     powers_to,
     read_solutions,
-    rounds_of,
+    solutions,
 )
 from rlreason.experiments.measures import Context
 from rlreason.policy.rollout import Rollout
@@ -301,29 +298,20 @@ def test_measured_solutions_go_through_json_and_are_asked_for_with_the_label(tmp
                 ],
             )
 
-    context = Context(
-        recipe, lambda plans: [SimpleNamespace(policy=None) for _ in plans]
-    )
-    for variant in (SFT, RCRL):
-        measured = measure_solutions(
-            context, variant, samples=3, problems=4, sampler=sampler
-        )
-        each = read_solutions(json.loads(json.dumps(measured)))
+    context = Context(recipe)
+    for arm in ("sft", "rcrl"):
+        rows = {}
+        for seed in range(recipe.seeds):
+            subject = context.subject(arm, recipe.policy, seed)
+            values = solutions(context, subject, None, sampler=sampler)
+            rows[seed] = SimpleNamespace(values=json.loads(json.dumps(values)))
+        each = read_solutions(rows)
         assert len(each) == recipe.seeds
-        assert [sorted(c.values()) for c in each[0].counts.values()] == [[1, 2]] * 4
+        assert [sorted(c.values()) for c in each[0].counts.values()] == [[1, 2]] * 6
         assert distinct_curve(each, [3])[3].n == recipe.seeds
     assert [label for label, *_ in asked] == [None, None, GOOD, GOOD]
     assert len({seed for _, seed, _ in asked}) == 4  # each has a stream of its own
     assert {t for *_, t in asked} == {recipe.evaluation.temperature}
-
-
-def test_the_last_round_is_the_run_of_expert_iteration_itself(tmp_path):
-    context = Context(toy_recipe(tmp_path), list)
-    start, *rounds = rounds_of(context.recipe)
-    assert start is SFT
-    assert len(rounds) == context.recipe.expert_iteration.rounds
-    assert context.plans(rounds[-1]) == context.plans(EXPERT_ITERATION)
-    assert context.plans(rounds[0]) != context.plans(EXPERT_ITERATION)
 
 
 def test_distinct_solutions_of_a_seed_are_those_of_the_report():

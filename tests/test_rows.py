@@ -237,7 +237,9 @@ def test_a_job_a_run_and_one_a_measured_subject_each_after_what_it_needs(
 
     monkeypatch.setattr(recording, "LocalExecutor", Executor)
     profile = toy_profile(tmp_path, seeds=2)
-    recorder = recording.recorder(str(profile), seeds=None, out=path.parent)
+    recorder = recording.recorder(
+        str(profile), out=path.parent, measures=["greedy", "samples"]
+    )
     recorder.carry_out(recorder.work(["ppo"]), cores=2, report=said.append)
     names = [job.name for job in jobs]
     place = {name: i for i, name in enumerate(names)}
@@ -252,6 +254,9 @@ def test_a_job_a_run_and_one_a_measured_subject_each_after_what_it_needs(
     told = " ".join(measuring.command)
     assert "record ppo --size base --seed 1 --here" in told
     assert f"--profile {profile} --out {path.parent}" in told
+    assert told.endswith("--measure greedy --measure samples")
+    with pytest.raises(RecordError, match="no measure 'greed'; there are greedy, "):
+        recording.recorder(str(profile), measures=["greed"])
     assert len(measuring.needs) == 4
     assert said[0].endswith(": done, 60 s; about 6 min left")  # 11 left on 2 cores
     assert said[-1].startswith("12/12 ")

@@ -20,6 +20,7 @@ from rlreason.execution.jobs import Job, Outcome
 from rlreason.execution.local import LocalExecutor
 from rlreason.execution.seeds import QUIET, missing, raise_faults, training_job
 from rlreason.experiments.measures import (
+    MEASURES,
     Context,
     Subject,
     identity,
@@ -77,6 +78,7 @@ class Recorder:
         profile: Name, or path of a YAML file.
         path: The file of rows that is written.
         known: A further file, whose rows are not made again.
+        measures: Those to take; all of each arm where none is named.
         options: By which a process of its own is told the same.
     """
 
@@ -84,6 +86,7 @@ class Recorder:
     context: Context
     path: Path
     known: Path
+    measures: tuple[str, ...]
     options: tuple[str, ...]
 
     def work(
@@ -108,12 +111,17 @@ class Recorder:
         }
         found, recorded, plans = [], Counter(), []
         for subject in subjects:
-            lacking = [
+            asked = [
                 name
                 for name in subject.arm.measures
+                if name in self.measures or not self.measures
+            ]
+            lacking = [
+                name
+                for name in asked
                 if identity(self.context, subject, name) not in there
             ]
-            recorded[subject.arm.name] += len(subject.arm.measures) - len(lacking)
+            recorded[subject.arm.name] += len(asked) - len(lacking)
             if lacking:
                 found.append((subject, lacking))
                 plans += plans_needed(self.context, subject, lacking)
@@ -204,20 +212,33 @@ class Recorder:
         return f"{len(good)} rows are in {self.path}"
 
 
-def recorder(profile: str, *, seeds: int | None, out: Path | None) -> Recorder:
+def recorder(
+    profile: str,
+    *,
+    seeds: int | None = None,
+    out: Path | None = None,
+    measures: Sequence[str] = (),
+) -> Recorder:
     """A recorder of a profile.
 
     Args:
         seeds: In place of the profile's.
         out: Folder in place of the profile's own.
+        measures: Those to take; all where none is named.
+
+    Raises:
+        RecordError: There is no such measure.
     """
+    if unknown := [name for name in measures if name not in MEASURES]:
+        raise RecordError(f"no measure {unknown[0]!r}; there are {', '.join(MEASURES)}")
     changes = {"seeds": seeds} if seeds else {}
     own = rows_path(profile)
     path = (out / FILE).absolute() if out else own
     options = ["--profile", profile, "--out", str(path.parent)]
     options += ["--seeds", str(seeds)] if seeds else []
+    options += [word for name in measures for word in ("--measure", name)]
     context = Context(load_recipe(profile, changes))
-    return Recorder(profile, context, path, own, tuple(options))
+    return Recorder(profile, context, path, own, tuple(measures), tuple(options))
 
 
 @dataclass

@@ -26,6 +26,7 @@ Changes = Mapping[str, Any] | Callable[["Recipe"], Mapping[str, Any]]
 BASE = "base"  # the step of arms that train nothing: the prompted base
 GREEDY = ("greedy", "curve")
 ALL = ("greedy", "samples", "curve")
+MANY = (*ALL, "solutions")
 
 
 class CatalogueError(ValueError):
@@ -302,18 +303,22 @@ def from_minimal(ratio: float) -> Arm:
 
 # --- The entries ----------------------------------------------------------------------
 
-SFT = Arm("sft", "supervised fine-tuning", "sft", start="", measures=ALL)
+SFT = Arm("sft", "supervised fine-tuning", "sft", start="", measures=MANY)
 EI = Arm(
-    "expert-iteration", "keep what is right, learn it", "expert-iteration", measures=ALL
+    "expert-iteration",
+    "keep what is right, learn it",
+    "expert-iteration",
+    measures=MANY,
 )
 EI_ORM = replace(
     EI,
     name="expert-iteration-orm",
     text="keep of it what the reward model believes",
     changes={"expert_iteration.orm_threshold": 0.5},
+    measures=ALL,
     against="expert-iteration",
 )
-PPO = Arm("ppo", "advantages from a value function", "ppo", measures=ALL)
+PPO = Arm("ppo", "advantages from a value function", "ppo", measures=MANY)
 SPARSE_ORM = reward("sparse-orm", "the reward model's score at the end", ALL)
 DENSE_ORM = reward("dense-orm", "the reward model's score at each step", ALL)
 PROMPTED = Arm("base", "the prompted base", BASE, {"start": "base"}, start="")

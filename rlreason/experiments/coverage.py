@@ -2,7 +2,7 @@
 
 Havrilla et al. (2024) conclude that RL explores little beyond what the supervised
 policy already produces. Four questions put that to the test, on the samples that
-``measure_solutions`` counts:
+``solutions`` counts:
 
 ======================  ==============================================================
 ``coverage``            what share of one policy's correct solutions k samples of
@@ -32,14 +32,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlreason.algorithms.rcrl import GOOD
 from rlreason.evaluation.diversity import (
     Counts,
     Solutions,
@@ -58,19 +57,20 @@ from rlreason.evaluation.intervals import (
     wilson_interval,
 )
 from rlreason.evaluation.metrics import pass_at_k
-from rlreason.experiments.catalogue import Variant
-from rlreason.experiments.measures import Context
 from rlreason.policy.labels import answer_groups
 from rlreason.policy.load import Policy
-from rlreason.runs.recipes import Recipe
 from rlreason.tasks.problem import Problem
+
+if TYPE_CHECKING:  # they know of this module
+    from rlreason.experiments.measures import Context, Subject
+    from rlreason.experiments.rows import Row
 
 Array = NDArray[np.float64]
 Seeds = Sequence[Solutions]
 """The solutions of one policy, one a seed of training."""
 
 SAMPLES = 1536  # 16 times the paper's 96
-SFT = Variant("sft", "sft")
+SCALE, PROBLEMS = 16, 50  # times the K of the evaluation; and of how many problems
 
 
 def powers_to(samples: int) -> list[int]:
@@ -85,70 +85,44 @@ def powers_to(samples: int) -> list[int]:
 # --- Sampling -------------------------------------------------------------------------
 
 
-def rounds_of(recipe: Recipe) -> list[Variant]:
-    """SFT and each round of expert iteration, for what grows by round.
-
-    A run of r rounds is the r-th round of a longer one: both restart from the base and
-    draw with the same seeds. By size it is the same of another recipe.
-    """
-    rounds = range(1, recipe.expert_iteration.rounds + 1)
-    return [
-        SFT,
-        *(
-            Variant(f"round-{r}", "expert-iteration", {"expert_iteration.rounds": r})
-            for r in rounds
-        ),
-    ]
-
-
-def measure_solutions(
+def solutions(
     context: Context,
-    variant: Variant,
+    subject: Subject,
+    policy: Policy,
     *,
-    samples: int = SAMPLES,
-    problems: int = 50,
     sampler: Sampler = answer_groups,
 ) -> dict[str, Any]:
-    """Count the correct solutions of what a variant trains, for JSON.
+    """Count the correct solutions of a subject's policy: a measure of the catalogue.
 
-    Give ``SFT`` twice the samples: ``own_coverage`` divides them into two.
+    Drawn at the temperature of the evaluation. SFT gets twice the samples, which
+    ``own_coverage`` divides into two.
 
     Args:
-        samples: Drawn a problem, at the temperature of the evaluation.
-        problems: The first so many of the test split.
         sampler: As in ``evaluate``.
 
     Returns:
-        ``seeds`` has one ``Solutions.to_dict`` a seed of training, which
-        ``read_solutions`` reads; beside it stands how they were drawn.
+        ``Solutions.to_dict``, which ``read_solutions`` reads.
     """
-    recipe, (policies, prompted) = context.recipe, context.trained(variant)
-    asked = recipe.task.load("test", problems)
-    found = [
-        draw_solutions(
-            policy,
-            asked,
-            samples=samples,
-            stream=f"{variant.name} {seed}",
-            sampler=sampler,
-            temperature=recipe.evaluation.temperature,
-            max_new_tokens=recipe.max_new_tokens,
-            label=GOOD if variant.step == "rcrl" else None,
-            shots=recipe.shot_problems() if prompted else (),
-        )
-        for seed, policy in zip(context.seeds, policies, strict=True)
-    ]
-    return {
-        "policy": variant.name,
-        "temperature": recipe.evaluation.temperature,
-        "max_new_tokens": recipe.max_new_tokens,
-        "seeds": [solutions.to_dict() for solutions in found],
-    }
+    recipe = context.sampled_recipe(subject)
+    chosen = recipe.evaluation
+    limit = min(PROBLEMS, chosen.sampled_problems or PROBLEMS)
+    found = draw_solutions(
+        policy,
+        recipe.task.load("test", limit),
+        samples=SCALE * chosen.k * (2 if subject.arm.step == "sft" else 1),
+        stream=f"{subject.arm.name} {subject.seed}",
+        sampler=sampler,
+        temperature=chosen.temperature,
+        max_new_tokens=recipe.max_new_tokens,
+        label=subject.label,
+        shots=recipe.shot_problems() if subject.prompted else (),
+    )
+    return found.to_dict()
 
 
-def read_solutions(measured: dict[str, Any]) -> list[Solutions]:
-    """What ``measure_solutions`` returned, one a seed."""
-    return [Solutions(**values) for values in measured["seeds"]]
+def read_solutions(rows: Mapping[int, Row]) -> list[Solutions]:
+    """What ``solutions`` measured, one a seed; see ``Records.of``."""
+    return [Solutions(**rows[seed].values) for seed in sorted(rows)]
 
 
 def draw_solutions(

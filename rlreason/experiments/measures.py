@@ -6,6 +6,7 @@ greedy         which test problems the greedy answer solves; of return-condition
 samples        of K samples of each test problem: how many are right, the vote, the
                choice of the reward model, distinct right sequences of operations
 curve          what the run wrote of each round or phase
+solutions      which correct solutions many more samples hold (``coverage``)
 labels         greedy answers with [BAD] before every step
 earned         of an answer sampled as PPO samples: the score of the reward model that
                rewarded PPO and whether it is right, before training and after
@@ -40,6 +41,7 @@ import numpy as np
 from rlreason.algorithms.rcrl import BAD, GOOD
 from rlreason.evaluation.evaluate import Report, answer_groups
 from rlreason.experiments.catalogue import BASE, CATALOGUE, Arm, Catalogue
+from rlreason.experiments.coverage import solutions
 from rlreason.experiments.rows import Row, Spent
 from rlreason.policy.load import Policy, load_policy
 from rlreason.policy.rollout import Rollout
@@ -484,6 +486,7 @@ def policy_of_sft(context: Context, subject: Subject) -> list[Plan]:
 MEASURES: dict[str, Measure] = {
     "greedy": Measure(greedy),
     "samples": Measure(samples, judge_needs),
+    "solutions": Measure(solutions),
     "curve": Measure(curve),
     "labels": Measure(labels),
     "earned": Measure(earned, own_reward_model),

@@ -387,14 +387,25 @@ def recorded_panels(
     Empty where nothing is recorded. As ``figures.plot_panels`` takes it.
     """
     figure, records = catalogue.figure(name), load_records(profile)
-    panels: dict[str, dict[str, dict[int, float]]] = {}
-    for arm, called in figure.lines.items():
-        for seed, row in sorted(records.of(arm, "curve").items()):
-            for column in figure.columns:
-                panel = panels.setdefault(f"{called}: {column}", {})
-                phases = (r for r in row.values["rows"] if r["kind"] == "phase")
-                panel[f"seed {seed}"] = {r["phase"]: r[column] for r in phases}
-    return panels
+    panels = {
+        f"{called}: {column}": phases_of(records, arm, column)
+        for arm, called in figure.lines.items()
+        for column in figure.columns
+    }
+    return {title: lines for title, lines in panels.items() if lines}
+
+
+def phases_of(records: Records, arm: str, column: str) -> dict[str, dict[int, float]]:
+    """A column of an arm's phases: line (a seed), phase, value; empty without."""
+    lines = {
+        f"seed {seed}": {
+            each["phase"]: each[column]
+            for each in row.values["rows"]
+            if each["kind"] == "phase" and each.get(column) is not None
+        }
+        for seed, row in sorted(records.of(arm, "curve").items())
+    }
+    return {name: line for name, line in lines.items() if line}
 
 
 # --- Pages of tables ------------------------------------------------------------------
