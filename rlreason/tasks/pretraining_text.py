@@ -70,7 +70,7 @@ def in_prose(problem: Problem) -> str:
 
 
 def as_notes(problem: Problem, rng: random.Random) -> str:
-    """A problem with its steps in no order: what is said of it, not how it is solved."""
+    """A problem with its steps in no order: what is said, not how it is solved."""
     *lines, _ = problem.solution.split("\n")
     rng.shuffle(lines)
     return f"{problem.question} {' '.join(map(_in_words, lines))}"
