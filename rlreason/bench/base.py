@@ -24,6 +24,7 @@ from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt, format_response
 
 SHOTS = (0, 1, 2)
+DRILL = "12*3=36 40-8=32 "  # what is asked stands in a row, as it was read
 
 
 def bench_base(
@@ -68,9 +69,9 @@ def bench_base(
 
 
 def _on_equations(policy: Policy, problems: Sequence[Problem]) -> dict[str, Any]:
-    """The problems' equations without their stories: ``12+5=`` asks for ``17``."""
+    """The problems' equations, without stories and among others: ``12+5=`` is asked."""
     asked = sorted({o for p in problems for o in parse_solution(p.solution).operations})
-    prompts = [Prompt(o, tuple(policy.encode_prompt(f"{o}="))) for o in asked]
+    prompts = [Prompt(o, tuple(policy.encode_prompt(f"{DRILL}{o}="))) for o in asked]
     answers = sample_prompts(policy, prompts, temperature=0, max_new_tokens=6)
     # What follows the number is another equation, after a space
     right = [
