@@ -732,6 +732,54 @@ def test_p27_values_are_zero_at_the_start_and_warm_up_leaves_the_policy(monkeypa
     assert not same_bits(weights(run(settings=later)), weights(toy_policy()))
 
 
+def credited(learner, rollouts):
+    paid = sparse_token_rewards(rollouts, TOY_PROBLEMS)
+    return learner.credit(learner.pay(learner.score(rollouts), paid))
+
+
+@pytest.mark.parametrize("kind", ["head", "branch", "network"])
+def test_epochs_of_v_alone_bring_v_nearer_and_leave_the_policy_to_the_bit(kind, scored):
+    """After updates of the policy, whose moments would otherwise move it on."""
+    value = ValueSettings(kind=kind, layers=1, detach=False)
+    credit = GaeSettings(lam=1.0, value=value, value_clip=None, value_epochs=6)
+    learner = Learner(toy_policy(), TOY_PROBLEMS, quick(credit=credit))
+    rollouts = scored[1].rollouts
+    experience = credited(learner, rollouts)
+    learner.learn(experience, 0)
+    before, mask = weights(learner.policy), experience.response_mask
+
+    def error() -> float:
+        misses = learner.score(rollouts).values - experience.returns
+        return float((misses * mask).square().sum())
+
+    far = error()
+    learner.learn_values(experience, 1)
+    assert same_bits(weights(learner.policy), before)
+    assert error() < far
+    # Wrong: a gradient of zero in place of none, and AdamW goes on by its moments
+    for weight in learner.trained[0]:
+        weight.grad = torch.zeros_like(weight)
+    learner.optimizer.step()
+    assert not same_bits(weights(learner.policy), before)
+
+
+def test_what_v_is_to_become_has_a_lambda_of_its_own(scored):
+    rollouts = scored[1].rollouts
+
+    def by(**lambdas):
+        credit = GaeSettings(value=HEAD, **lambdas)
+        learner = Learner(toy_policy(), TOY_PROBLEMS, quick(credit=credit))
+        with torch.no_grad():
+            learner.value_function.bias.fill_(0.3)  # or every lambda is alike
+        return credited(learner, rollouts)
+
+    both, short, full = by(lam=0.5, value_lam=1.0), by(lam=0.5), by(lam=1.0)
+    assert torch.equal(both.advantages, short.advantages)
+    assert torch.equal(both.returns, full.returns)
+    assert not torch.allclose(short.returns, full.returns, atol=0.01)
+    assert not torch.allclose(short.advantages, full.advantages, atol=0.01)
+
+
 @effect(above=6.0)
 def updates_that_an_early_stop_leaves_out(seed: int) -> float:
     plain, stopped = Memory(), Memory()
@@ -920,7 +968,11 @@ def test_p17_a_cut_response_that_is_paid_twice_learns_never_to_stop():
 
 EVERYTHING = quick(
     credit=GaeSettings(
-        value=ValueSettings(kind="branch", layers=1), value_warmup=1, value_lr_scale=2.0
+        value=ValueSettings(kind="branch", layers=1),
+        value_warmup=1,
+        value_lr_scale=2.0,
+        value_epochs=1,
+        value_lam=1.0,
     ),
     kl=KlSettings(coef=0.1, target=0.5, horizon=50),
     lora=LoraSettings(rank=4, alpha=8.0),
