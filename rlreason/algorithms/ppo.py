@@ -7,7 +7,8 @@ its chapter has, and ``Learner`` a method for each:
 2. *Score*: one pass of the policy with its value function, one of the reference.
 3. *Pay*: the task's reward per token, minus ``kl.coef`` times the KL per token.
 4. *Credit*: generalised advantage estimation, or a baseline over responses.
-5. *Learn*: whiten; several epochs of mini-batches on the clipped losses.
+5. *Learn*: whiten; several epochs of mini-batches on the clipped losses; then, where
+   asked for, epochs in which the value function learns alone.
 
 Every action is a token. All losses are sums over response tokens divided by the number
 of response tokens of the mini-batch, however it is cut. What was sampled is what is
@@ -477,7 +478,8 @@ def ppo(
         start: The policy that samples first, and the reference. Not changed.
         problems: Questions; what ``reward`` needs of them, it takes.
         settings: See the class.
-        reward: What the task pays for each token. The KL penalty comes on top.
+        reward: What the task pays for each token. The KL penalty comes on top. What a
+            ``RememberingReward`` remembers is part of the run.
         shots: Solved examples before every question, for a start without SFT.
         recorder: Where metrics and checkpoints go.
         on_phase: Called with (phase, policy) after each phase; what it returns is
