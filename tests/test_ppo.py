@@ -43,6 +43,7 @@ from rlreason.algorithms.credit import (
     response_advantages,
     whiten,
 )
+from rlreason.algorithms.experience import lessons_of, pack_lessons
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.ppo import DivergedError, Learner, ppo
 from rlreason.algorithms.ppo_settings import (
@@ -763,6 +764,39 @@ def test_epochs_of_v_alone_bring_v_nearer_and_leave_the_policy_to_the_bit(kind, 
     assert not same_bits(weights(learner.policy), before)
 
 
+def test_each_token_of_a_lesson_is_taught_its_own_return(scored):
+    learner, experience, _ = scored
+    lessons, function = lessons_of(experience), learner.value_function
+    assert len(list(learner._parts(lessons))) > 1
+    learner.accumulate_values(lessons)
+    found = function.weight.grad.clone()
+    learner.optimizer.zero_grad()
+
+    def by(returns: Tensor) -> Tensor:
+        for rows, new in learner._scores(experience.rollouts):
+            width = new.response_mask.shape[1]
+            misses = (new.values - returns[rows, :width]) * new.response_mask
+            (0.5 * misses.square().sum() / experience.response_mask.sum()).backward()
+        gradient = function.weight.grad.clone()
+        learner.optimizer.zero_grad()
+        return gradient
+
+    assert torch.allclose(found, by(experience.returns), atol=1e-5)
+    # Wrong: the returns of another response
+    assert not torch.allclose(found, by(experience.returns.roll(1, 0)), atol=1e-3)
+
+
+def test_v_draws_from_the_last_phases_alone():
+    credit = GaeSettings(lam=1.0, value=HEAD, value_epochs=1, value_memory=2)
+    learner = Learner(toy_policy(), TOY_PROBLEMS, quick(credit=credit))
+    asked = []
+    for phase in range(3):
+        asked.append(learner.ask(phase))
+        learner.learn(credited(learner, asked[-1]), phase)
+    known = [(each.prompt_tokens, each.tokens) for each in learner.lessons]
+    assert known == [(r.prompt_tokens, r.tokens) for r in asked[1] + asked[2]]
+
+
 def test_what_v_is_to_become_has_a_lambda_of_its_own(scored):
     rollouts = scored[1].rollouts
 
@@ -967,11 +1001,13 @@ def test_p17_a_cut_response_that_is_paid_twice_learns_never_to_stop():
 # Resuming
 
 EVERYTHING = quick(
+    phases=4,
     credit=GaeSettings(
         value=ValueSettings(kind="branch", layers=1),
         value_warmup=1,
         value_lr_scale=2.0,
         value_epochs=1,
+        value_memory=2,
         value_lam=1.0,
     ),
     kl=KlSettings(coef=0.1, target=0.5, horizon=50),
@@ -996,16 +1032,16 @@ def test_p47_a_run_that_stops_anywhere_and_goes_on_equals_an_undisturbed_one(set
 
 @pytest.fixture(scope="module")
 def killed() -> Memory:
-    """What a run of EVERYTHING left that died in its last phase."""
+    """What a run of EVERYTHING left that died in its last phase but one."""
     recorder = Memory(die_at=2)
     with pytest.raises(InterruptedRunError):
         run(recorder, settings=EVERYTHING)
     return recorder
 
 
-@pytest.mark.parametrize("lost", [None, "value.", "adamw.", "kl_coef"])
+@pytest.mark.parametrize("lost", [None, "value.", "adamw.", "kl_coef", "lessons."])
 def test_p47_what_a_checkpoint_must_hold(lost, killed):
-    """Forgetting value function, optimiser or KL coefficient gives another run."""
+    """Forgetting value function, lessons, optimiser or KL coefficient: another run."""
     tensors, state, rows = killed.saved
     fresh = Learner(toy_policy(), TOY_PROBLEMS, EVERYTHING)
     if lost == "value.":
@@ -1013,6 +1049,8 @@ def test_p47_what_a_checkpoint_must_hold(lost, killed):
         tensors = tensors | own
     elif lost == "adamw.":
         tensors = {k: v for k, v in tensors.items() if not k.startswith("adamw.")}
+    elif lost == "lessons.":
+        tensors = tensors | pack_lessons([])
     elif lost == "kl_coef":
         state = state.replace('"kl_coef": ', '"kl_coef": 0.1, "was": ')
     recorder = Memory()
