@@ -59,7 +59,7 @@ def app() -> None:
     rlreason book                         all notebooks, and the HTML book
     rlreason train expert-iteration       one training run, into a run folder
     rlreason evaluate runs/sft-1f0c9a...  maj@1, maj@k, pass@k of what it trained
-    rlreason record rloo                  several seeds against SFT, into the records
+    rlreason record table-1               train, measure and record a table
     rlreason claims                       the paper's claims, by the records
     rlreason bench sample                 speed beside transformers, here and now
 
@@ -382,40 +382,62 @@ class RecordCommand(click.Command):
 @app.command(cls=RecordCommand)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @profile_option
-@set_option
-@click.option("--list", "only_list", is_flag=True, help="List the names, and stop.")
-def record(names: tuple[str, ...], profile: str, changes, only_list: bool) -> None:
-    """Train all seeds, compare on the test split, and record it.
+@click.option("--seeds", type=click.IntRange(min=1), help="[default: the profile's]")
+@click.option("--list", "only_list", is_flag=True, help="Say what is done, and stop.")
+@click.option("--jobs", type=click.IntRange(min=1), help="[default: one a core]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the rows. [default: book/results/PROFILE]",
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Take over the rows of such a folder, and stop.",
+)
+@click.option(
+    "--measure",
+    "measures",
+    multiple=True,
+    metavar="MEASURE",
+    help="Take this one alone, e.g. greedy, the cheapest. Repeatable.",
+)
+@click.option("--size", help="Of one base alone.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of one seed alone.")
+@click.option("--here", is_flag=True, help="Train and measure in this process.")
+def record(
+    names, profile, seeds, only_list, jobs, out, source, measures, size, seed, here
+):
+    """Train all seeds, measure them on the test split, and record it.
 
-    NAME is a comparison, or a table of them: see below. All by default. Rows are
-    written to comparisons.csv in book/results/PROFILE, the phases of PPO to
-    training.csv beside it, each comparison when it is measured. With changed settings
-    they are only shown.
+    NAME is an experiment, or a table of them: see below. All by default. Of each run
+    and measurement a row is written to rows.jsonl in book/results/PROFILE as it comes;
+    what is recorded of the present recipe is not done again. Runs are trained and
+    measured by one single-threaded process a core.
+
+    On another machine, and back:
+
+    \b
+    rlreason record table-1 --out rows
+    rlreason record --from rows
     """
-    from rlreason.experiments.catalogue import CATALOGUE
+    from rlreason.execution import recording
 
-    chosen = CATALOGUE.find(names)
-    if only_list:
-        click.echo("\n".join(CATALOGUE.lines()))
+    recorder = recording.recorder(profile, seeds=seeds, out=out, measures=measures)
+    if source is not None:
+        click.echo(recorder.take_over(source))
         return
-    from rlreason.execution.seeds import carry_out
-    from rlreason.experiments import measures, records
-
-    context = measures.Context(_recipe(profile, changes), carry_out)
-    for comparison in chosen:
-        rows = measures.measure(context, comparison)
-        for row in rows:
-            click.echo(str(row))
-        if not changes:
-            phases = measures.measure_training(context, comparison)
-            records.write_records(
-                records.Record, rows, records.comparisons_path(profile)
-            )
-            records.write_records(
-                records.TrainingRecord, phases, records.training_path(profile)
-            )
-    if not changes:
-        click.echo(f"written to {records.comparisons_path(profile)}")
+    work = recorder.work(names, size=size, seed=seed)
+    for line in work.lines():
+        click.echo(line)
+    if only_list:
+        return
+    if here:
+        recorder.carry_out_here(work, click.echo)
+    else:
+        recorder.carry_out(work, cores=jobs, report=click.echo)
+    click.echo(f"{recorder.path} is up to date")
 
 
 @app.command()
@@ -429,11 +451,9 @@ def claims(profile: str) -> None:
     contradicted where one lies elsewhere with its whole interval.
     """
     from rlreason.experiments.claims import judge_claims
-    from rlreason.experiments.records import recorded
-    from rlreason.runs.profiles import profile_path
+    from rlreason.experiments.records import load_records
 
-    profile_path(profile)  # there is one, or it is told which there are
-    for judged in judge_claims(recorded(profile)):
+    for judged in judge_claims(load_records(profile)):
         click.echo(f"{judged}\n")
 
 

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import time
+from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from rlreason.publishing.book import (
     build_book,
     mathjax_files,
     prepare_notebook,
+    show_first_figure,
 )
 from rlreason.publishing.notebooks import (
     Record,
@@ -182,6 +184,31 @@ def test_several_pictures_of_a_cell_share_their_texts_and_one_by_hand_stays():
 
 
 # A book of two pages: numbers across pages, faults of pages, two books at once
+
+
+def test_the_first_page_shows_a_chapters_first_figure_with_its_words(tmp_path):
+    shutil.copy(REPOSITORY / "book" / "intro.md", tmp_path)
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    pictures = [
+        {
+            "data": {"image/png": data},
+            "metadata": {"image/png": {"alt": f"Curve {data}"}},
+        }
+        for data in ("AAAA", "BBBB")
+    ]
+    said = {"data": {"text/markdown": "**Figure 15.1.** It rises."}}
+    outputs = [{"text": "no picture"}, pictures[0], said, pictures[1]]
+    cells = [{"source": "prose"}, {"outputs": outputs}]
+    chapter = tmp_path / "notebooks" / "15_methods_side_by_side.ipynb"
+    chapter.write_text(json.dumps({"cells": cells}))
+    show_first_figure(tmp_path)
+    text = (tmp_path / "intro.md").read_text()
+    (file,) = re.findall(r"!\[Curve AAAA\]\((\S+)\)\n\n\*\*Figure 15\.1\.\*\*", text)
+    assert (tmp_path / file).read_bytes() == b64decode("AAAA")
+    assert "shows here" not in text
+    show_first_figure(tmp_path)  # a page that does not ask stays as it is
+    assert (tmp_path / "intro.md").read_text() == text
 
 
 @pytest.fixture(scope="module")

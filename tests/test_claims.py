@@ -7,28 +7,28 @@ from math import inf
 
 import numpy as np
 import pytest
-from test_records import ROW
+from test_records import SAMPLES, greedy, rows_of
 
 from rlreason import cli
-from rlreason.evaluation.intervals import Interval
+from rlreason.evaluation.intervals import Interval, hierarchical_interval, seed_interval
 from rlreason.experiments.catalogue import CATALOGUE
 from rlreason.experiments.claims import (
     ABOVE_0,
     BELOW_0,
     CLAIMS,
+    NO_HIGHER,
     Effect,
-    above,
-    change,
+    arms,
+    by_size,
+    converged,
+    differ,
     every,
+    gap_to_sft,
     judge_claims,
+    sooner,
 )
-from rlreason.experiments.records import recorded
-
-
-def row(comparison, low, high, **fields):
-    mean = (low + high) / 2
-    values = {"after": 0.5 + mean, "difference": mean, "low": low, "high": high}
-    return replace(ROW, comparison=comparison, **values | fields)
+from rlreason.experiments.measures import MEASURES
+from rlreason.experiments.records import Cell, Records
 
 
 @pytest.mark.parametrize(
@@ -51,67 +51,141 @@ def test_a_verdict_is_of_the_whole_interval(low, high, expected, verdict):
     assert effect.verdict == verdict
 
 
-def test_a_claim_stands_where_all_its_effects_do_and_falls_with_one():
-    claim = replace(CLAIMS[0], rule=change("ppo", "rloo"))
-    good, open_, bad = (0.01, 0.03), (-0.01, 0.03), (-0.03, -0.01)
+GRADED = np.tile([0, 1] * 20, (3, 1))  # (seeds, problems)
+BETTER, WORSE = GRADED.copy(), GRADED.copy()
+BETTER[:, :8], WORSE[:, :8] = 1, 0
+UNSURE = GRADED.copy()
+UNSURE[0, :8], UNSURE[1, :4] = 1, 0
 
-    def verdict(*intervals):
-        names = ("ppo", "rloo")[: len(intervals)]
-        rows = [row(name, *ends) for name, ends in zip(names, intervals, strict=True)]
-        (judged,) = judge_claims(rows, [claim])
+
+def test_a_claim_stands_where_all_its_effects_do_and_falls_with_one():
+    claim = replace(CLAIMS[0], rule=every(arms("ppo", "sft"), arms("rloo", "sft")))
+
+    def verdict(**tables):
+        rows = [row for name, table in tables.items() for row in greedy(name, table)]
+        (judged,) = judge_claims(
+            Records([*rows, *greedy("sft", GRADED)], "nano"), [claim]
+        )
         return judged.verdict
 
-    assert verdict(good, good) == "supported"
-    assert verdict(good, open_) == "inconclusive"
-    assert verdict(open_, bad) == verdict(good, bad) == "contradicted"
-    assert verdict() == "inconclusive"
-    (judged,) = judge_claims([], [claim])
+    assert verdict(ppo=BETTER, rloo=BETTER) == verdict(ppo=BETTER) == "supported"
+    assert verdict(ppo=BETTER, rloo=UNSURE) == "inconclusive"
+    assert verdict(ppo=UNSURE, rloo=WORSE) == "contradicted"
+    assert verdict(ppo=BETTER, rloo=WORSE) == "contradicted"
+    (judged,) = judge_claims(Records([], "nano"), [claim])
+    assert judged.verdict == "inconclusive"
     assert "not recorded" in str(judged)
 
 
-def test_a_rule_takes_the_rows_that_it_names():
-    rows = [
-        row("orm", 0.01, 0.03, metric="rerank@96", against="maj@96"),
-        row("orm", -0.03, -0.01, metric="rerank@96", against="the likelihood"),
-        row("ppo", 0.01, 0.03),
-    ]
-    (effect,) = change("orm", metric="rerank@", against="maj@")(rows)
-    assert effect.name == "orm, rerank@96 against maj@96"
-    both = every(change("ppo"), change("orm", metric="rerank@", expected=BELOW_0))
-    assert [effect.expected for effect in both(rows)] == [ABOVE_0, BELOW_0, BELOW_0]
-
-
-def test_one_gain_above_another_is_no_surer_than_both():
-    a, b = row("expert-iteration", 0.10, 0.14), row("ppo", 0.03, 0.09)
-    (effect,) = above("expert-iteration", "ppo")([a, b])
-    half = np.hypot(0.02, 0.03)
-    found = effect.interval
-    assert (found.mean, found.low, found.high) == pytest.approx(
-        (0.06, 0.06 - half, 0.06 + half)
+def test_an_effect_is_of_pairs_and_says_of_what():
+    rows = [*greedy("ppo", BETTER), *greedy("expert-iteration", WORSE)]
+    (effect,) = arms("ppo", "expert-iteration")(Records(rows, "nano"))
+    assert effect.interval == hierarchical_interval(BETTER - WORSE)
+    assert effect.name == "ppo maj@1 less expert-iteration"
+    # Wrong: as if both were independent, which is wider
+    apart = np.hypot(
+        *(np.ptp([i.low, i.high]) for i in map(hierarchical_interval, (BETTER, WORSE)))
     )
+    assert effect.interval.high - effect.interval.low < apart
+    rerank = Cell("orm", "rerank@K of SFT")
+    values = {"k": 4, "vote": [0, 0], "rerank": [1, 0], "likelihood": [0, 0]}
+    records = Records(rows_of("orm", "reranking", [values] * 3), "nano")
+    (effect,) = differ(rerank, Cell("orm", "maj@K of SFT"), BELOW_0)(records)
+    assert effect.name == "orm rerank@4 of SFT less orm maj@4 of SFT"
+    assert (effect.interval.mean, effect.expected) == (0.5, BELOW_0)
+
+
+def test_no_better_leaves_room_for_what_no_interval_can_exclude():
+    def of(graded) -> Effect:
+        rows = [*greedy("ppo", graded), *greedy("ppo-replay", graded)]
+        rule = arms("ppo-replay", "ppo", expected=NO_HIGHER)
+        return next(rule(Records(rows, "nano")))
+
+    assert of(GRADED).verdict == "inconclusive"  # too few problems to say so
+    effect = of(np.tile(GRADED, 8))
     assert effect.verdict == "supported"
-    assert list(above("expert-iteration", "ppo")([a])) == []
-    other_start = replace(b, against="base")
-    assert list(above("expert-iteration", "ppo")([a, other_start])) == []
-    # On average over draws it holds the truth at least as often as it says
-    draws, spread = np.random.default_rng(0), 0.02
-    start = draws.normal(0, spread, 4000)
-    one, other = (draws.normal(0, spread, 4000) - start for _ in range(2))
-    width = 1.96 * np.sqrt(2) * spread
-    assert np.mean(np.abs(one - other) < np.hypot(width, width)) > 0.98
+    wrong = replace(effect, expected=BELOW_0)
+    assert wrong.verdict == "inconclusive"  # an effect of 0 never lies below 0
 
 
-def test_every_claim_rests_on_records_and_names_where_they_are_shown(capsys):
+def curve(*points: tuple[int, float | None]) -> dict:
+    rows = [{"kind": "phase", "rollouts": n, "validation_maj_1": x} for n, x in points]
+    return {"rows": [*rows, {"kind": "phase", "rollouts": 999}]}
+
+
+def test_convergence_is_the_first_look_at_nearly_the_best():
+    rows = rows_of(
+        "ppo", "curve", [curve((10, 0.2), (20, 0.57), (30, 0.6), (40, 0.5)), curve()]
+    )
+    assert [converged(row) for row in rows] == [20, None]
+    late = rows_of("ppo-dense", "curve", [curve((100, 0.4)), curve((200, 0.4))])
+    early = rows_of("ppo", "curve", [curve((10, 0.4)), curve((10, 0.4))])
+    (effect,) = sooner("ppo-dense", "ppo", BELOW_0)(Records([*late, *early], "nano"))
+    found = effect.interval
+    assert (found.mean, found.low) == (
+        pytest.approx(1.15, abs=0.01),
+        pytest.approx(seed_interval([1.0, 1.30103]).low, abs=1e-4),
+    )
+    assert list(sooner("ppo", "ppo-dense", BELOW_0)(Records(early, "nano"))) == []
+
+
+def test_sizes_are_compared_in_pairs_too():
+    rows = [
+        *greedy("ppo", GRADED),
+        *greedy("ppo-base", GRADED),
+        *greedy("ppo", GRADED, size="nano-xs"),
+        *greedy("ppo-base", WORSE, size="nano-xs"),
+    ]
+    rule = by_size(gap_to_sft("ppo"), "less lost")
+    (effect,) = rule(Records(rows, "nano"))
+    assert effect.name == "less lost, nano less nano-xs"
+    assert effect.interval == hierarchical_interval(GRADED - WORSE)
+    assert list(rule(Records(rows[:6], "nano"))) == []
+
+
+def test_every_claim_names_what_there_is_and_where_it_is_shown():
     shown = {table.name for table in CATALOGUE.tables}
     shown |= {figure.name for figure in CATALOGUE.figures}
     assert {claim.figure for claim in CLAIMS} <= shown
     assert len({claim.id for claim in CLAIMS}) == len(CLAIMS)
-    judged = judge_claims(recorded("tiny"))
+    asked = set()
+
+    class Asked(Records):
+        def of(self, arm, measure, size=""):
+            asked.add((arm, measure))
+            return {}
+
+    for judged in judge_claims(Asked(greedy("sft", GRADED, size="nano-xs"), "nano")):
+        assert judged.verdict == "inconclusive"
+    for arm, measure in asked:
+        assert measure in MEASURES
+        assert measure in CATALOGUE.arms[arm].measures, (arm, measure)
+
+
+def test_every_claim_is_judged_once_all_is_recorded(capsys):
+    curves = [curve((10, 0.1), (20, 0.5))] * 3
+    values = {
+        "greedy": {"right": "01" * 20},
+        "samples": SAMPLES,
+        "reranking": {"k": 4, "vote": [0, 1], "rerank": [1, 1], "likelihood": [1, 0]},
+        "earned": {"score_before": [0, 1], "score_after": [1, 1]}
+        | {"right_before": "01", "right_after": "11"},
+    }
+    rows = [
+        row
+        for name, arm in CATALOGUE.arms.items()
+        for measure in arm.measures
+        for size in ("nano", "nano-xs")
+        for row in rows_of(
+            name,
+            measure,
+            curves if measure == "curve" else [values.get(measure, {})] * 3,
+            size=size,
+        )
+    ]
+    judged = judge_claims(Records(rows, "nano"))
     assert all(each.effects for each in judged)
-    cli.main(["claims"])
-    told = capsys.readouterr().out
     for each in judged:
-        assert str(each) in told
-        assert each.claim.provenance in told
+        assert each.claim.provenance in str(each)
     cli.main(["claims", "--profile", "paper"])
     assert capsys.readouterr().out.count("not recorded\n  inconclusive") == len(CLAIMS)

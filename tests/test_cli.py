@@ -61,7 +61,7 @@ def test_the_list_of_commands_says_what_each_is_for(group):
 
 
 def test_help_tells_what_may_be_chosen_and_exit_codes_are_as_it_says(capsys):
-    for name in CATALOGUE.comparisons:
+    for name in CATALOGUE.arms:
         assert name in page("record")
     told = " ".join(page("evaluate").split())
     assert "--label LABEL [GOOD] or [BAD] before every step" in told

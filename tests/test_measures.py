@@ -1,47 +1,42 @@
-"""The measures: over pairs that belong together, of what is handed in."""
+"""The measures: of the right run, samples and reward model, as by hand."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from statistics import fmean
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from toys import TOY_PROBLEMS, UPDATE, run_toy, toy_policy, toy_recipe
 
 from rlreason.algorithms.rcrl import BAD, GOOD
-from rlreason.evaluation.intervals import hierarchical_interval, seed_interval
-from rlreason.experiments.catalogue import (
-    CATALOGUE,
-    PPO,
-    Catalogue,
-    Comparison,
-    Table,
-    Variant,
-)
+from rlreason.evaluation.evaluate import answer_groups
+from rlreason.experiments.catalogue import ALL, BASE, CATALOGUE, Arm, Catalogue
 from rlreason.experiments.measures import (
-    ACCURACY,
-    AUC,
     MEASURES,
-    SCORE,
+    NOTHING,
     Context,
+    Measure,
+    identity,
     measure,
-    measure_training,
-    paired,
+    plans_needed,
     reward_and_accuracy,
+    shares,
+    spent,
+    unadorned,
 )
-from rlreason.experiments.records import Record, read_records, write_records
+from rlreason.experiments.rows import Row, Spent
 from rlreason.policy.sampler import sample
+from rlreason.policy.vocabulary import token_id
 from rlreason.rewards.orm import OutcomeRewardModel, score_responses
 from rlreason.rewards.sparse import sparse_rewards
 from rlreason.runs.evaluate import evaluate_recipe
-from rlreason.runs.plans import folder_of, obtain, plan_of
+from rlreason.runs.plans import folder_of, obtain
 from rlreason.settings import settings_hash
+from rlreason.tasks.prompts import format_prompt
 
-COMPARISONS = CATALOGUE.comparisons
-
-# Through everything, with the toy
+NAMES = ["sft", "expert-iteration", "rcrl-orm", "ppo-sparse-orm", "ppo-weak-orm"]
+NAMES += ["ppo-base", "expert-iteration-orm-base", "rcrl-minimal-1", "orm"]
 
 
 @pytest.fixture(scope="module")
@@ -52,184 +47,159 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def context(root):
-    """Measures the toy, whose runs are made in this process."""
+    """Measures the toy."""
     credit = {"kind": "gae", "value": {"kind": "head"}}
     recipe = toy_recipe(
         root,
+        seeds=1,
         ppo={"phases": 1, "rollouts": 8, "n": 2, "batch_size": 8, "lora": None}
         | {"credit": credit, "max_new_tokens": 24, "lr": 1e-2, "max_kl": None},
         expert_iteration={"k": 4, "rounds": 1, "finetune": UPDATE},
     )
-    known = {}
-
-    def obtain_all(plans):
-        names = [folder_of(plan).path for plan in plans]
-        for name, plan in zip(names, plans, strict=True):
-            if name not in known:  # loading all of them again takes seconds
-                known[name] = obtain(plan)
-        return [known[name] for name in names]
-
-    return Context(recipe, obtain_all)
+    return Context(recipe)
 
 
-def on_the_toy(context, root, function):
-    return run_toy(lambda *_: function(), context.recipe, root / "runs")
+@pytest.fixture
+def on_the_toy(context, root):
+    return lambda function: run_toy(
+        lambda *_: function(), context.recipe, root / "runs"
+    )
 
 
 @pytest.fixture(scope="module")
-def measured(context, root):
-    """The rows of the whole catalogue, and the phases of its PPO runs."""
-    entries = COMPARISONS.values()
-    return on_the_toy(
-        context,
-        root,
-        lambda: (
-            [row for entry in entries for row in measure(context, entry)],
-            [row for entry in entries for row in measure_training(context, entry)],
-        ),
-    )
+def measured(context, root) -> dict[tuple[str, str], Row]:
+    """The rows of most of the catalogue, by arm and measure."""
+
+    def rows():
+        return [
+            row
+            for subject in context.subjects(NAMES)
+            for row in measure(context, subject, subject.arm.measures)
+        ]
+
+    found = run_toy(lambda *_: rows(), context.recipe, root / "runs")
+    return {(row.arm, row.measure): row for row in found}
 
 
-def test_every_comparison_is_measured_over_all_seeds(measured, context):
-    rows, _ = measured
-    assert list(dict.fromkeys(row.comparison for row in rows)) == list(COMPARISONS)
-    shown = {
-        name: [r.measured for r in rows if r.comparison == name]
-        for name in ("grpo", "ppo-dense", "ppo-weak-orm", "rcrl-10", "orm")
-    }
-    assert shown == {
-        "grpo": ["maj@1 against sft"],
-        "ppo-dense": ["maj@1 against ppo"],
-        "ppo-weak-orm": [
-            "maj@1 against ppo",
-            f"{SCORE} against sft",
-            f"{ACCURACY} against sft",
-            AUC,
-        ],
-        "rcrl-10": [
-            f"maj@1 with {GOOD} against {BAD}",
-            f"maj@1 with {GOOD} against rcrl",
-        ],
-        "orm": [
-            "rerank@4 against maj@4",
-            "rerank@4 against rerank@4 by the likelihood",
-            AUC,
-        ],
-    }
-    for row in rows:
-        assert (row.seeds, row.problems) == (2, 6 if row.against else 0)
-        assert 0 <= row.after <= 1
-        assert row.seconds > 0
-        after = COMPARISONS[row.comparison].after
-        plan = plan_of(after.step, after.recipe(context.recipe), 0)
-        assert row.settings == settings_hash(plan)
-    assert len({row.settings for row in rows}) == len(COMPARISONS)
+def test_every_run_has_a_row_a_measure_with_a_value_a_problem(measured, context):
+    arms = [subject.arm for subject in context.subjects(NAMES)]
+    assert list(measured) == [(arm.name, name) for arm in arms for name in arm.measures]
+    for (name, _), row in measured.items():
+        subject = context.subject(name, context.recipe.policy, 0)
+        assert row.identity == identity(context, subject, row.measure)
+        assert (row.size, row.seed, row.split) == ("base", 0, "test")
+        assert row.step == subject.arm.step
+        for key, values in row.values.items():
+            if key not in ("k", "rows", "auc"):
+                assert len(values) == 6, (name, row.measure, key)
+        assert Row.model_validate_json(row.model_dump_json()) == row
+    assert 0 <= measured["orm", "auc"].values["auc"] <= 1
 
 
-def test_the_phases_of_every_seed_are_as_the_runs_wrote_them(measured, context, root):
-    _, phases = measured
-    of_ppo = [n for n, entry in COMPARISONS.items() if entry.after.step == "ppo"]
-    assert [(row.comparison, row.seed) for row in phases] == [
-        (name, seed) for name in of_ppo for seed in (0, 1)
-    ]
-    second = phases[of_ppo.index("ppo") * 2 + 1]
-    plan = plan_of("ppo", context.recipe, second.seed)
-    (row,) = on_the_toy(
-        context,
-        root,
-        lambda: [row for row in folder_of(plan).metrics if row["kind"] == "phase"],
-    )
-    assert second.settings == settings_hash(plan)
-    for column in ("phase", "reward", "accuracy", "kl"):
-        assert getattr(second, column) == row[column]
-
-
-def test_an_experiment_is_one_entry(context, root, tmp_path):
-    entry = Comparison(
-        "ppo-long",
-        "more phases",
-        Variant("ppo-long", "ppo", {"ppo.phases": 2}),
-        before=PPO,
-    )
-    mine = Catalogue((*CATALOGUE.tables, Table("mine", "my own", (entry,))))
-    assert mine.lines()[-1].split() == ["ppo-long", "more", "phases"]
-    path = tmp_path / "comparisons.csv"
-
-    def record():
-        (found,) = mine.find(["ppo-long"])
-        write_records(Record, measure(context, found), path, catalogue=mine)
-        return measure_training(context, found)
-
-    phases = on_the_toy(context, root, record)
-    (row,) = read_records(Record, path)
-    assert (row.comparison, row.measured) == ("ppo-long", "maj@1 against ppo")
-    assert [(row.seed, row.phase) for row in phases] == [(0, 1), (0, 2), (1, 1), (1, 2)]
-
-
-def test_what_a_reward_model_says_is_of_the_model_and_the_samples_of_each_seed(
-    measured, context, root
+def test_samples_are_those_of_the_seed_scored_by_the_model_that_chooses(
+    measured, context, on_the_toy
 ):
-    rows, _ = measured
-    recipe = context.recipe
-    weak = COMPARISONS["ppo-weak-orm"].after.recipe(recipe)
-    problems = recipe.task.load("test")
-
-    def by_hand(shift=0):
-        """Each measure's differences; of the next seed's reward model if shifted."""
-        tables = {"vote": [], "likelihood": [], SCORE: [], ACCURACY: []}
-        for seed in (0, 1):
-            sft = obtain(plan_of("sft", recipe, seed)).policy
-            model = obtain(plan_of("orm", recipe, (seed + shift) % 2)).orm
-            untrained = OutcomeRewardModel(sft, likelihood=True)
-            report, other = (
-                evaluate_recipe(recipe, sft, orm=orm, seed=seed)
-                for orm in (model, untrained)
-            )
-            rerank = report.values("rerank@4")
-            tables["vote"].append(rerank - report.values("maj@4"))
-            tables["likelihood"].append(rerank - other.values("rerank@4"))
-            model = obtain(plan_of("orm", weak, (seed + shift) % 2)).orm
-            trained = obtain(plan_of("ppo", weak, seed)).policy
-            before, after = (
-                reward_and_accuracy(recipe, policy, model, problems, seed=seed)
-                for policy in (sft, trained)
-            )
-            tables[SCORE].append(after[0] - before[0])
-            tables[ACCURACY].append(after[1] - before[1])
-        return {name: limits(np.stack(table)) for name, table in tables.items()}
-
-    right, wrong = on_the_toy(context, root, lambda: (by_hand(), by_hand(1)))
-    vote, likelihood, _ = (row for row in rows if row.comparison == "orm")
-    _, by_score, by_key, _ = (row for row in rows if row.comparison == "ppo-weak-orm")
-    for name, row in zip(right, (vote, likelihood, by_score, by_key), strict=True):
-        assert numbers(row) == pytest.approx(right[name])
-    assert numbers(by_score) != pytest.approx(wrong[SCORE])
-
-
-def test_reranking_is_recorded_on_more_problems_than_a_chapter_takes(context, root):
-    sizes = []
-
-    def evaluate(recipe, *args, **options):
-        sizes.append(recipe.evaluation.sampled_problems)
-        return evaluate_recipe(recipe, *args, **options)
-
-    for recorded, expected in ((None, 5), (3, 3)):
-        sizes.clear()
-        size = {
-            "evaluation.sampled_problems": 5,
-            "evaluation.recorded_problems": recorded,
-        }
-        own = replace(context, recipe=context.recipe.changed(size), evaluate=evaluate)
-        rows = on_the_toy(
-            own, root, lambda own=own: MEASURES["reranking"](own, COMPARISONS["orm"])
+    def by_hand(name: str, judge: str | None = None):
+        subject = context.subject(name, context.recipe.policy, 0)
+        model = obtain(context.judge_plan(subject)).orm
+        report = evaluate_recipe(
+            context.recipe,
+            subject.trained(),
+            orm=model,
+            prompted=subject.prompted,
+            sampler=answer_groups,
         )
-        assert set(sizes) == {expected}
-        assert {row.problems for row in rows} == {expected}
+        return {
+            "k": 4,
+            "right": [sum(result.correct) for result in report.results],
+            "vote": shares(report.values("maj@4")),
+            "distinct": [len(result.sequences) for result in report.results],
+        }, shares(report.values("rerank@4"))
+
+    for name in ("sft", "base", "ppo-base"):
+        values, rerank = on_the_toy(lambda name=name: by_hand(name))
+        found = dict(measured[name, "samples"].values)
+        chosen = found.pop("rerank")
+        assert found == values
+        if name == "sft":  # the others' examples are not shown to the model
+            assert chosen == rerank
 
 
-def test_scores_and_truth_are_means_over_the_answers_to_each_problem(context, root):
+def test_the_judge_reads_the_plain_question_without_labels(context, on_the_toy):
+    subject = context.subject("rcrl", context.recipe.policy, 0)
+    policy = on_the_toy(subject.trained)
+    problem = TOY_PROBLEMS[0]
+    groups = answer_groups(
+        policy, [problem], k=3, label=GOOD, temperature=1.0, max_new_tokens=24, seed=0
+    )
+    ((_, rollouts),) = groups
+    forced = {token_id(policy, label) for label in (GOOD, BAD)}
+    assert all(forced & set(rollout.tokens) for rollout in rollouts)
+    for plain, rollout in zip(
+        unadorned(rollouts, problem, policy), rollouts, strict=True
+    ):
+        assert not forced & set(plain.tokens)
+        assert plain.prompt_tokens == tuple(
+            policy.encode_prompt(format_prompt(problem))
+        )
+        assert len(plain.tokens) == len(plain.logprobs) < len(rollout.tokens)
+    (shown,) = sample(
+        policy, [problem], k=1, max_new_tokens=24, shots=TOY_PROBLEMS[1:2]
+    )
+    (plain,) = unadorned([shown], problem, policy)
+    assert len(plain.prompt_tokens) < len(shown.prompt_tokens)
+    # Wrong: a model of the base cannot read a label at all
+    model = OutcomeRewardModel(toy_policy())
+    score_responses(model, unadorned(rollouts, problem, policy))
+    with pytest.raises(ValueError, match="token"):
+        score_responses(model, rollouts)
+
+
+def test_what_a_reward_model_says_is_of_the_model_that_rewarded(
+    measured, context, on_the_toy
+):
+    def by_hand(name: str):
+        subject = context.subject("ppo-weak-orm", context.recipe.policy, 0)
+        recipe = subject.recipe
+        orm = obtain(context.subject(name, context.recipe.policy, 0).plan_of("orm")).orm
+        problems = recipe.task.load("test")
+        found = {}
+        for when, policy in (("before", subject.began()), ("after", subject.trained())):
+            scores, right = reward_and_accuracy(recipe, policy, orm, problems)
+            found |= {
+                f"score_{when}": shares(scores),
+                f"right_{when}": "".join(str(int(x)) for x in right),
+            }
+        return found
+
+    values = measured["ppo-weak-orm", "earned"].values
+    assert on_the_toy(lambda: by_hand("ppo-weak-orm")) == values
+    assert on_the_toy(lambda: by_hand("ppo")) != values  # another reward model
+
+
+def test_reranking_is_of_the_same_samples_of_sft(measured, context, on_the_toy):
+    def by_hand():
+        subject = context.subject("orm", context.recipe.policy, 0)
+        sft = obtain(subject.plan_of("sft")).policy
+        start = obtain(subject.plan.start).policy
+        scorers = subject.trained(), OutcomeRewardModel(start, likelihood=True)
+        reports = [evaluate_recipe(context.recipe, sft, orm=each) for each in scorers]
+        return {
+            "k": 4,
+            "vote": shares(reports[0].values("maj@4")),
+            "rerank": shares(reports[0].values("rerank@4")),
+            "likelihood": shares(reports[1].values("rerank@4")),
+        }
+
+    assert on_the_toy(by_hand) == measured["orm", "reranking"].values
+
+
+def test_scores_and_truth_are_means_over_the_answers_to_each_problem(
+    context, on_the_toy
+):
     recipe, policy, problems = context.recipe, toy_policy(), TOY_PROBLEMS[:3]
-    orm = on_the_toy(context, root, lambda: obtain(plan_of("orm", recipe)).orm)
+    subject = context.subject("orm", recipe.policy, 0)
+    orm = on_the_toy(subject.trained)
     scores, right = reward_and_accuracy(recipe, policy, orm, problems, k=4, seed=5)
     answers = sample(
         policy,
@@ -247,138 +217,126 @@ def test_scores_and_truth_are_means_over_the_answers_to_each_problem(context, ro
     assert 0 < right.mean() < 1
 
 
-# With tables whose numbers are known
+def test_what_training_took_is_counted_once_with_what_it_builds_on(
+    measured, context, on_the_toy
+):
+    row = measured["ppo-sparse-orm", "greedy"]  # SFT, and a reward model of SFT
+    assert row.spent.rollouts == 8
 
-SEEDS, PROBLEMS = 3, 40
-RNG = np.random.default_rng(0)
-# Seeds differ much, and problems too; training then solves three problems more
-BEFORE = (RNG.random((SEEDS, PROBLEMS)) < [[0.2], [0.5], [0.8]]).astype(float)
-AFTER = BEFORE.copy()
-for row in AFTER:
-    row[np.flatnonzero(row == 0)[:3]] = 1.0
-
-
-def numbers(row) -> tuple[float, float, float]:
-    return row.difference, row.low, row.high
-
-
-def limits(differences) -> tuple[float, float, float]:
-    interval = hierarchical_interval(differences)
-    return interval.mean, interval.low, interval.high
-
-
-def test_a_row_is_of_pairs():
-    row = paired(COMPARISONS["ppo"], "maj@1", "sft", BEFORE, AFTER)
-    assert numbers(row) == limits(AFTER - BEFORE)
-    assert (row.before, row.after) == (BEFORE.mean(), AFTER.mean())
-    assert row.low > 0
-    # Wrong: another seed's start, or problems in another order. The mean is the same
-    for wrong in (BEFORE[::-1], BEFORE[:, ::-1]):
-        other = paired(COMPARISONS["ppo"], "maj@1", "sft", wrong, AFTER)
-        assert other.difference == pytest.approx(row.difference)
-        assert other.low < 0 < row.low
-    one = paired(COMPARISONS["ppo"], "maj@1", "sft", BEFORE[:1], AFTER[:1])
-    assert (one.low, one.high) == (-np.inf, np.inf)  # one seed bounds nothing
-    assert str(row) == (
-        f"ppo: maj@1 against sft {row.before:.1%} -> {row.after:.1%}, +7.5 "
-        f"[{100 * row.low:+.1f}, {100 * row.high:+.1f}], 3 seeds"
-    )
-
-
-@pytest.fixture
-def scripted(tmp_path):
-    """A context of three seeds whose policies are their plans, and what was asked."""
-    asked = []
-    recipe = toy_recipe(tmp_path, seeds=SEEDS)
-
-    def obtain_all(plans):
-        return [
-            SimpleNamespace(
-                policy=plan, held_out=[{"auc": 0.1}, {"auc": 0.7 + 0.1 * seed}]
-            )
-            for seed, plan in enumerate(plans)
+    def parts():
+        plan = context.subject("ppo-sparse-orm", context.recipe.policy, 0).plan
+        model = folder_of(plan.reward_model)
+        seconds = [
+            folder_of(p).status["seconds"] for p in (plan.start, plan.reward_model)
         ]
+        (phase,) = (r for r in folder_of(plan).metrics if r["kind"] == "phase")
+        return sum(seconds), model.metrics[0]["rollouts"], phase["response_tokens"]
 
-    def evaluate(given, plan, *, greedy_only, label, prompted):
-        assert given == recipe
-        asked.append((plan, label, prompted))
-        changed = plan.step != "sft" and plan != plan_of(
-            plan.step, recipe, seed_of(plan)
-        )
-        table = AFTER if changed or label == GOOD else BEFORE
-        return SimpleNamespace(values=lambda name: table[seed_of(plan)])
+    seconds, rollouts, tokens = on_the_toy(parts)
+    assert row.needed.seconds == pytest.approx(seconds, abs=0.2)  # SFT not twice
+    assert row.needed.rollouts == rollouts == 48
+    assert row.spent.tokens == tokens
+    assert row.needed.tokens is None  # the reward model's run does not say
+    assert measured["base", "greedy"].spent == NOTHING
+    assert measured["sft", "greedy"].spent.rollouts == 0
+    assert measured["expert-iteration", "greedy"].spent.rollouts == 24
+    assert spent(None) == Spent(seconds=0, rollouts=0, tokens=0)
 
-    return Context(recipe, obtain_all, evaluate), asked
+
+def test_a_curve_is_what_the_run_wrote_of_its_phases(measured, context, on_the_toy):
+    plan = context.subject("ppo", context.recipe.policy, 0).plan
+    written = on_the_toy(lambda: folder_of(plan).metrics)
+    (phase,) = (row for row in written if row["kind"] == "phase")
+    (kept,) = measured["ppo", "curve"].values["rows"]
+    assert (kept.pop("kind"), phase.pop("kind")) == ("phase", "phase")
+    assert kept == pytest.approx(phase, rel=1e-3)
+    (round_,) = measured["expert-iteration", "curve"].values["rows"]
+    assert {"rollouts", "validation_maj_1"} <= round_.keys()
 
 
-def seed_of(plan) -> int:
-    return plan.algorithm.seed
+# What is asked of whom, without training
+
+
+class Asked:
+    """Stands in for ``evaluate_recipe``."""
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def __call__(self, recipe, policy, **options):
+        self.calls.append((recipe, policy, options))
+        right = np.array([1.0, 0.0])
+        return type("Report", (), {"values": lambda self, name: right})()
 
 
 @pytest.mark.parametrize(
-    ("name", "before", "label"),
+    ("arm", "prompted", "label"),
     [
-        ("rloo", "sft", None),
-        ("ppo-dense", "ppo", None),
-        ("ppo-best-half", "ppo", None),
-        ("expert-iteration-orm", "expert-iteration", None),
+        ("base", True, None),
+        ("ppo-base", True, None),
+        ("expert-iteration-base", False, None),  # learned without the examples
+        ("ppo", False, None),
+        ("rcrl", False, GOOD),
+        ("rcrl-minimal-10", False, GOOD),
     ],
 )
-def test_greedy_compares_the_same_seed_of_the_start_or_of_what_is_varied(
-    name, before, label, scripted
-):
-    context, asked = scripted
-    (row,) = MEASURES["greedy"](context, COMPARISONS[name])
-    assert (row.metric, row.against) == ("maj@1", before)
-    assert numbers(row) == limits(AFTER - BEFORE)
-    after = COMPARISONS[name].after
-    expected = [
-        *(plan_of(before, context.recipe, s) for s in range(SEEDS)),
-        *(plan_of(after.step, after.recipe(context.recipe), s) for s in range(SEEDS)),
-    ]
-    assert asked == [(plan, label, False) for plan in expected]
+def test_policies_are_asked_as_they_have_learned_to_be(arm, prompted, label, context):
+    asked = Asked()
+    own = replace(context, evaluate=asked)
+    subject = own.subject(arm, context.recipe.policy, 1)
+    values = MEASURES["greedy"].function(own, subject, "policy")
+    assert values == {"right": "10"}
+    ((recipe, policy, options),) = asked.calls
+    assert (recipe, policy) == (subject.recipe, "policy")
+    assert options == {"greedy_only": True, "label": label, "prompted": prompted}
+    if label:
+        assert MEASURES["labels"].function(own, subject, "policy") == {"bad": "10"}
+        assert asked.calls[-1][2]["label"] == BAD
 
 
-@pytest.mark.parametrize(("step", "kept"), [("ppo", True), ("expert-iteration", False)])
-def test_from_the_base_the_start_and_what_learned_with_the_prompt_are_prompted(
-    step, kept, scripted
-):
-    context, asked = scripted
-
-    def evaluate(given, policy, *, prompted, **options):
-        asked.append((policy, prompted))
-        table = AFTER if hasattr(policy, "algorithm") else BEFORE
-        return SimpleNamespace(values=lambda name: table[0])
-
-    entry = Comparison(
-        "mine", "from the base", Variant("mine", step, {"start": "base"})
-    )
-    (row,) = MEASURES["greedy"](replace(context, evaluate=evaluate), entry)
-    assert row.against == "base"
-    assert [prompted for _, prompted in asked] == [True] * SEEDS + [kept] * SEEDS
-    assert [policy.start for policy, _ in asked[SEEDS:]] == [None] * SEEDS
+def test_more_problems_are_sampled_for_the_record_than_in_a_chapter(context):
+    for recorded, expected in ((None, 5), (3, 3)):
+        sizes = {
+            "evaluation.sampled_problems": 5,
+            "evaluation.recorded_problems": recorded,
+        }
+        own = replace(context, recipe=context.recipe.changed(sizes))
+        subject = own.subject("sft", context.recipe.policy, 0)
+        assert own.sampled_recipe(subject).evaluation.sampled_problems == expected
+        assert identity(own, subject, "samples") != identity(
+            context, subject, "samples"
+        )
 
 
-def test_labels_are_compared_within_a_policy_and_variants_with_good_alone(scripted):
-    context, asked = scripted
-    (gap,) = MEASURES["labels"](context, COMPARISONS["rcrl"])
-    assert (gap.metric, gap.against) == (f"maj@1 with {GOOD}", BAD)
-    assert numbers(gap) == limits(AFTER - BEFORE)
-    plans = [plan_of("rcrl", context.recipe, seed) for seed in range(SEEDS)]
-    assert asked == [(plan, label, False) for label in (BAD, GOOD) for plan in plans]
-    asked.clear()
-    (against,) = MEASURES["greedy"](context, COMPARISONS["rcrl-10"])
-    assert (against.metric, against.against) == (f"maj@1 with {GOOD}", "rcrl")
-    assert {label for _, label, _ in asked} == {GOOD}
+def test_a_measure_of_ones_own_is_an_entry(context, monkeypatch):
+    arm = Arm("mine", "counted", BASE, {"start": "base"}, start="", measures=("size",))
+    own = replace(context, catalogue=Catalogue((arm,), ()))
+    (subject,) = own.subjects()
+
+    def needs(context, subject):
+        return [subject.plan_of("sft")]
+
+    def size(context, subject, policy):
+        return {"vocabulary": len(policy.tokenizer), "seed": subject.seed}
+
+    monkeypatch.setitem(MEASURES, "size", Measure(size, needs))
+    assert plans_needed(own, subject, ["size"]) == needs(own, subject)
+    (row,) = measure(own, subject, ["size"])
+    assert row.values == {"vocabulary": len(toy_policy().tokenizer), "seed": 0}
+    before = identity(own, subject, "size")
+    monkeypatch.setitem(MEASURES, "size", Measure(size, needs, version=2))
+    assert identity(own, subject, "size") != before
+    assert set(ALL) < MEASURES.keys()
 
 
-def test_an_auc_is_of_the_last_epoch_and_compared_with_nothing(scripted):
-    context, _ = scripted
-    (row,) = MEASURES["auc"](context, COMPARISONS["orm"])
-    expected = seed_interval([0.7, 0.8, 0.9])
-    assert (row.before, row.difference, row.against) == (None, None, "")
-    found, known = row.interval, expected
-    assert (found.mean, found.low, found.high) == pytest.approx(
-        (known.mean, known.low, known.high)
-    )
-    assert str(row) == f"orm: {AUC} {expected}"
+def test_the_base_is_named_by_what_it_holds_and_its_examples(context):
+    subject = context.subject("base", context.recipe.policy, 0)
+    more = replace(context, recipe=context.recipe.changed({"shots": 2}))
+    assert more.subject("base", context.recipe.policy, 0).plan_hash != subject.plan_hash
+    assert subject.plan is None
+    trained = context.subject("sft", context.recipe.policy, 0)
+    assert trained.plan_hash == settings_hash(trained.plan)
+    assert {arm.name for arm in CATALOGUE.entries if arm.step == BASE} == {
+        "base",
+        "base-shifted",
+    }

@@ -225,13 +225,13 @@ def test_a_recorded_table_is_an_input_of_the_pages_that_show_it(tmp_path):
         return [name for name, digest in digests().items() if digest != before[name]]
 
     before = digests()
-    (results / "gains.csv").write_text("a\n1\n")  # recorded for the first time
+    (results / "gains.jsonl").write_text("a\n1\n")  # recorded for the first time
     assert refreshed(before) == ["shows"]
     before = digests()
-    (results / "gains.csv").write_text("a\n2\n")  # recorded anew
+    (results / "gains.jsonl").write_text("a\n2\n")  # recorded anew
     assert refreshed(before) == ["shows"]
     before = digests()
-    (results / "phases.csv").write_text("a\n1\n")  # another table
+    (results / "phases.jsonl").write_text("a\n1\n")  # another table
     assert refreshed(before) == []
 
 

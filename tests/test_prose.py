@@ -21,6 +21,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from nbconvert import HTMLExporter
 from smoke_book import REPOSITORY, run_chapter, smoke_root
 from test_book import Browser, browser  # noqa: F401 - a fixture
@@ -126,14 +127,55 @@ def test_what_only_speaks_or_shows_is_folded_and_so_is_every_solution(path):
         assert is_hidden(cell) == (cell.metadata.get("cellView") == "form")
 
 
+# Parts, chapters and their numbers
+
+
+def test_every_chapter_and_page_has_one_place_in_a_numbered_part():
+    contents = yaml.safe_load((REPOSITORY / "book" / "_toc.yml").read_text())
+    captions = [part["caption"] for part in contents["parts"]]
+    roman = ["I", "II", "III", "IV"]
+    assert [c.partition(". ")[0] for c in captions[:-1]] == [f"Part {n}" for n in roman]
+    assert captions[-1] == "Appendix"
+    places = [c["file"] for part in contents["parts"] for c in part["chapters"]]
+    there = [f"notebooks/{name}" for name in NAMES]
+    there += [page.stem for page in PAGES if page.stem != contents["root"]]
+    assert sorted(places) == sorted(there)
+    numbered = [place for place in places if re.match(r"notebooks/\d", place)]
+    assert numbered == sorted(numbered)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_a_chapter_has_the_number_of_its_file(path):
+    title = cells_of(path)[0].source.splitlines()[0]
+    number = re.match(r"# (\d+)\. ", title)
+    assert (number[1] if number else "A") == chapter_of(path)
+
+
+def chapter_numbers() -> dict[str, str]:
+    return {path.name: chapter_of(path) for path in PATHS}
+
+
+@pytest.mark.parametrize("path", [*PATHS, *PAGES], ids=lambda path: path.stem)
+def test_a_link_that_names_a_chapter_leads_to_it(path):
+    known = chapter_numbers()
+    for name, to in links(prose(path)):
+        if named := re.fullmatch(r"(?:[Cc]hapter )?(\d+)(?:\. .*)?", name):
+            assert named[1] == known[to.rpartition("/")[2]], (name, to)
+
+
 # Numbers of figures and equations
 
 
-def numbers(pattern: str, text: str) -> list[tuple[int, int]]:
-    return [(int(a), int(b)) for a, b in re.findall(pattern, text)]
+def numbers(pattern: str, text: str) -> list[tuple[str, int]]:
+    return [(chapter, int(place)) for chapter, place in re.findall(pattern, text)]
 
 
-FIGURE = r'\bshow\((?:(?!\bshow\().)*?"Figure (\d+)\.(\d+)\. '
+def chapter_of(path: Path) -> str:
+    """The number of a chapter; A is the appendix."""
+    return str(int(path.stem[:2])) if path.stem[:2].isdigit() else "A"
+
+
+FIGURE = r'\bshow\((?:(?!\bshow\().)*?"Figure (\d+|A)\.(\d+)\. '
 EQUATION = r"\\tag\{(\d+)\.(\d+)\}"
 
 
@@ -142,7 +184,7 @@ EQUATION = r"\\tag\{(\d+)\.(\d+)\}"
 def test_figures_and_equations_count_up(path, pattern):
     text = joined(sources(path))
     found = numbers(pattern, text)
-    assert found == [(int(path.stem[:2]), i + 1) for i in range(len(found))]
+    assert found == [(chapter_of(path), i + 1) for i in range(len(found))]
     if pattern == FIGURE:
         assert len(found) == len(re.findall(r"\bshow\(", text))
 
@@ -151,7 +193,7 @@ def test_figures_and_equations_count_up(path, pattern):
     ("named", "pattern"),
     [
         (r"(?i)\bequations? \((\d+)\.(\d+)\)", EQUATION),
-        (r"(?i)\bfigures? (\d+)\.(\d+)\b", FIGURE),
+        (r"(?i)\bfigures? (\d+|A)\.(\d+)\b", FIGURE),
     ],
 )
 def test_what_is_referred_to_is_there(named, pattern):
@@ -159,6 +201,22 @@ def test_what_is_referred_to_is_there(named, pattern):
     there = {number for text in texts for number in numbers(pattern, text)}
     assert there
     assert {number for text in texts for number in numbers(named, text)} <= there
+
+
+# What book/known.md says once
+
+
+ONCE = r"from memory|as far as we|we remember|[Ff]rom development|[Nn]ot run on this"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_a_chapter_relies_on_the_page_of_what_is_known_and_hedges_no_more(path):
+    assert re.findall(ONCE, joined(sources(path))) == []
+
+
+def test_a_hedge_is_noticed_and_a_mark_is_none():
+    assert re.findall(ONCE, "It has 0.7 (the paper's, from memory).")
+    assert not re.findall(ONCE, "It has 0.7 (*unverified*), and the log says 0.5.")
 
 
 # Links
@@ -192,9 +250,11 @@ def test_every_link_within_the_book_leads_to_a_file(path):
 
 
 def citations() -> dict[str, set[str]]:
-    """Address of a paper to the names that the chapters give it, without brackets."""
+    """Address of a paper to the names it has elsewhere in the book, no brackets."""
     found: dict[str, set[str]] = {}
-    for path in [*PATHS, REPOSITORY / "book" / "intro.md"]:
+    for path in [*PATHS, *PAGES]:
+        if path.stem == "references":
+            continue
         for name, to in links(prose(path)):
             if to.startswith("http") and CITATION.fullmatch(name):
                 short = re.sub(r",? \(?(\d{4}[a-z]?)\)?$", r" \1", name)

@@ -43,14 +43,9 @@ class PretrainSettings(Settings):
     schedule: int = setting(
         3000, "Updates after which the learning rate would be zero.", source="ours"
     )
-    rows: int = setting(32, "Sequences an update.", source="ours")
-    context: int = setting(256, "Tokens a sequence.", source="ours")
-    long_updates: int = setting(
-        0,
-        "Last updates, whose rows are half as many and twice as long: so that places "
-        "further on are known, where a prompt with examples goes on.",
-        source="ours",
-    )
+    rows: int = setting(16, "Sequences an update.", source="ours")
+    # Two solved examples, a question and its solution are up to 450 tokens
+    context: int = setting(512, "Tokens a sequence.", source="ours")
     lr: float = setting(
         0.03, "Peak learning rate of the matrices (Muon).", source="ours"
     )
@@ -120,6 +115,8 @@ def pretrain(
     tokenizer = build_tokenizer()
     torch.manual_seed(settings.seed)
     model = new_model(settings.size, tokenizer)
+    if torch.cuda.is_available():
+        model.cuda()
     optimizers = build_optimizers(model, settings)
 
     start = 0
@@ -155,14 +152,13 @@ def _update(model, tokenizer, optimizers, settings, step: int) -> dict[str, floa
         decay=settings.decay,
         peak=1.0,
     )
-    longer = 2 if step >= settings.updates - settings.long_updates else 1
     batch = packed_rows(
         tokenizer,
         pretraining_documents(f"{settings.seed}/{step}"),
-        rows=settings.rows // longer,
-        context=settings.context * longer,
-    )
-    with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+        rows=settings.rows,
+        context=settings.context,
+    ).to(model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
         loss = next_token_loss(model, batch)
     loss.backward()
     numbers = {"loss": loss.item(), "grad_norm": clip_gradients(model, 1.0)}

@@ -5,16 +5,74 @@ however they are worded; that is the paper's measure, and the rule by which expe
 iteration drops repeats. The count grows with the number of samples, so a comparison
 needs equal K, or ``distinct_at_k``, which brings a larger K down to a smaller one.
 
+What one policy knows of what another one knows is counted from ``Solutions``, which
+keep how often each of two policies gave each correct solution:
+
+===================  ==================================================================
+``distinct_at_k``    solutions in k samples
+``shared_at_k``      solutions in m samples of one policy that k of another have as well
+``repeated_at_k``    the same within one policy: m samples, and k others of its own
+``absent_solutions`` solutions that a policy lacks beyond what chance does to it
+===================  ==================================================================
+
+A rare solution is in one sample and missing from the next of the *same* policy. So what
+is new to another policy is compared with what is new to the policy itself: the third
+line is what the second one gives where the two policies are one.
+
+The first three are exact expectations over all subsets of the samples, and unbiased.
 Left out: how different two sequences are.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import Any
 
 from rlreason.evaluation.metrics import pass_at_k
+from rlreason.policy.rollout import Rollout
+from rlreason.rewards.sparse import sparse_reward
 from rlreason.tasks.answers import operation_key
+from rlreason.tasks.problem import Problem
+
+Counts = Mapping[str, int]
+"""How many of the samples of one problem have each correct solution."""
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """The correct solutions among the samples of one policy.
+
+    Attributes:
+        samples: Drawn a problem, wrong ones included.
+        counts: ``Problem.id`` to name of a solution (``solution_name``) to how many of
+            the samples have it. A problem without a correct sample has an empty one.
+    """
+
+    samples: int
+    counts: Mapping[str, Counts]
+
+    def __post_init__(self) -> None:
+        if not self.counts:
+            raise ValueError("no problems: there is nothing to count")
+        for problem, counts in self.counts.items():
+            if (
+                sum(counts.values()) > self.samples
+                or min(counts.values(), default=1) < 1
+            ):
+                raise ValueError(
+                    f"{problem}: {dict(counts)} are not counts of correct ones among "
+                    f"{self.samples} samples"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; ``Solutions(**values)`` reads it."""
+        counts = {problem: dict(counts) for problem, counts in self.counts.items()}
+        return {"samples": self.samples, "counts": counts}
 
 
 def count_operation_sequences(texts: Iterable[str]) -> Counter[tuple[str, ...]]:
@@ -23,6 +81,29 @@ def count_operation_sequences(texts: Iterable[str]) -> Counter[tuple[str, ...]]:
     A solution that annotates nothing counts by its lines (``operation_key``).
     """
     return Counter(operation_key(text) for text in texts)
+
+
+def count_solutions(problem: Problem, rollouts: Iterable[Rollout]) -> Counter[str]:
+    """How many samples of one problem have each correct solution, by its name.
+
+    Of thousands of samples most repeat a text, which is graded once.
+    """
+    texts = Counter(rollout.text for rollout in rollouts)
+    first = {rollout.text: rollout for rollout in rollouts}
+    found: Counter[str] = Counter()
+    for text, times in texts.items():
+        if sparse_reward(first[text], problem) == 1.0:
+            found[solution_name(operation_key(text))] += times
+    return found
+
+
+def solution_name(operations: Sequence[str]) -> str:
+    """A short name of a sequence of operations: 12 hexadecimal digits of its SHA-256.
+
+    >>> solution_name(("2+3=5", "5*2=10"))
+    'e46cb38592d1'
+    """
+    return hashlib.sha256(json.dumps(list(operations)).encode()).hexdigest()[:12]
 
 
 def distinct_at_k(counts: Sequence[int], n: int, k: int) -> float:
@@ -38,3 +119,72 @@ def distinct_at_k(counts: Sequence[int], n: int, k: int) -> float:
     if sum(counts) > n:
         raise ValueError(f"{sum(counts)} correct samples of {n} are not possible")
     return float(sum(pass_at_k(n, c, k) for c in counts))
+
+
+def shared_at_k(
+    of: Counts, by: Counts, *, n_of: int, m: int, n_by: int, k: int
+) -> float:
+    """Expected number of distinct solutions in m samples that k of another have too.
+
+    Args:
+        of: Of the policy whose m solutions are looked for.
+        by: Of the policy that has k samples to find them; drawn independently.
+        n_of: Samples behind ``of``, at least m.
+        n_by: Samples behind ``by``, at least k.
+
+    Divided by ``distinct_at_k`` of the m it is the share that is found. With m = 1 each
+    solution weighs as much as it is frequent.
+
+    >>> shared_at_k({"a": 2, "b": 1}, {"a": 1}, n_of=4, m=4, n_by=2, k=1)
+    0.5
+    """
+    return float(
+        sum(
+            pass_at_k(n_of, c, m) * pass_at_k(n_by, by.get(name, 0), k)
+            for name, c in of.items()
+        )
+    )
+
+
+def repeated_at_k(counts: Counts, *, n: int, m: int, k: int) -> float:
+    """``shared_at_k`` of a policy with itself: in m samples and in k others of the n.
+
+    A solution is in both of two disjoint subsets with the chance that it is in the one,
+    plus in the other, less in the two together. Taking ``shared_at_k`` with the same
+    counts twice would find every sample in itself, and be too high.
+
+    >>> repeated_at_k({"a": 2}, n=2, m=1, k=1)
+    1.0
+    >>> repeated_at_k({"a": 1}, n=2, m=1, k=1)
+    0.0
+    """
+    return float(
+        sum(
+            pass_at_k(n, c, m) + pass_at_k(n, c, k) - pass_at_k(n, c, m + k)
+            for c in counts.values()
+        )
+    )
+
+
+def absent_solutions(of: Solutions, by: Solutions, *, level: float = 0.05) -> Counts:
+    r"""How many solutions of a policy another one lacks, by problem, chance ruled out.
+
+    A solution that has c samples of ``of`` and none of ``by`` is counted where equally
+    frequent solutions would so divide with a chance of at most ``level`` over the
+    number of all solutions seen (Bonferroni): with samples n and n', that chance is
+
+    .. math:: \binom{n}{c} \Big/ \binom{n + n'}{c}.
+
+    So with equal samples a solution must be seen about 13 times. Those that are counted
+    are rarer in ``by``; that they are impossible there no sample can show.
+    """
+    n, both = of.samples, of.samples + by.samples
+    seen = sum(len({*of.counts[p], *by.counts[p]}) for p in of.counts)
+    return {
+        problem: sum(
+            name not in by.counts[problem]
+            and comb(n, c) / comb(both, c) <= level / seen
+            for name, c in counts.items()
+        )
+        for problem, counts in of.counts.items()
+    }

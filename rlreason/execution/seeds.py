@@ -26,6 +26,8 @@ from rlreason.runs.plans import Plan, folder_of, obtain, plan_of
 from rlreason.runs.recipes import Recipe
 from rlreason.settings import canonical_json
 
+QUIET = {"RLREASON_QUIET": "1"}  # whoever started a job tells of it
+
 
 def train_seeds(recipe: Recipe, step: str, seeds: Iterable[int]) -> list[Any]:
     """Train several seeds at once, one single-threaded process a core, or a GPU.
@@ -57,8 +59,8 @@ def carry_out(plans: Sequence[Plan], executor: Executor | None = None) -> list[A
         JobError: A run cannot be carried out; says what is to be mended.
         RuntimeError: A run failed; holds the end of what it printed.
     """
-    missing = _missing(plans)
-    if missing:
+    todo = missing(plans)
+    if todo:
         if torch.cuda.is_available():  # what this process does not use, others may
             torch.cuda.empty_cache()
         executor = executor or LocalExecutor(
@@ -66,39 +68,56 @@ def carry_out(plans: Sequence[Plan], executor: Executor | None = None) -> list[A
             finished=_tell,
         )
         with TemporaryDirectory() as folder:
-            jobs = [_job(plan, name, Path(folder)) for name, plan in missing.items()]
+            jobs = [
+                training_job(plan, name, Path(folder)) for name, plan in todo.items()
+            ]
             outcomes = executor.run(jobs)
-        if faults := [outcome for outcome in outcomes.values() if not outcome.ok]:
-            text = "\n\n".join(fault.message for fault in faults)
-            if all(fault.is_worded for fault in faults):
-                raise JobError(text)
-            raise RuntimeError(text)
+        raise_faults(outcomes.values())
     return [obtain(plan) for plan in plans]
 
 
-def _missing(plans: Iterable[Plan]) -> dict[str, Plan]:
+def missing(plans: Iterable[Plan]) -> dict[str, Plan]:
     """The runs that are not done, by the name of their folder, needs first."""
     found: dict[str, Plan] = {}
     for plan in plans:
         run = folder_of(plan)
         if not run.done:
-            found |= _missing(plan.needs.values())
+            found |= missing(plan.needs.values())
             found[run.path.name] = plan
     return found
 
 
-def _job(plan: Plan, name: str, folder: Path) -> Job:
-    """A process that carries out one plan, on a core, or a GPU."""
+def training_job(plan: Plan, name: str, folder: Path) -> Job:
+    """A process that carries out one plan, on a core, or a GPU.
+
+    Args:
+        name: Of the plan's run folder.
+        folder: Takes the plan as a file.
+    """
     file = folder / f"{name}.json"
     file.write_text(canonical_json(plan), encoding="utf8")
     return Job(
         name=name,
         command=[sys.executable, "-m", "rlreason.cli", "train", str(file)],
-        needs=tuple(_missing(plan.needs.values())),
+        needs=tuple(missing(plan.needs.values())),
         gpus=1,
         fresh=lambda: folder_of(plan).done,
-        environment={"RLREASON_QUIET": "1"},
+        environment=QUIET,
     )
+
+
+def raise_faults(outcomes: Iterable[Outcome]) -> None:
+    """Tell of the jobs that failed.
+
+    Raises:
+        JobError: All of them say what is to be mended.
+        RuntimeError: A job failed; holds the end of what it printed.
+    """
+    if faults := [outcome for outcome in outcomes if not outcome.ok]:
+        text = "\n\n".join(fault.message for fault in faults)
+        if all(fault.is_worded for fault in faults):
+            raise JobError(text)
+        raise RuntimeError(text)
 
 
 def _tell(outcome: Outcome) -> None:

@@ -1,8 +1,10 @@
-"""What is compared: the experiments of the book, as data.
+"""What is compared: the paper's tables and the experiments of the book, as data.
 
-An experiment is one entry, a ``Comparison``: what is trained, with what it is compared,
-and how both are measured. ``rlreason record``, its help, the tables of the chapters and
-the tests are made from the entries, so adding an experiment is adding one here.
+An experiment is one entry, an ``Arm``: what is trained, what is measured of it, and
+with which other arm it is compared. A ``Table`` holds arms by their names, so that a
+run that stands in several is trained and measured once. ``rlreason record``, its help,
+the pages of tables and the tests are made from the entries, so adding an experiment is
+adding one here.
 
 There are no conditions and no expressions on purpose. What depends on the values of a
 recipe is a function of the recipe.
@@ -12,30 +14,53 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the command line reads this without waiting for torch
     from rlreason.runs.recipes import Recipe
 
-Changes = Mapping[str, Any]
+Changes = Mapping[str, Any] | Callable[["Recipe"], Mapping[str, Any]]
 """Path of a recipe's field to its value, e.g. ``{"ppo.credit": {"kind": "rloo"}}``."""
+
+BASE = "base"  # the step of arms that train nothing: the prompted base
+GREEDY = ("greedy", "curve")
+ALL = ("greedy", "samples", "curve")
+MANY = (*ALL, "solutions")
 
 
 class CatalogueError(ValueError):
-    """A name that the catalogue does not have."""
+    """A name that the catalogue does not have, or a recipe that an arm cannot use."""
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A step of ``rlreason.runs.steps``, and what it changes in a profile's recipe.
+class Arm:
+    """An experiment: a step, and what it changes in a profile's recipe.
 
-    A nested value replaces the whole: a reward of another kind keeps no size.
+    Attributes:
+        name: As given to ``rlreason record`` and written into the rows.
+        text: What it is, in a few words.
+        step: Of ``rlreason.runs.steps``, or ``BASE``.
+        changes: A nested value replaces the whole: a reward of another kind keeps no
+            size.
+        start: The arm from which its training begins; empty for those that begin from
+            the base with solutions.
+        against: The arm it is compared with; ``start`` where empty.
+        measures: Names of ``rlreason.experiments.measures.MEASURES``.
     """
 
     name: str
+    text: str
     step: str
-    changes: Changes | Callable[[Recipe], Changes] = field(default_factory=dict)
+    changes: Changes = field(default_factory=dict)
+    start: str = "sft"
+    against: str = ""
+    measures: tuple[str, ...] = GREEDY
+
+    @property
+    def compared(self) -> str:
+        """The arm it is compared with; empty where there is none."""
+        return self.against or self.start
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """The recipe with the changes.
@@ -48,40 +73,33 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """An experiment.
+class Table:
+    """Arms that the book shows together.
 
     Attributes:
-        name: As given to ``rlreason record`` and written into the records.
-        text: What it is, in a few words.
-        after: What is trained.
-        measures: Names of ``rlreason.experiments.measures.MEASURES``.
-        before: With what ``greedy`` compares it; None: with what it started from.
+        arms: Names, in the order of the rows.
+        metrics: Columns; K is the number of samples that was recorded.
+        sizes: Whether every base of the profile is trained, or the main one alone.
+        reported: Number of the paper's table; empty where it has none.
+        methods: What the paper's table calls the arms.
     """
 
     name: str
-    text: str
-    after: Variant
-    measures: Sequence[str] = ("greedy",)
-    before: Variant | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Comparisons that the book shows together."""
-
-    name: str
     title: str
-    comparisons: tuple[Comparison, ...]
+    arms: tuple[str, ...]
+    metrics: tuple[str, ...] = ("maj@1",)
+    sizes: bool = False
+    reported: str = ""
+    methods: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What each phase of training reached, of several comparisons side by side.
+    """What each phase of training reached, of several arms side by side.
 
     Attributes:
-        lines: Comparison to what the figure calls it.
-        columns: Of ``rlreason.experiments.records.TrainingRecord``.
+        lines: Arm to what the figure calls it.
+        columns: Of the rows of a run's curve.
     """
 
     name: str
@@ -92,34 +110,43 @@ class Figure:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All tables and figures. Every comparison stands in one table."""
+    """All arms, and the tables and figures that show them."""
 
+    entries: tuple[Arm, ...]
     tables: tuple[Table, ...]
     figures: tuple[Figure, ...] = ()
 
     @property
-    def comparisons(self) -> dict[str, Comparison]:
-        """All comparisons by their name, in the order of the tables."""
-        return {c.name: c for table in self.tables for c in table.comparisons}
+    def arms(self) -> dict[str, Arm]:
+        """All arms by their name."""
+        return {arm.name: arm for arm in self.entries}
 
-    def find(self, names: Sequence[str] = ()) -> list[Comparison]:
-        """Comparisons by their own names or by their table's; all where none is given.
+    def find(self, names: Sequence[str] = ()) -> list[Arm]:
+        """Arms by their own names or by their table's; all where none is given.
 
         Raises:
             CatalogueError: There is no such name; says what is near, and what there is.
         """
-        known = self.comparisons
-        members = {table.name: table.comparisons for table in self.tables}
-        members |= {name: (comparison,) for name, comparison in known.items()}
+        known = self.arms
+        members = {name: (name,) for name in known}
+        members |= {table.name: table.arms for table in self.tables}
         for name in names:
             if name not in members:
                 near = difflib.get_close_matches(name, members, n=1)
                 meant = f" (did you mean {near[0]!r}?)" if near else ""
                 raise CatalogueError(
-                    f"no comparison {name!r}{meant}; there are {', '.join(known)}"
+                    f"no experiment {name!r}{meant}; there are {', '.join(members)}"
                 )
-        found = {c.name: c for name in names for c in members[name]}
-        return [*(found or known).values()]
+        found = dict.fromkeys(arm for name in names for arm in members[name])
+        return [known[name] for name in found or known]
+
+    def table(self, name: str) -> Table:
+        """A table by its name.
+
+        Raises:
+            CatalogueError: There is no such table.
+        """
+        return _named(self.tables, name, "table")
 
     def figure(self, name: str) -> Figure:
         """A figure by its name.
@@ -127,64 +154,113 @@ class Catalogue:
         Raises:
             CatalogueError: There is no such figure.
         """
-        known = {figure.name: figure for figure in self.figures}
-        if name not in known:
-            raise CatalogueError(f"no figure {name!r}; there are {', '.join(known)}")
-        return known[name]
+        return _named(self.figures, name, "figure")
+
+    def has_sizes(self, arm: str) -> bool:
+        """Whether an arm is trained from every base of the profile."""
+        return any(arm in table.arms for table in self.tables if table.sizes)
 
     def lines(self) -> list[str]:
-        """One line a table, and below it one a comparison."""
-        width = max(map(len, self.comparisons))
+        """One line a table, and below it one an arm."""
+        known, width = self.arms, max(map(len, self.arms))
         return [
             line
             for table in self.tables
             for line in (
                 f"{table.name}: {table.title}",
-                *(f"  {c.name:<{width}}  {c.text}" for c in table.comparisons),
+                *(f"  {name:<{width}}  {known[name].text}" for name in table.arms),
             )
         ]
 
 
+def _named(entries: Sequence[Any], name: str, kind: str) -> Any:
+    known = {entry.name: entry for entry in entries}
+    if name not in known:
+        raise CatalogueError(f"no {kind} {name!r}; there are {', '.join(known)}")
+    return known[name]
+
+
 # --- How entries are made -------------------------------------------------------------
 
-EXPERT_ITERATION = Variant("expert-iteration", "expert-iteration")
-PPO = Variant("ppo", "ppo")
-RCRL = Variant("rcrl", "rcrl")
+
+def ppo(name: str, text: str, changes: Changes, **more: Any) -> Arm:
+    """PPO with something changed, compared with the same as it is."""
+    return Arm(name, text, "ppo", changes, **{"against": "ppo"} | more)
 
 
-def varied(
-    of: Variant,
-    name: str,
-    text: str,
-    changes: Any,
-    measures: Sequence[str] = ("greedy",),
-) -> Comparison:
-    """An algorithm with something changed, compared with the same as it is."""
-    return Comparison(name, text, Variant(name, of.step, changes), measures, before=of)
-
-
-def baseline(kind: str, text: str) -> Comparison:
+def baseline(kind: str, text: str) -> Arm:
     """PPO with a baseline in place of the value function, compared with its start."""
-    return Comparison(kind, text, Variant(kind, "ppo", {"ppo.credit": {"kind": kind}}))
+    return Arm(kind, text, "ppo", {"ppo.credit": {"kind": kind}})
 
 
-def reward(kind: str, text: str) -> Comparison:
+def reward(kind: str, text: str, measures: tuple[str, ...] = GREEDY) -> Arm:
     """PPO with another reward; of a reward model, what it gives as well."""
-    measures = ("greedy", "score", "auc") if "orm" in kind else ("greedy",)
-    return varied(PPO, f"ppo-{kind}", text, {"reward": {"kind": kind}}, measures)
+    learned = ("earned", "auc") if "orm" in kind else ()
+    changes = {"reward": {"kind": kind}}
+    return ppo(f"ppo-{kind}", text, changes, measures=(*measures, *learned))
 
 
-def curriculum(kind: str, text: str) -> Comparison:
+def curriculum(kind: str, text: str) -> Arm:
     """PPO that asks other questions, or from elsewhere."""
-    return varied(PPO, f"ppo-{kind}", text, {"ppo.curriculum": {"kind": kind}})
+    return ppo(f"ppo-{kind}", text, {"ppo.curriculum": {"kind": kind}})
 
 
-def relabelled(name: str, text: str, changes: Changes) -> Comparison:
+def relabelled(name: str, text: str, changes: Changes, more: tuple = ()) -> Arm:
     """Return-conditioned RL on other labels."""
-    return varied(RCRL, name, text, changes, ("labels", "greedy"))
+    measures = ("labels", *GREEDY, *more)
+    return Arm(name, text, "rcrl", changes, against="rcrl", measures=measures)
 
 
-def best_half(recipe: Recipe) -> Changes:
+def without_sft(arm: Arm) -> Arm:
+    """The same from the prompted base."""
+    measures = tuple(m for m in arm.measures if m in ALL)
+    name = f"{arm.name}-base"
+    text = f"{arm.text}, from the base"
+    changes = together(arm.changes, {"start": "base"})
+    return Arm(name, text, arm.step, changes, start="base", measures=measures)
+
+
+def shifted(arm: Arm) -> Arm:
+    """An arm without SFT, on the shifted task."""
+    name = f"{arm.name.removesuffix('-base')}-shifted"
+    changes = together(arm.changes, on_the_shifted_task)
+    start = arm.start and "base-shifted"
+    name = "base-shifted" if arm.step == BASE else name
+    text = f"{arm.text}, shifted task"
+    return replace(arm, name=name, text=text, changes=changes, start=start)
+
+
+def together(one: Changes, other: Changes) -> Changes:
+    """Both changes; the other one's where they are of the same field."""
+
+    def changes(recipe: Recipe) -> Mapping[str, Any]:
+        each = [c(recipe) if callable(c) else c for c in (one, other)]
+        return {**each[0], **each[1]}
+
+    return changes
+
+
+def on_the_shifted_task(recipe: Recipe) -> Mapping[str, Any]:
+    """SVAMP in place of GSM8K, svamp-mini in place of gsm-mini."""
+    twins = {"gsm-mini": "svamp-mini", "gsm8k": "svamp"}
+    if recipe.task.name not in twins:
+        raise CatalogueError(
+            f"the task {recipe.task.name} has no shifted variant; {', '.join(twins)} do"
+        )
+    return {"task.name": twins[recipe.task.name]}
+
+
+def light_sft(recipe: Recipe) -> Mapping[str, Any]:
+    """Half of the epochs of SFT."""
+    return {"sft.epochs": max(1, recipe.sft.epochs // 2)}
+
+
+def quarter_of_ppo(recipe: Recipe) -> Mapping[str, Any]:
+    """A quarter of the phases."""
+    return {"ppo.phases": max(1, recipe.ppo.phases // 4)}
+
+
+def best_half(recipe: Recipe) -> Mapping[str, Any]:
     """Learn from half of the responses, in as many updates."""
     n, batch = recipe.ppo.n, recipe.ppo.batch_size
     if n % 2 or batch % 2:
@@ -194,7 +270,7 @@ def best_half(recipe: Recipe) -> Changes:
     return {"ppo.keep": n // 2, "ppo.batch_size": batch // 2}
 
 
-def weak_reward_model(recipe: Recipe) -> Changes:
+def weak_reward_model(recipe: Recipe) -> Mapping[str, Any]:
     """A head alone, which learns slowly, from samples of SFT; and no KL penalty."""
     return {
         "reward": {"kind": "sparse-orm"},
@@ -204,69 +280,200 @@ def weak_reward_model(recipe: Recipe) -> Changes:
         "orm.lr": recipe.sft.lr,
         "orm.lr_floor": recipe.sft.lr_floor,
         "orm.head_lr_scale": 10.0,
-        "ppo.kl.coef": 0.0,
-        "ppo.kl.target": None,
+        **NO_KL,
     }
+
+
+NO_KL = {"ppo.kl.coef": 0.0, "ppo.kl.target": None}
+# Of the appendix: one round, one sample, and labels of whole solutions
+MINIMAL = {"start": "base", "expert_iteration.k": 1, "expert_iteration.rounds": 1}
+
+
+def from_minimal(ratio: float) -> Arm:
+    """Return-conditioned RL on solutions of the least expert iteration."""
+    return Arm(
+        f"rcrl-minimal-{ratio:g}",
+        f"{ratio:g} right to a wrong one",
+        "rcrl",
+        {**MINIMAL, "rcrl.k": 0, "rcrl.positive_ratio": ratio},
+        start="base",
+        against="ei-minimal",
+    )
 
 
 # --- The entries ----------------------------------------------------------------------
 
-FILTERING = (
-    Comparison("expert-iteration", "keep what is right, learn it", EXPERT_ITERATION),
-    varied(
-        EXPERT_ITERATION,
-        "expert-iteration-orm",
-        "keep of it what the reward model believes",
-        {"expert_iteration.orm_threshold": 0.5},
-    ),
+SFT = Arm("sft", "supervised fine-tuning", "sft", start="", measures=MANY)
+EI = Arm(
+    "expert-iteration",
+    "keep what is right, learn it",
+    "expert-iteration",
+    measures=MANY,
 )
-CREDIT = (
-    Comparison("ppo", "advantages from a value function", PPO),
+EI_ORM = replace(
+    EI,
+    name="expert-iteration-orm",
+    text="keep of it what the reward model believes",
+    changes={"expert_iteration.orm_threshold": 0.5},
+    measures=ALL,
+    against="expert-iteration",
+)
+PPO = Arm("ppo", "advantages from a value function", "ppo", measures=MANY)
+SPARSE_ORM = reward("sparse-orm", "the reward model's score at the end", ALL)
+DENSE_ORM = reward("dense-orm", "the reward model's score at each step", ALL)
+PROMPTED = Arm("base", "the prompted base", BASE, {"start": "base"}, start="")
+PROMPTED = replace(PROMPTED, measures=("greedy", "samples"))
+NO_SFT = (PROMPTED, *map(without_sft, (EI, EI_ORM, PPO, SPARSE_ORM, DENSE_ORM)))
+SHIFTED = tuple(shifted(arm) for arm in NO_SFT if arm.name != f"{EI_ORM.name}-base")
+BY_MODEL = {"rcrl_labels": "orm"}
+LIGHT = {"changes": light_sft, "measures": ALL}
+
+ENTRIES = (
+    SFT,
+    EI,
+    EI_ORM,
+    replace(
+        relabelled("rcrl", "labels from rollouts", {}, ("samples",)),
+        against="sft",
+    ),
+    relabelled("rcrl-orm", "labels from the reward model", BY_MODEL, ("samples",)),
+    PPO,
+    reward("dense", "for each step that the reference has too", ALL),
+    SPARSE_ORM,
+    DENSE_ORM,
+    *NO_SFT,
+    *SHIFTED,
+    Arm("sft-light", "half of the epochs", "sft", start="", **LIGHT),
+    Arm("ppo-light", "PPO from there", "ppo", start="sft-light", **LIGHT),
+    Arm("ei-minimal", "one round, K = 1", "expert-iteration", MINIMAL, start="base"),
+    *map(from_minimal, (100.0, 10.0, 1.0)),
+    curriculum("backtracking", "start inside reference solutions"),
+    curriculum("replay", "ask again what had large advantages"),
+    # Beside the paper's tables
     baseline("reinforce", "the mean of the batch as the baseline"),
     baseline("rloo", "the mean of the question's other responses"),
     baseline("grpo", "the question's mean and standard deviation"),
-)
-REWARDS = (
-    reward("dense", "for each step that the reference has too"),
-    reward("shaped", "the same as a potential, which is taken back"),
-)
-LEARNED_REWARDS = (
-    reward("sparse-orm", "the reward model's score at the end"),
-    reward("dense-orm", "the reward model's score at each step"),
-    varied(
-        PPO,
+    reward("shaped", "dense as a potential, which is taken back"),
+    ppo(
         "ppo-weak-orm",
         "the score of one that knows little, without a KL penalty",
         weak_reward_model,
-        ("greedy", "score", "auc"),
+        measures=(*GREEDY, "earned", "auc"),
     ),
-)
-EXPLORATION = (
-    curriculum("backtracking", "start inside reference solutions"),
-    curriculum("replay", "ask again what had large advantages"),
-    varied(PPO, "ppo-best-half", "learn from the better half", best_half),
-)
-LABELS = (
-    Comparison("rcrl", "labels from rollouts", RCRL, ("labels",)),
-    relabelled("rcrl-orm", "labels from the reward model", {"rcrl_labels": "orm"}),
+    ppo("ppo-best-half", "learn from the better half", best_half),
+    ppo("ppo-no-kl", "without a KL penalty", NO_KL),
+    ppo("ppo-early", "a quarter of the phases", quarter_of_ppo, measures=ALL),
+    replace(
+        EI,
+        name="expert-iteration-early",
+        text="one round",
+        changes={"expert_iteration.rounds": 1},
+        against="expert-iteration",
+    ),
+    Arm(
+        "expert-iteration-current",
+        "each round goes on from the last policy",
+        "expert-iteration",
+        {"expert_iteration.start_from": "current"},
+        against="expert-iteration",
+    ),
     relabelled("rcrl-10", "10 right to a wrong one", {"rcrl.positive_ratio": 10.0}),
     relabelled("rcrl-100", "100 right to a wrong one", {"rcrl.positive_ratio": 100.0}),
-)
-RERANKING = (
-    Comparison(
-        "orm", "the outcome reward model", Variant("orm", "orm"), ("reranking", "auc")
+    Arm(
+        "orm",
+        "the outcome reward model, among samples of SFT",
+        "orm",
+        measures=("reranking", "auc"),
     ),
 )
 
+K_COLUMNS = ("maj@1", "maj@K", "rerank@K", "pass@K")
+METHODS = {
+    "sft": "SFT",
+    "base": "prompted",
+    "expert-iteration": "expert iteration",
+    "expert-iteration-orm": "expert iteration, ORM",
+    "rcrl-orm": "RCRL, ORM",
+    "ppo": "PPO, sparse",
+    "ppo-dense": "PPO, dense",
+    "ppo-sparse-orm": "PPO, sparse ORM",
+    "ppo-dense-orm": "PPO, dense ORM",
+}
+
+
+def table_of_paper(number: str, title: str, arms: Sequence[str], **more: Any) -> Table:
+    """One of the paper's tables; its columns are those of K samples unless given."""
+    known = {arm: arm.removesuffix("-base").removesuffix("-shifted") for arm in arms}
+    methods = {arm: METHODS[n] for arm, n in known.items() if n in METHODS}
+    defaults = {"metrics": K_COLUMNS, "methods": methods}
+    return Table(
+        f"table-{number}", title, tuple(arms), reported=number, **defaults | more
+    )
+
+
 CATALOGUE = Catalogue(
+    ENTRIES,
     tables=(
-        Table("filtering", "expert iteration, from SFT", FILTERING),
-        Table("credit", "PPO and its baselines, from SFT", CREDIT),
-        Table("rewards", "PPO with rewards for steps", REWARDS),
-        Table("learned-rewards", "PPO for a reward model", LEARNED_REWARDS),
-        Table("exploration", "PPO that asks or keeps something else", EXPLORATION),
-        Table("labels", "return-conditioned RL, by how steps are labelled", LABELS),
-        Table("reranking", "choosing among samples of SFT", RERANKING),
+        table_of_paper("1", "from SFT", [arm.name for arm in ENTRIES[:9]], sizes=True),
+        table_of_paper("2", "without SFT", [arm.name for arm in NO_SFT], sizes=True),
+        table_of_paper(
+            "3",
+            "without SFT, on the shifted task",
+            [arm.name for arm in SHIFTED],
+            sizes=True,
+        ),
+        table_of_paper(
+            "4",
+            "light and full SFT, and PPO after each",
+            ["sft-light", "sft", "ppo-light", "ppo"],
+            methods={
+                "sft-light": "SFT, 2 epochs",
+                "sft": "SFT, 4 epochs",
+                "ppo-light": "PPO after 2 epochs",
+                "ppo": "PPO after 4 epochs",
+            },
+        ),
+        table_of_paper(
+            "5",
+            "return-conditioned RL, by right solutions to wrong ones, without SFT",
+            ["ei-minimal", "rcrl-minimal-100", "rcrl-minimal-10", "rcrl-minimal-1"],
+            metrics=("maj@1",),
+            methods={
+                "ei-minimal": "expert iteration, one round of K = 1",
+                "rcrl-minimal-100": "RCRL, 100 to 1",
+                "rcrl-minimal-10": "RCRL, 10 to 1",
+                "rcrl-minimal-1": "RCRL, 1 to 1",
+            },
+        ),
+        table_of_paper(
+            "6",
+            "curricula of PPO",
+            ["ppo", "ppo-backtracking", "ppo-replay"],
+            metrics=("maj@1",),
+        ),
+        Table("credit", "PPO and its baselines", ("ppo", "reinforce", "rloo", "grpo")),
+        Table("rewards", "PPO with rewards for steps", ("ppo-dense", "ppo-shaped")),
+        Table(
+            "learned-rewards",
+            "PPO for a reward model",
+            ("ppo-sparse-orm", "ppo-dense-orm", "ppo-weak-orm"),
+        ),
+        Table(
+            "stability",
+            "without KL, with the better half",
+            ("ppo", "ppo-no-kl", "ppo-best-half"),
+        ),
+        Table(
+            "rounds",
+            "expert iteration and PPO on their way",
+            ("expert-iteration-early", "expert-iteration-current", "ppo-early"),
+        ),
+        Table(
+            "labels",
+            "return-conditioned RL, by how steps are labelled",
+            ("rcrl", "rcrl-orm", "rcrl-10", "rcrl-100"),
+        ),
+        Table("reranking", "choosing among samples of SFT", ("orm",)),
     ),
     figures=(
         Figure(

@@ -1,6 +1,6 @@
 """The paper's claims, and what the records say about them.
 
-A ``Claim`` has a rule: a small function of recorded rows that gives effects with their
+A ``Claim`` has a rule: a small function of the records that gives effects with their
 intervals, each with the range in which the claim expects it. The verdict is computed:
 
 ============  ========================================================================
@@ -9,6 +9,9 @@ contradicted  some interval lies wholly outside its range
 inconclusive  neither, or nothing is recorded
 ============  ========================================================================
 
+Rules are written before anything is recorded. "No better" is a range too: an effect of
+less than ``MARGIN`` counts as none, since no interval shows that an effect is zero.
+
 A small model on another task can speak for or against a claim's direction, no more.
 Left out: corrections for looking at many claims.
 """
@@ -16,17 +19,30 @@ Left out: corrections for looking at many claims.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from math import hypot, inf
+from dataclasses import dataclass
+from math import inf, log10
 from typing import Literal
 
-from rlreason.evaluation.intervals import Interval
-from rlreason.experiments.measures import ACCURACY, SCORE
-from rlreason.experiments.records import Record, in_points
+import numpy as np
+
+from rlreason.evaluation.intervals import Interval, seed_interval
+from rlreason.experiments.records import (
+    ACCURACY,
+    BEFORE,
+    SCORE,
+    Cell,
+    Records,
+    in_points,
+    interval_of,
+)
 from rlreason.experiments.reported import Provenance
+from rlreason.experiments.rows import Row
 
 Verdict = Literal["supported", "contradicted", "inconclusive"]
+Range = tuple[float, float]
+MARGIN = 0.02  # two points
 ABOVE_0, BELOW_0 = (0.0, inf), (-inf, 0.0)
+NO_HIGHER, NO_LOWER = (-inf, MARGIN), (-MARGIN, inf)
 
 
 @dataclass(frozen=True)
@@ -37,11 +53,13 @@ class Effect:
         name: What it is of, in words.
         interval: A difference of shares.
         expected: The range, ends excluded, in which the claim expects it.
+        points: Whether it is shown in percentage points.
     """
 
     name: str
     interval: Interval
-    expected: tuple[float, float]
+    expected: Range
+    points: bool = True
 
     @property
     def verdict(self) -> Verdict:
@@ -54,11 +72,13 @@ class Effect:
         return "inconclusive"
 
     def __str__(self) -> str:
-        return f"{self.name}: {in_points(self.interval)}"
+        i = self.interval
+        plain = f"{i.mean:+.2f} [{i.low:+.2f}, {i.high:+.2f}]"
+        return f"{self.name}: {in_points(i) if self.points else plain}"
 
 
-Rule = Callable[[Sequence[Record]], Iterator[Effect]]
-"""From recorded rows to effects; nothing where a row is not recorded."""
+Rule = Callable[[Records], Iterator[Effect]]
+"""From the records to effects; nothing where a row is not recorded."""
 
 
 @dataclass(frozen=True)
@@ -104,118 +124,296 @@ class Judged:
 
 
 def judge_claims(
-    rows: Sequence[Record], claims: Sequence[Claim] | None = None
+    records: Records, claims: Sequence[Claim] | None = None
 ) -> list[Judged]:
-    """Judge claims by recorded rows, in the order of the claims."""
+    """Judge claims by what is recorded, in the order of the claims."""
     chosen = CLAIMS if claims is None else claims
-    return [Judged(claim, tuple(claim.rule(rows))) for claim in chosen]
+    return [Judged(claim, tuple(claim.rule(records))) for claim in chosen]
 
 
 # --- Rules ----------------------------------------------------------------------------
 
 
-def change(
-    *names: str,
-    metric: str = "maj@1",
-    against: str = "",
-    expected: tuple[float, float] = ABOVE_0,
-) -> Rule:
-    """The recorded differences of some comparisons lie in the expected range.
+def differ(one: Cell, other: Cell, expected: Range = ABOVE_0) -> Rule:
+    """One cell less another, in pairs of seed and problem, lies in a range."""
 
-    Args:
-        metric, against: Their beginning is enough, since K stands in a metric's name.
-    """
-
-    def rule(rows: Sequence[Record]) -> Iterator[Effect]:
-        for row in rows:
-            held = row.metric.startswith(metric) and row.against.startswith(against)
-            if row.comparison in names and held:
-                name = f"{row.comparison}, {row.measured}"
-                yield Effect(name, row.interval, expected)
+    def rule(records: Records) -> Iterator[Effect]:
+        interval = records.difference(one, other)
+        if interval is not None:
+            name = f"{_called(one)} less {_called(other, one)}"
+            yield Effect(
+                records.named(name), interval, expected, one.metric != DISTINCT
+            )
 
     return rule
 
 
-def above(one: str, other: str, metric: str = "maj@1") -> Rule:
-    """The difference of one comparison is above that of another.
+def _called(cell: Cell, beside: Cell | None = None) -> str:
+    """A cell in words, without what it has in common with the one beside it."""
+    same = beside is not None and beside.metric == cell.metric
+    metric = "" if same else f" {cell.metric}"
+    return f"{cell.arm}{f' of {cell.size}' if cell.size else ''}{metric}"
 
-    The two are taken as independent. Both are paired with the same start, which makes
-    them rise and fall together: the interval is rather too wide than too narrow.
+
+def arms(
+    one: str, other: str, metric: str = "maj@1", expected: Range = ABOVE_0
+) -> Rule:
+    """One arm less another, in one metric."""
+    return differ(Cell(one, metric), Cell(other, metric), expected)
+
+
+def over(one: str, others: Sequence[str], metric: str, expected: Range) -> Rule:
+    """One arm less each of some others."""
+    return every(*(arms(one, other, metric, expected) for other in others))
+
+
+def by_size(
+    rule_of: Callable[[Records, str], dict[int, np.ndarray]], name: str
+) -> Rule:
+    """What the largest base has less what the smallest has, expected above 0.
+
+    Args:
+        rule_of: Gives, of a base, one value a problem, by seed.
     """
 
-    def rule(rows: Sequence[Record]) -> Iterator[Effect]:
-        found = {row.comparison: row for row in rows if row.metric == metric}
-        first, second = found.get(one), found.get(other)
-        if first and second and first.against == second.against:
-            a, b = first.interval, second.interval
-            mean = a.mean - b.mean
-            low = mean - hypot(a.mean - a.low, b.high - b.mean)
-            high = mean + hypot(a.high - a.mean, b.mean - b.low)
-            interval = replace(a, mean=mean, low=low, high=high)
-            yield Effect(f"{one} above {other}, {metric}", interval, ABOVE_0)
+    def rule(records: Records) -> Iterator[Effect]:
+        for size in sorted({row.size for row in records.rows} - {records.size})[:1]:
+            large, small = rule_of(records, records.size), rule_of(records, size)
+            if seeds := sorted(large.keys() & small.keys()):
+                table = np.stack([large[seed] - small[seed] for seed in seeds])
+                interval = interval_of(table)
+                label = f"{name}, {records.size} less {size}"
+                yield Effect(label, interval, ABOVE_0, points=False)
+
+    return rule
+
+
+def gap_to_sft(arm: str) -> Callable[[Records, str], dict[int, np.ndarray]]:
+    """How little an arm loses where it begins without SFT: minus the gap."""
+    return lambda records, size: records.pairs(
+        Cell(f"{arm}-base", size=size), Cell(arm, size=size)
+    )
+
+
+def converged(row: Row) -> int | None:
+    """Rollouts until validation first reached 95% of the run's best; None without."""
+    seen = [r for r in row.values["rows"] if r.get("validation_maj_1") is not None]
+    best = max((r["validation_maj_1"] for r in seen), default=None)
+    return next(
+        (r["rollouts"] for r in seen if r["validation_maj_1"] >= 0.95 * best), None
+    )
+
+
+def sooner(one: str, other: str, expected: Range) -> Rule:
+    """log10 of the rollouts to convergence of one arm over those of another."""
+
+    def rule(records: Records) -> Iterator[Effect]:
+        a, b = records.of(one, "curve"), records.of(other, "curve")
+        pairs = [
+            (converged(a[s]), converged(b[s])) for s in sorted(a.keys() & b.keys())
+        ]
+        ratios = [log10(x / y) for x, y in pairs if x and y]
+        if ratios:
+            name = f"log10 of rollouts to convergence, {one} over {other}"
+            yield Effect(name, seed_interval(ratios), expected, points=False)
 
     return rule
 
 
 def every(*rules: Rule) -> Rule:
     """All of several rules."""
-    return lambda rows: (effect for rule in rules for effect in rule(rows))
+    return lambda records: (effect for rule in rules for effect in rule(records))
 
 
 # --- The claims -----------------------------------------------------------------------
 
-GUIDED = ("ppo-dense", "ppo-shaped", "ppo-sparse-orm", "ppo-dense-orm")
+DISTINCT = "distinct"
+EI, PPO, PASS, RERANK = "expert-iteration", "ppo", "pass@K", "rerank@K"
+GUIDED = ("ppo-dense", "ppo-sparse-orm", "ppo-dense-orm")
+OTHERS = ("ppo", "rcrl", *GUIDED)
+
 CLAIMS = (
+    Claim(
+        "ei-best",
+        "All algorithms end close, within 10 points, and expert iteration is best.",
+        "verified",
+        over(EI, OTHERS, "maj@1", (0.0, 0.1)),
+        "table-1",
+    ),
     Claim(
         "ei-over-sft",
         "Expert iteration beats SFT in maj@1.",
         "second hand",
-        change("expert-iteration"),
-        "filtering",
+        arms(EI, "sft"),
+        "table-1",
     ),
     Claim(
-        "ei-best",
-        "Expert iteration ends above PPO.",
+        "ppo-without-sft",
+        "Without SFT, PPO ends no lower than expert iteration.",
+        "second hand",
+        arms("ppo-base", f"{EI}-base", expected=NO_LOWER),
+        "table-2",
+    ),
+    Claim(
+        "ei-shifted",
+        "Without SFT on SVAMP, expert iteration ends above PPO.",
+        "digitised",
+        arms(f"{EI}-shifted", "ppo-shifted"),
+        "table-3",
+    ),
+    Claim(
+        "sample-complexity",
+        "Expert iteration and PPO take rollouts of the same order.",
         "verified",
-        above("expert-iteration", "ppo"),
-        "credit",
+        every(
+            sooner(EI, PPO, (-1.0, 1.0)),
+            sooner(f"{EI}-base", "ppo-base", (-1.0, 1.0)),
+        ),
+        "table-2",
+    ),
+    Claim(
+        "both-improve",
+        "RL improves maj@1 and pass@96 together; more SFT trades one for the other.",
+        "verified",
+        every(
+            *(
+                arms(arm, "sft", metric)
+                for arm in (EI, PPO)
+                for metric in ("maj@1", PASS)
+            ),
+            arms("sft", "sft-light"),
+            arms("sft", "sft-light", PASS, BELOW_0),
+        ),
+        "table-4",
+    ),
+    Claim(
+        "no-new-solutions",
+        "RL's pass@96 is no higher than that of light SFT.",
+        "second hand",
+        every(
+            arms(EI, "sft-light", PASS, NO_HIGHER),
+            arms(PPO, "sft-light", PASS, NO_HIGHER),
+        ),
+        "table-4",
+    ),
+    Claim(
+        "sft-gap",
+        "Without SFT, RL ends less than 10 points lower; larger models lose less.",
+        "verified",
+        every(
+            arms(EI, f"{EI}-base", expected=(-inf, 0.1)),
+            arms(PPO, "ppo-base", expected=(-inf, 0.1)),
+            by_size(gap_to_sft(EI), f"{EI}: less lost without SFT"),
+            by_size(gap_to_sft(PPO), "ppo: less lost without SFT"),
+        ),
+        "table-2",
+    ),
+    Claim(
+        "saturation",
+        "pass@96 saturates early in training.",
+        "verified",
+        every(
+            arms(EI, f"{EI}-early", PASS, NO_HIGHER),
+            arms(PPO, "ppo-early", PASS, NO_HIGHER),
+        ),
+        "rounds",
     ),
     Claim(
         "guidance",
-        "Dense and learned rewards end no higher than the sparse reward.",
+        "Dense and learned rewards are faster and end no higher than the sparse one.",
         "second hand",
-        change(*GUIDED, expected=BELOW_0),
-        "rewards",
+        every(
+            *(arms(arm, PPO, expected=NO_HIGHER) for arm in GUIDED),
+            *(sooner(arm, PPO, BELOW_0) for arm in GUIDED),
+        ),
+        "table-1",
     ),
     Claim(
-        "curricula",
-        "Neither backtracking nor level replay improves the end.",
-        "unverified transcription",
-        change("ppo-backtracking", "ppo-replay", expected=BELOW_0),
-        "exploration",
-    ),
-    Claim(
-        "rcrl-negatives",
-        "More negative examples make return-conditioned RL worse.",
+        "size-explores",
+        "Larger models find more distinct solutions.",
         "second hand",
-        change("rcrl-10", "rcrl-100", against="rcrl"),
-        "labels",
+        every(
+            *(
+                by_size(
+                    lambda records, size, arm=arm: records.values(
+                        Cell(arm, DISTINCT, size)
+                    ),
+                    f"{arm}, distinct right solutions a question",
+                )
+                for arm in ("sft", EI)
+            )
+        ),
+        "table-1",
     ),
     Claim(
-        "reranking",
-        "A reward model chooses better among samples than the vote.",
+        "light-sft-diverse",
+        "Less SFT yields more distinct right solutions.",
+        "second hand",
+        arms("sft-light", "sft", DISTINCT),
+        "table-4",
+    ),
+    Claim(
+        "reset",
+        "Expert iteration has to begin each round from the base.",
         "unverified transcription",
-        change("orm", metric="rerank@", against="maj@"),
-        "reranking",
+        arms(EI, f"{EI}-current"),
+        "rounds",
+    ),
+    Claim(
+        "kl",
+        "Without a KL penalty PPO collapses.",
+        "unverified transcription",
+        arms(PPO, "ppo-no-kl"),
+        "stability",
+    ),
+    Claim(
+        "ei-reranks",
+        "Expert iteration leads in rerank@96.",
+        "unverified transcription",
+        over(EI, OTHERS, RERANK, ABOVE_0),
+        "table-1",
     ),
     Claim(
         "over-optimisation",
         "A reward model can be over-optimised: its score rises, accuracy falls.",
         "unverified transcription",
         every(
-            change("ppo-weak-orm", metric=SCORE),
-            change("ppo-weak-orm", metric=ACCURACY, expected=BELOW_0),
+            differ(Cell("ppo-weak-orm", SCORE), Cell("ppo-weak-orm", SCORE + BEFORE)),
+            differ(
+                Cell("ppo-weak-orm", ACCURACY),
+                Cell("ppo-weak-orm", ACCURACY + BEFORE),
+                BELOW_0,
+            ),
         ),
         "over-optimisation",
+    ),
+    Claim(
+        "curricula",
+        "Neither backtracking nor level replay improves the end.",
+        "unverified transcription",
+        every(
+            *(
+                arms(f"ppo-{k}", PPO, expected=NO_HIGHER)
+                for k in ("backtracking", "replay")
+            )
+        ),
+        "table-6",
+    ),
+    Claim(
+        "rcrl-negatives",
+        "More negative examples make return-conditioned RL worse.",
+        "second hand",
+        every(
+            arms("rcrl-minimal-10", "rcrl-minimal-1"),
+            arms("rcrl-minimal-100", "rcrl-minimal-10", expected=NO_LOWER),
+        ),
+        "table-5",
+    ),
+    Claim(
+        "reranking",
+        "A reward model chooses better among samples than the vote.",
+        "unverified transcription",
+        differ(Cell("orm", "rerank@K of SFT"), Cell("orm", "maj@K of SFT")),
+        "reranking",
     ),
 )

@@ -1,64 +1,129 @@
-"""How the comparisons of the catalogue are measured, on the test split, over seeds.
+"""How a run is measured: a ``Row`` of raw values for each measure of its arm.
 
 =============  =======================================================================
-greedy         maj@1 against ``before``, or against what training started from; of
-               return-conditioned policies with [GOOD] before every step
-labels         maj@1 with [GOOD] before every step against that with [BAD]
-score          of the same answers: the score of the reward model that rewarded PPO,
-               and their accuracy, each against what training started from
+greedy         which test problems the greedy answer solves; of return-conditioned
+               policies with [GOOD] before every step
+samples        of K samples of each test problem: how many are right, the vote, the
+               choice of the reward model, distinct right sequences of operations
+curve          what the run wrote of each round or phase
+solutions      which correct solutions many more samples hold (``coverage``)
+labels         greedy answers with [BAD] before every step
+earned         of an answer sampled as PPO samples: the score of the reward model that
+               rewarded PPO and whether it is right, before training and after
 auc            how well the reward model ranks answers to held-out questions
-reranking      rerank@K against maj@K of the same samples of SFT, and against
-               rerank@K by the likelihood alone, which needs no training
+reranking      of K samples of SFT: the vote, the choice of the reward model, and that
+               of the likelihood alone, which needs no training
 =============  =======================================================================
 
-What has to be trained is handed in (``Context.obtain_all``), so that the same measures
-serve one process, several devices and a cluster. Pairs are of one seed and problem.
+A measure is a function of the context, the subject and what the subject trained (a
+policy; of ``orm`` a reward model), and returns JSON values. To add one: put it into
+``MEASURES`` and name it in an arm.
+
+One reward model for each base, task and seed chooses among all samples, as in the
+paper: it is trained on samples of expert iteration. It reads the plain question and the
+answer, without solved examples and labels, as it was trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
-from statistics import fmean
-from typing import Any, NamedTuple
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rlreason.algorithms.rcrl import BAD, GOOD
-from rlreason.evaluation.evaluate import Report, Scorer
-from rlreason.evaluation.intervals import hierarchical_interval, seed_interval
-from rlreason.experiments.catalogue import Comparison, Variant
-from rlreason.experiments.records import Record, Row, TrainingRecord
-from rlreason.policy.load import Policy
+from rlreason.evaluation.evaluate import Report, answer_groups
+from rlreason.experiments.catalogue import BASE, CATALOGUE, Arm, Catalogue
+from rlreason.experiments.coverage import solutions
+from rlreason.experiments.rows import Row, Spent
+from rlreason.policy.load import Policy, load_policy
+from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
 from rlreason.rewards.orm import OutcomeRewardModel, score_responses
 from rlreason.rewards.sparse import sparse_rewards
+from rlreason.runs.contents import Contents
 from rlreason.runs.environment import commit, environment
 from rlreason.runs.evaluate import evaluate_recipe
-from rlreason.runs.plans import (
-    Plan,
-    TrainedRewardModel,
-    folder_of,
-    plan_of,
-)
+from rlreason.runs.plans import Plan, contents_of, folder_of, obtain, plan_of
 from rlreason.runs.recipes import Recipe
-from rlreason.runs.steps import load_trained
-from rlreason.settings import settings_hash
+from rlreason.settings import HASH_LENGTH, Settings, settings_hash
 from rlreason.tasks.problem import Problem
+from rlreason.tasks.prompts import format_prompt
 
-ObtainAll = Callable[[Sequence[Plan]], Sequence[Any]]
-"""Train what is not trained yet, and return it in the order of the plans."""
-
-KEEP_THE_PROMPT = ("ppo",)
-"""Steps that, from the base, learn with the solved examples in every prompt."""
+KEEP_THE_PROMPT = (BASE, "ppo")
+"""Steps after which, from the base, solved examples stand in every prompt."""
 
 
-class Policies(NamedTuple):
-    """A policy a seed, and whether their questions come with solved examples."""
+class PromptedBase(Settings):
+    """What stands for a plan where nothing is trained."""
 
-    each: list[Policy]
-    prompted: bool = False
+    contents: Contents
+    shots: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run to be measured: an arm, trained from one base with one seed.
+
+    Attributes:
+        recipe: The arm's, of this base.
+    """
+
+    arm: Arm
+    recipe: Recipe
+    seed: int
+
+    @property
+    def size(self) -> str:
+        """Name of the base."""
+        return Path(self.recipe.policy).name
+
+    @property
+    def prompted(self) -> bool:
+        """Whether its questions come with solved examples."""
+        return self.recipe.start == "base" and self.arm.step in KEEP_THE_PROMPT
+
+    @property
+    def label(self) -> str | None:
+        """What is forced before every step."""
+        return GOOD if self.arm.step == "rcrl" else None
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """Of its training; None for the base."""
+        return self.plan_of(self.arm.step) if self.arm.step != BASE else None
+
+    def plan_of(self, step: str) -> Plan:
+        """The plan of a step of the same recipe and seed."""
+        return plan_of(step, self.recipe, self.seed)
+
+    @cached_property
+    def plan_hash(self) -> str:
+        """Of the plan, or of what the prompted base is."""
+        recipe = self.recipe
+        contents = contents_of(recipe.policy, recipe.task)
+        base = PromptedBase(contents=contents, shots=recipe.shots)
+        return settings_hash(self.plan or base)
+
+    def trained(self) -> Any:
+        """What it trains: a policy, or a reward model. Trained first, if need be."""
+        if self.plan is None:
+            return load_policy(self.recipe.policy)
+        run = obtain(self.plan)
+        return run.orm if self.arm.step == "orm" else run.policy
+
+    def began(self) -> Policy:
+        """The policy that its training began from."""
+        if self.recipe.start == "base":
+            return load_policy(self.recipe.policy)
+        return obtain(self.plan_of("sft")).policy
 
 
 @dataclass(frozen=True)
@@ -67,141 +132,285 @@ class Context:
 
     Attributes:
         recipe: Of the profile, with nothing changed.
-        obtain_all: Trains.
         evaluate: As ``evaluate_recipe``.
     """
 
     recipe: Recipe
-    obtain_all: ObtainAll
+    catalogue: Catalogue = CATALOGUE
     evaluate: Callable[..., Report] = evaluate_recipe
 
-    @property
-    def seeds(self) -> range:
-        """Of all training."""
-        return range(self.recipe.seeds)
+    def subject(self, name: str, size: str, seed: int) -> Subject:
+        """The run of an arm, by the path or name of its base."""
+        (arm,) = self.catalogue.find([name])
+        return Subject(arm, arm.recipe(self.recipe.changed({"policy": size})), seed)
 
-    def plans(self, variant: Variant, step: str | None = None) -> list[Plan]:
-        """A plan a seed, of the variant's step or of another of its recipe."""
-        recipe = variant.recipe(self.recipe)
-        return [plan_of(step or variant.step, recipe, seed) for seed in self.seeds]
+    def subjects(self, names: Sequence[str] = ()) -> list[Subject]:
+        """The runs of some arms, or tables, and of those that they are compared with.
 
-    def trained(self, variant: Variant) -> Policies:
-        """What a variant trains."""
-        start, step = variant.recipe(self.recipe).start, variant.step
-        each = [run.policy for run in self.obtain_all(self.plans(variant))]
-        return Policies(each, start == "base" and step in KEEP_THE_PROMPT)
-
-    def starts(self, variant: Variant) -> Policies:
-        """What a variant's training started from."""
-        recipe = variant.recipe(self.recipe)
-        if recipe.start == "sft":
-            runs = self.obtain_all(self.plans(variant, "sft"))
-            return Policies([run.policy for run in runs])
-        policy = load_trained(recipe.policy if recipe.start == "base" else recipe.start)
-        return Policies([policy] * recipe.seeds, recipe.start == "base")
-
-    def reward_models(self, variant: Variant) -> Sequence[TrainedRewardModel]:
-        """The reward models of a variant's recipe."""
-        return self.obtain_all(self.plans(variant, "orm"))
-
-    def greedy(self, policies: Policies, label: str | None = None) -> np.ndarray:
-        """Which problems each seed's policy solves greedily: (seeds, problems)."""
-        reports = [
-            self.evaluate(
-                self.recipe,
-                policy,
-                greedy_only=True,
-                label=label,
-                prompted=policies.prompted,
-            )
-            for policy in policies.each
+        Raises:
+            ValueError: No such name, or a recipe that an arm cannot use.
+        """
+        arms = self.catalogue.find(names)
+        known = self.catalogue.arms
+        needed = [a for arm in arms for a in (arm.start, arm.compared, arm.name) if a]
+        return [
+            self.subject(name, size, seed)
+            for name in dict.fromkeys(needed)
+            for size in self.sizes(known[name])
+            for seed in range(self.recipe.seeds)
         ]
-        return np.stack([report.values("maj@1") for report in reports])
+
+    def sizes(self, arm: Arm) -> list[str]:
+        """The bases that an arm is trained from, the smallest first."""
+        more = self.recipe.sizes if self.catalogue.has_sizes(arm.name) else []
+        return [*more, self.recipe.policy]
+
+    def judge_plan(self, subject: Subject) -> Plan:
+        """Of the reward model that chooses among the subject's samples.
+
+        On the shifted task it must not know SFT, which has no solutions there.
+        """
+        recipe = subject.recipe
+        changes: dict[str, Any] = {"policy": recipe.policy}
+        if recipe.task != self.recipe.task:
+            task = recipe.task.model_dump(mode="json")
+            changes |= {"task": task, "start": "base"}
+        changes |= {"orm_samples": "expert-iteration"}
+        return plan_of("orm", self.recipe.changed(changes), subject.seed)
+
+    def sampled_recipe(self, subject: Subject) -> Recipe:
+        """The subject's recipe, with as many sampled problems as are recorded."""
+        chosen = self.recipe.evaluation
+        size = chosen.recorded_problems or chosen.sampled_problems
+        return subject.recipe.changed({"evaluation.sampled_problems": size})
 
 
-Measure = Callable[[Context, Comparison], list[Row]]
+Values = dict[str, Any]
 
 
-def measure(context: Context, comparison: Comparison) -> list[Record]:
-    """Train what is not trained yet, and measure it: the rows of a comparison."""
-    found = (MEASURES[name](context, comparison) for name in comparison.measures)
-    rows = [row for rows in found for row in rows]
-    plans = context.plans(comparison.after)
-    seconds = fmean(folder_of(plan).status["seconds"] for plan in plans)
-    where = {
-        "seconds": seconds,
-        "settings": settings_hash(plans[0]),
-        "commit": commit() or "",
-        "device": environment()["device"],
-        "date": date.today().isoformat(),
-    }
-    return [Record(**vars(row), **where) for row in rows]
+def no_plans(context: Context, subject: Subject) -> list[Plan]:
+    """Of measures that need what the subject trained alone."""
+    return []
 
 
-def measure_training(context: Context, comparison: Comparison) -> list[TrainingRecord]:
-    """The phases of PPO of every seed, as the runs wrote them; none of other steps."""
+@dataclass(frozen=True)
+class Measure:
+    """A measure: its function, and what else has to be trained for it.
+
+    Attributes:
+        function: Of the context, the subject and what it trained; JSON values.
+        needs: Plans of further runs, which it gets by ``obtain``.
+        version: Moved on where the same name measures something else.
+    """
+
+    function: Callable[[Context, Subject, Any], Values]
+    needs: Callable[[Context, Subject], list[Plan]] = no_plans
+    version: int = 1
+
+    def how(self, context: Context, subject: Subject) -> str:
+        """A hash of what decides its values beside the subject's plan."""
+        recipe, chosen = subject.recipe, context.sampled_recipe(subject).evaluation
+        decides = {
+            "version": self.version,
+            "problems": [chosen.problems, chosen.sampled_problems],
+            "samples": [chosen.k, chosen.temperature, recipe.max_new_tokens],
+            "needs": [settings_hash(plan) for plan in self.needs(context, subject)],
+        }
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
+        return digest.hexdigest()[:HASH_LENGTH]
+
+
+def identity(context: Context, subject: Subject, measure: str) -> tuple[str, ...]:
+    """What the row of a subject and measure has as its ``identity``."""
+    how = MEASURES[measure].how(context, subject)
+    key = (subject.arm.name, subject.size, str(subject.seed), measure)
+    return (*key, subject.plan_hash, how)
+
+
+def plans_needed(
+    context: Context, subject: Subject, measures: Sequence[str]
+) -> list[Plan]:
+    """What has to be trained before a subject can be measured."""
+    own = [subject.plan] if subject.plan else []
     return [
-        TrainingRecord(
-            comparison=comparison.name,
-            seed=seed,
-            phase=row["phase"],
-            reward=row["reward"],
-            accuracy=row["accuracy"],
-            kl=row.get("kl"),
-            settings=settings_hash(plan),
+        *own,
+        *(p for name in measures for p in MEASURES[name].needs(context, subject)),
+    ]
+
+
+def measure(
+    context: Context, subject: Subject, measures: Sequence[str]
+) -> Iterator[Row]:
+    """Train what is not trained yet, and measure it: a row each, as they come."""
+    trained = subject.trained()
+    needed = _all_needed(subject.plan)
+    for name in measures:
+        began = time.monotonic()
+        values = MEASURES[name].function(context, subject, trained)
+        arm, size, seed, _, plan, how = identity(context, subject, name)
+        yield Row(
+            arm=arm,
+            size=size,
+            seed=int(seed),
+            measure=name,
+            step=subject.arm.step,
+            start=subject.arm.start,
+            plan=plan,
+            how=how,
+            task=Path(subject.recipe.task.name).name,
+            split="test",
+            spent=spent(subject.plan),
+            needed=sum(map(spent, needed.values()), NOTHING),
+            measuring=round(time.monotonic() - began, 1),
+            commit=commit() or "",
+            device=environment()["device"],
+            date=date.today().isoformat(),
+            values=values,
         )
-        for seed, plan in enumerate(context.plans(comparison.after))
-        for row in folder_of(plan).metrics
-        if row["kind"] == "phase"
-    ]
 
 
-def greedy(context: Context, comparison: Comparison) -> list[Row]:
+# --- What training took ---------------------------------------------------------------
+
+NOTHING = Spent(seconds=0.0, rollouts=0, tokens=0)
+
+
+def _all_needed(plan: Plan | None) -> dict[str, Plan]:
+    """All runs below a run, each once."""
+    found: dict[str, Plan] = {}
+    for each in plan.needs.values() if plan else ():
+        found |= {settings_hash(each): each, **_all_needed(each)}
+    return found
+
+
+def spent(plan: Plan | None) -> Spent:
+    """What the run of a plan took by itself."""
+    if plan is None:
+        return NOTHING
+    run, rollouts, tokens = folder_of(plan), 0, 0.0
+    known = True
+    for row in run.metrics:
+        if "rollouts" not in row:
+            continue
+        new, rollouts = row["rollouts"] - rollouts, row["rollouts"]
+        known = known and ("response_length" in row or not new)
+        tokens += new * row.get("response_length", 0.0)
+    return Spent(
+        seconds=round(run.status["seconds"], 1),
+        rollouts=rollouts,
+        tokens=round(tokens) if known else None,
+    )
+
+
+# --- The measures ---------------------------------------------------------------------
+
+
+def bits(right: Sequence[float]) -> str:
+    """What is right and wrong, a character a problem."""
+    return "".join("1" if value else "0" for value in right)
+
+
+def shares(values: Sequence[float]) -> list[float]:
+    """Values of problems, short: most of them are 0 or 1."""
+    short = [round(float(value), 4) for value in values]
+    return [int(value) if value == int(value) else value for value in short]
+
+
+def greedy(context: Context, subject: Subject, policy: Policy) -> Values:
     """See the table above."""
-    variant, other = comparison.after, comparison.before
-    label = GOOD if variant.step == "rcrl" else None
-    metric = f"maj@1 with {label}" if label else "maj@1"
-    held = context.trained(other) if other else context.starts(variant)
-    against = other.name if other else variant.recipe(context.recipe).start
-    before = context.greedy(held, label if other else None)
-    after = context.greedy(context.trained(variant), label)
-    return [paired(comparison, metric, against, before, after)]
+    return {"right": bits(_greedy(context, subject, policy, subject.label))}
 
 
-def labels(context: Context, comparison: Comparison) -> list[Row]:
+def labels(context: Context, subject: Subject, policy: Policy) -> Values:
     """See the table above."""
-    policies = context.trained(comparison.after)
-    bad, good = (context.greedy(policies, label) for label in (BAD, GOOD))
-    return [paired(comparison, f"maj@1 with {GOOD}", BAD, bad, good)]
+    return {"bad": bits(_greedy(context, subject, policy, BAD))}
 
 
-def score_and_accuracy(context: Context, comparison: Comparison) -> list[Row]:
+def _greedy(
+    context: Context, subject: Subject, policy: Policy, label: str | None
+) -> np.ndarray:
+    report = context.evaluate(
+        subject.recipe,
+        policy,
+        greedy_only=True,
+        label=label,
+        prompted=subject.prompted,
+    )
+    return report.values("maj@1")
+
+
+def samples(context: Context, subject: Subject, policy: Policy) -> Values:
+    """See the table above; nothing of them is kept but what is counted."""
+    model = obtain(context.judge_plan(subject)).orm
+    report = context.evaluate(
+        context.sampled_recipe(subject),
+        policy,
+        seed=subject.seed,
+        label=subject.label,
+        prompted=subject.prompted,
+        orm=lambda problem, rollouts: model(
+            problem, unadorned(rollouts, problem, policy)
+        ),
+        sampler=answer_groups,
+    )
+    k = report.k
+    return {
+        "k": k,
+        "right": [sum(result.correct) for result in report.results],
+        "vote": shares(report.values(f"maj@{k}")),
+        "rerank": shares(report.values(f"rerank@{k}")),
+        "distinct": [len(result.sequences) for result in report.results],
+    }
+
+
+def judge_needs(context: Context, subject: Subject) -> list[Plan]:
+    """The reward model that chooses."""
+    return [context.judge_plan(subject)]
+
+
+def unadorned(
+    rollouts: Sequence[Rollout], problem: Problem, policy: Policy
+) -> list[Rollout]:
+    """Rollouts as the reward model knows them: without examples and labels."""
+    prompt = tuple(policy.encode_prompt(format_prompt(problem)))
+    vocabulary = policy.tokenizer.get_vocab()
+    forced = {vocabulary[label] for label in (GOOD, BAD) if label in vocabulary}
+
+    def plain(rollout: Rollout) -> Rollout:
+        pairs = zip(rollout.tokens, rollout.logprobs, strict=True)
+        kept = [(token, x) for token, x in pairs if token not in forced]
+        tokens, logprobs = zip(*kept, strict=True)
+        return replace(rollout, prompt_tokens=prompt, tokens=tokens, logprobs=logprobs)
+
+    return [plain(rollout) for rollout in rollouts]
+
+
+def curve(context: Context, subject: Subject, policy: Any) -> Values:
+    """See the table above."""
+    kinds = ("round", "phase", "held_out")
+    rows = folder_of(subject.plan).metrics if subject.plan else []
+    return {"rows": [_shortened(row) for row in rows if row["kind"] in kinds]}
+
+
+def _shortened(row: Mapping[str, Any]) -> Values:
+    return {
+        name: float(f"{value:.4g}") if isinstance(value, float) else value
+        for name, value in row.items()
+    }
+
+
+def earned(context: Context, subject: Subject, policy: Policy) -> Values:
     """See the table above: did what was rewarded rise, and what it stands for?"""
-    recipe, variant = context.recipe, comparison.after
+    recipe = subject.recipe
     problems = recipe.task.load("test", recipe.evaluation.problems)
-    models = [model.orm for model in context.reward_models(variant)]
-
-    def found(policies: Policies) -> np.ndarray:
-        shots = recipe.shot_problems() if policies.prompted else ()
-        each = [
-            reward_and_accuracy(recipe, policy, orm, problems, seed=seed, shots=shots)
-            for policy, orm, seed in zip(
-                policies.each, models, context.seeds, strict=True
-            )
-        ]
-        return np.swapaxes(each, 0, 1)  # (2, seeds, problems)
-
-    against = variant.recipe(recipe).start
-    before, after = found(context.starts(variant)), found(context.trained(variant))
-    return [
-        paired(comparison, metric, against, *tables)
-        for metric, *tables in zip((SCORE, ACCURACY), before, after, strict=True)
-    ]
-
-
-SCORE = "score by its reward model"
-ACCURACY = "accuracy of the same answers"
-AUC = "AUC on held-out questions"
+    orm = obtain(subject.plan_of("orm")).orm
+    shots = recipe.shot_problems() if subject.prompted else ()
+    found = {}
+    for when, each in (("before", subject.began()), ("after", policy)):
+        scores, right = reward_and_accuracy(
+            recipe, each, orm, problems, seed=subject.seed, shots=shots
+        )
+        found |= {f"score_{when}": shares(scores), f"right_{when}": bits(right)}
+    return found
 
 
 def reward_and_accuracy(
@@ -239,88 +448,48 @@ def reward_and_accuracy(
     )
 
 
-def auc(context: Context, comparison: Comparison) -> list[Row]:
-    """See the table above: over seeds, in the last epoch of each."""
-    models = context.reward_models(comparison.after)
-    interval = seed_interval([model.held_out[-1]["auc"] for model in models])
-    return [
-        Row(
-            comparison=comparison.name,
-            metric=AUC,
-            against="",
-            before=None,
-            after=interval.mean,
-            difference=None,
-            low=interval.low,
-            high=interval.high,
-            seeds=len(models),
-            problems=0,
+def own_reward_model(context: Context, subject: Subject) -> list[Plan]:
+    """The reward model of the subject's recipe."""
+    return [subject.plan_of("orm")]
+
+
+def auc(context: Context, subject: Subject, policy: Any) -> Values:
+    """See the table above: in the last epoch."""
+    return {"auc": obtain(subject.plan_of("orm")).held_out[-1]["auc"]}
+
+
+def reranking(context: Context, subject: Subject, orm: OutcomeRewardModel) -> Values:
+    """See the table above: one report a scorer, of the same samples."""
+    learned_from = obtain(subject.plan.start).policy
+    likelihood = OutcomeRewardModel(learned_from, likelihood=True)
+    policy = subject.began()
+    by_model, by_likelihood = (
+        context.evaluate(
+            context.sampled_recipe(subject), policy, orm=scorer, seed=subject.seed
         )
-    ]
-
-
-def reranking(context: Context, comparison: Comparison) -> list[Row]:
-    """See the table above: one report a seed and scorer, of the same samples."""
-    recipe, chosen = context.recipe, context.recipe.evaluation
-    size = chosen.recorded_problems or chosen.sampled_problems
-    recipe = recipe.changed({"evaluation.sampled_problems": size})
-    sampled = context.obtain_all(context.plans(comparison.after, "sft"))
-    models = [model.orm for model in context.reward_models(comparison.after)]
-    plans = context.plans(comparison.after, "orm")
-    learned_from = context.obtain_all([plan.start for plan in plans])
-    likelihoods = [
-        OutcomeRewardModel(run.policy, likelihood=True) for run in learned_from
-    ]
-
-    def reports(scorers: Sequence[Scorer]) -> list[Report]:
-        return [
-            context.evaluate(recipe, run.policy, orm=scorer, seed=seed)
-            for run, scorer, seed in zip(sampled, scorers, context.seeds, strict=True)
-        ]
-
-    def table(reports: Sequence[Report], metric: str) -> np.ndarray:
-        return np.stack([report.values(metric) for report in reports])
-
-    by_model, by_likelihood = reports(models), reports(likelihoods)
-    rerank, vote = f"rerank@{by_model[0].k}", f"maj@{by_model[0].k}"
-    after = table(by_model, rerank)
-    return [
-        paired(comparison, rerank, against, before, after)
-        for against, before in (
-            (vote, table(by_model, vote)),
-            (f"{rerank} by the likelihood", table(by_likelihood, rerank)),
-        )
-    ]
-
-
-def paired(
-    comparison: Comparison,
-    metric: str,
-    against: str,
-    before: np.ndarray,
-    after: np.ndarray,
-) -> Row:
-    """The difference of two tables, (seeds, problems) each, pair by pair."""
-    interval = hierarchical_interval(after - before)
-    seeds, problems = before.shape
-    return Row(
-        comparison=comparison.name,
-        metric=metric,
-        against=against,
-        before=float(before.mean()),
-        after=float(after.mean()),
-        difference=interval.mean,
-        low=interval.low,
-        high=interval.high,
-        seeds=seeds,
-        problems=problems,
+        for scorer in (orm, likelihood)
     )
+    k = by_model.k
+    return {
+        "k": k,
+        "vote": shares(by_model.values(f"maj@{k}")),
+        "rerank": shares(by_model.values(f"rerank@{k}")),
+        "likelihood": shares(by_likelihood.values(f"rerank@{k}")),
+    }
+
+
+def policy_of_sft(context: Context, subject: Subject) -> list[Plan]:
+    """SFT of the same base and seed."""
+    return [subject.plan_of("sft")]
 
 
 MEASURES: dict[str, Measure] = {
-    "greedy": greedy,
-    "labels": labels,
-    "score": score_and_accuracy,
-    "auc": auc,
-    "reranking": reranking,
+    "greedy": Measure(greedy),
+    "samples": Measure(samples, judge_needs),
+    "solutions": Measure(solutions),
+    "curve": Measure(curve),
+    "labels": Measure(labels),
+    "earned": Measure(earned, own_reward_model),
+    "auc": Measure(auc, own_reward_model),
+    "reranking": Measure(reranking, policy_of_sft),
 }

@@ -1,53 +1,204 @@
-"""What was measured, kept in the repository, and shown from there.
+"""What the raw rows say: values, paired differences, tables for the book.
 
-``book/results/<profile>/`` holds two tables, which ``rlreason record`` writes::
+Everything here is computed from ``experiments.rows`` when it is read. A value has an
+interval over seeds and problems, a difference one over pairs of the same seed and
+problem (``evaluation.intervals.hierarchical_interval``).
 
-    comparisons.csv   a row a comparison and metric, with its interval
-    training.csv      a row a phase of PPO and seed: reward, accuracy, KL
+A metric is named as in the paper; K is the number of samples that was recorded:
 
-A row is read strictly and belongs to a plan, whose hash it holds: ``is_current`` says
-whether the recipe still makes that plan. What does not change the plan, such as the
-machine, does not make a row stale.
-
-Left out: what the evaluation was (K, temperature); the metric's name has K.
+==========================  ==========================================================
+maj@1                       greedy; of return-conditioned policies with [GOOD]
+maj@1 with [BAD]            the same policy under the other label
+maj@K, rerank@K, pass@K     of K samples; pass@k for any k up to K
+accuracy, distinct          of one sample; right sequences of operations among K
+score, accuracy of the ...  of ``earned``, after training and before
+AUC                         of the reward model
+==========================  ==========================================================
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from statistics import fmean
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+import numpy as np
 
-from rlreason.evaluation.intervals import Interval, verdict
-from rlreason.experiments.catalogue import CATALOGUE, Catalogue
-from rlreason.runs.environment import results_folder
+from rlreason.evaluation.intervals import (
+    Interval,
+    hierarchical_interval,
+    seed_interval,
+    verdict,
+)
+from rlreason.evaluation.metrics import pass_at_k
+from rlreason.experiments.catalogue import CATALOGUE, Arm, Catalogue, Table
+from rlreason.experiments.reported import reported_table, reported_tables
+from rlreason.experiments.rows import RecordError, Row, read_rows, rows_path
 from rlreason.runs.folder import RunFolder
-from rlreason.runs.plans import plan_of
-from rlreason.runs.recipes import Recipe
-from rlreason.settings import describe, settings_hash
+from rlreason.runs.profiles import load_profile
+from rlreason.settings import settings_hash
 
-OPTIONAL = ("before", "difference", "kl")  # an empty cell: there is none
+SCORE = "score by its reward model"
+ACCURACY = "accuracy of the same answers"
+AUC = "AUC on held-out questions"
+BAD = "maj@1 with [BAD]"
+BEFORE = ", before"
+
+# Metric to its measure and its values of a row
+METRICS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "maj@1": ("greedy", lambda v: v["right"]),
+    BAD: ("labels", lambda v: v["bad"]),
+    "maj@K": ("samples", lambda v: v["vote"]),
+    "rerank@K": ("samples", lambda v: v["rerank"]),
+    "pass@K": ("samples", lambda v: [count > 0 for count in v["right"]]),
+    "accuracy": ("samples", lambda v: [count / v["k"] for count in v["right"]]),
+    "distinct": ("samples", lambda v: v["distinct"]),
+    SCORE: ("earned", lambda v: v["score_after"]),
+    SCORE + BEFORE: ("earned", lambda v: v["score_before"]),
+    ACCURACY: ("earned", lambda v: v["right_after"]),
+    ACCURACY + BEFORE: ("earned", lambda v: v["right_before"]),
+    AUC: ("auc", lambda v: [v["auc"]]),
+    "rerank@K of SFT": ("reranking", lambda v: v["rerank"]),
+    "maj@K of SFT": ("reranking", lambda v: v["vote"]),
+    "rerank@K by the likelihood": ("reranking", lambda v: v["likelihood"]),
+}
 
 
-class RecordError(ValueError):
-    """A file of records that is damaged."""
+def metric_of(name: str) -> tuple[str, Callable[[Mapping[str, Any]], Any]]:
+    """The measure of a metric, and what takes its values from a row's.
+
+    Raises:
+        RecordError: There is no such metric.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    kind, _, k = name.partition("@")
+    if kind != "pass" or not k.isdigit():
+        raise RecordError(f"no metric {name!r}; there are {', '.join(METRICS)}")
+    return "samples", lambda v: [pass_at_k(v["k"], c, int(k)) for c in v["right"]]
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a measure finds. Values are shares, or an AUC.
+class Cell:
+    """A metric of an arm, from one base; the profile's main one where it is empty."""
+
+    arm: str
+    metric: str = "maj@1"
+    size: str = ""
+
+
+@dataclass(frozen=True)
+class Records:
+    """The rows of a profile, and what follows from them.
 
     Attributes:
-        metric: What was measured, e.g. "maj@1".
-        against: What ``before`` is of, e.g. "sft"; empty where nothing is compared.
-        before, after: Means over seeds and problems.
-        difference: ``after`` minus ``before``.
-        low, high: 95% interval of ``difference``, or of ``after`` where there is none.
+        size: Name of the profile's main base.
+    """
+
+    rows: Sequence[Row]
+    size: str
+
+    def of(self, arm: str, measure: str, size: str = "") -> dict[int, Row]:
+        """The rows of an arm and measure, by their seed."""
+        key = arm, measure, size or self.size
+        found = (r for r in self.rows if (r.arm, r.measure, r.size) == key)
+        return {row.seed: row for row in found}
+
+    def values(self, cell: Cell) -> dict[int, np.ndarray]:
+        """Seed to one value a problem.
+
+        Raises:
+            RecordError: A row does not hold them.
+        """
+        measure, take = metric_of(cell.metric)
+        found = {}
+        for seed, row in self.of(cell.arm, measure, cell.size).items():
+            try:
+                values = np.array([float(value) for value in take(row.values)])
+            except (KeyError, TypeError, ValueError) as error:
+                raise RecordError(
+                    f"the row {' '.join(map(str, row.key))} is damaged: {error!r}; "
+                    "remove it and `rlreason record` it anew"
+                ) from None
+            found[seed] = values
+        return found
+
+    def value(self, cell: Cell) -> Interval | None:
+        """The mean with its interval; None where nothing is recorded."""
+        tables = list(self.values(cell).values())
+        return interval_of(np.stack(tables)) if tables else None
+
+    def pairs(self, one: Cell, other: Cell) -> dict[int, np.ndarray]:
+        """``one`` minus ``other`` of each problem, by seed.
+
+        Raises:
+            RecordError: They were recorded on different problems.
+        """
+        a, b = self.values(one), self.values(other)
+        for seed in a.keys() & b.keys():
+            if a[seed].shape != b[seed].shape:
+                raise RecordError(
+                    f"{one.arm} is recorded on {len(a[seed])} problems and {other.arm} "
+                    f"on {len(b[seed])}; `rlreason record` both anew"
+                )
+        return {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}
+
+    def difference(self, one: Cell, other: Cell) -> Interval | None:
+        """The mean of ``pairs`` with its interval; None where there is no pair."""
+        tables = list(self.pairs(one, other).values())
+        return interval_of(np.stack(tables)) if tables else None
+
+    def samples(self) -> int | None:
+        """K, the largest that is recorded; None without samples."""
+        return max((row.values.get("k", 0) for row in self.rows), default=0) or None
+
+    def named(self, metric: str) -> str:
+        """A metric with the number in place of K."""
+        return metric.replace("@K", f"@{self.samples() or 'K'}")
+
+
+def interval_of(table: np.ndarray) -> Interval:
+    """Of (seeds, problems); over seeds alone where there is one value a seed.
+
+    Where all values are equal, they have no spread to learn from. That no problem of n
+    is otherwise leaves 3 / n for the share of those that are (the rule of three).
+    """
+    problems = table.shape[1]
+    if problems == 1:
+        return seed_interval(table[:, 0])
+    found = hierarchical_interval(table)
+    if found.low < found.high:
+        return found
+    low, high = found.mean - 3 / problems, found.mean + 3 / problems
+    return replace(found, low=low, high=high, method="rule of three")
+
+
+def load_records(profile: str | Path) -> Records:
+    """All that is recorded of a profile.
+
+    Raises:
+        RecordError: The file is damaged.
+        SettingsError: There is no such profile.
+    """
+    main = Path(str(load_profile(profile).recipe.get("policy", ""))).name
+    return Records(read_rows(rows_path(profile)), main)
+
+
+# --- Arms and what they are compared with ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """A metric of an arm beside what it is compared with.
+
+    Attributes:
+        against: What ``before`` is of; empty where nothing is compared.
+        before, after: Means over seeds and problems, of the pairs.
+        interval: Of the difference; of ``after`` where nothing is compared.
         problems: 0 where they are not the test problems.
+        rows: Of ``after``.
     """
 
     comparison: str
@@ -55,31 +206,14 @@ class Row:
     against: str
     before: float | None
     after: float
-    difference: float | None
-    low: float
-    high: float
-    seeds: int
+    interval: Interval
     problems: int
-
-    def __post_init__(self) -> None:
-        value = self.interval.mean
-        if not self.low - 1e-3 <= value <= self.high + 1e-3:
-            raise ValueError(
-                f"{value} is not within its interval, {self.low} to {self.high}"
-            )
-        compared = self.before is not None
-        if compared != (self.difference is not None) or compared != bool(self.against):
-            raise ValueError("before, difference and against stand together or not")
-        if compared and abs(self.after - self.before - self.difference) > 1e-3:
-            raise ValueError(
-                f"difference={self.difference} is not {self.after} - {self.before}"
-            )
+    rows: tuple[Row, ...]
 
     @property
-    def interval(self) -> Interval:
-        """Of the difference; of the value itself where nothing is compared."""
-        mean = self.after if self.difference is None else self.difference
-        return Interval(mean, self.low, self.high, 0.95, self.seeds, "as recorded")
+    def difference(self) -> float | None:
+        """``after`` minus ``before``."""
+        return self.interval.mean if self.against else None
 
     @property
     def measured(self) -> str:
@@ -88,263 +222,154 @@ class Row:
 
     def __str__(self) -> str:
         """One line for the terminal: shares in percent and points, an AUC as it is."""
-        if self.difference is None:
+        if self.before is None:
             return f"{self.comparison}: {self.metric} {self.interval}"
         return (
             f"{self.comparison}: {self.measured} {self.before:.1%} -> "
-            f"{self.after:.1%}, {in_points(self.interval)}, {self.seeds} seeds"
+            f"{self.after:.1%}, {in_points(self.interval)}, {len(self.rows)} seeds"
         )
 
 
-@dataclass(frozen=True)
-class Record(Row):
-    """A row with where it comes from.
+def contrasts(arm: Arm) -> Iterator[tuple[str, Cell | None, str]]:
+    """What each measure of an arm is compared with: metric, other cell, its name."""
+    other = arm.compared
+    for name in arm.measures:
+        if name == "greedy" and other:
+            yield "maj@1", Cell(other), other
+        if name == "labels":
+            yield "maj@1", Cell(arm.name, BAD), "[BAD]"
+        if name == "earned":
+            for metric in (SCORE, ACCURACY):
+                yield metric, Cell(arm.name, metric + BEFORE), arm.start
+        if name == "reranking":
+            for metric in ("maj@K of SFT", "rerank@K by the likelihood"):
+                yield "rerank@K of SFT", Cell(arm.name, metric), metric
+        if name == "auc":
+            yield AUC, None, ""
 
-    Attributes:
-        seconds: Of training, a seed, single-threaded, without what it starts from.
-        settings: Hash of the plan of seed 0.
-        commit: Of this project, ``+`` behind it where files differed; or empty.
+
+def records_of(records: Records, arm: Arm) -> Iterator[Record]:
+    """What is recorded of an arm, from the main base, beside what it is compared with.
+
+    Nothing where the other side is missing.
     """
-
-    seconds: float
-    settings: str
-    commit: str
-    device: str
-    date: str
-
-    @property
-    def key(self) -> tuple:
-        """What only one row of a file may be of."""
-        return self.comparison, self.metric, self.against
-
-
-@dataclass(frozen=True)
-class TrainingRecord:
-    """A phase of PPO.
-
-    Attributes:
-        reward: Mean of a response, without the KL penalty.
-        accuracy: Share of the responses that the answer key calls right.
-        kl: Nats a response; None where it is not measured.
-        settings: Hash of the plan of this seed.
-    """
-
-    comparison: str
-    seed: int
-    phase: int
-    reward: float
-    accuracy: float
-    kl: float | None
-    settings: str
-
-    @property
-    def key(self) -> tuple:
-        """What only one row of a file may be of."""
-        return self.comparison, self.seed, self.phase
+    for metric, other, against in contrasts(arm):
+        cell = Cell(arm.name, metric)
+        measure, _ = metric_of(metric)
+        rows = records.of(arm.name, measure)
+        values = records.values(cell)
+        if other is not None:
+            seeds = records.pairs(cell, other)
+            interval = records.difference(cell, other)
+            before = [records.values(other)[seed] for seed in seeds]
+        else:
+            seeds, interval, before = values, records.value(cell), []
+        if interval is None:
+            continue
+        after = [values[seed] for seed in seeds]
+        yield Record(
+            comparison=arm.name,
+            metric=records.named(metric),
+            against=records.named(against),
+            before=float(np.mean(before)) if before else None,
+            after=float(np.mean(after)),
+            interval=interval,
+            problems=after[0].size if other else 0,
+            rows=tuple(rows[seed] for seed in seeds),
+        )
 
 
-R = TypeVar("R", Record, TrainingRecord)
-T = TypeVar("T")
-
-
-def comparisons_path(profile: str | Path) -> Path:
-    """Where the comparisons of a profile are recorded."""
-    return results_folder(profile) / "comparisons.csv"
-
-
-def training_path(profile: str | Path) -> Path:
-    """Where the phases of a profile's PPO runs are recorded."""
-    return results_folder(profile) / "training.csv"
-
-
-def recorded(profile: str | Path, *names: str) -> list[Record]:
-    """The recorded rows of some comparisons, in their order; all where none is named.
+def recorded(
+    profile: str | Path, *names: str, catalogue: Catalogue = CATALOGUE
+) -> list[Record]:
+    """What is recorded of some arms or tables, in their order; all if none is named.
 
     Raises:
-        CatalogueError: There is no comparison or table of such a name.
+        CatalogueError: There is no arm or table of such a name.
         RecordError: The file is damaged.
     """
-    return _of(names, read_records(Record, comparisons_path(profile)))
-
-
-def recorded_training(profile: str | Path, *names: str) -> list[TrainingRecord]:
-    """The recorded phases of PPO, likewise."""
-    return _of(names, read_records(TrainingRecord, training_path(profile)))
-
-
-def _of(names: Sequence[str], rows: list[R]) -> list[R]:
-    if not names:
-        return rows
-    order = [comparison.name for comparison in CATALOGUE.find(names)]
-    found = [row for row in rows if row.comparison in order]
-    return sorted(found, key=lambda row: order.index(row.comparison))
-
-
-def read_records(kind: type[R], path: Path) -> list[R]:
-    """Read a file of records; none where there is no file.
-
-    Raises:
-        RecordError: The file is not what ``write_records`` writes; says where, and why.
-    """
-    if not path.is_file():
-        return []
-    remedy = "; restore the file with git, or remove it and `rlreason record` it anew"
-    try:
-        rows = read_rows(kind, path)
-    except RecordError as error:
-        raise RecordError(f"{error}{remedy}") from None
-    keys = [row.key for row in rows]
-    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
-        name = " ".join(map(str, twice[0]))
-        raise RecordError(f"{path}: two rows of {name}{remedy}")
-    return rows
-
-
-def read_rows(kind: type[T], path: Path) -> list[T]:
-    """Read a CSV file whose columns are the fields of a dataclass, in their order.
-
-    Raises:
-        RecordError: A column, a cell or a value is not as it should be; names the line.
-    """
-    names = [field.name for field in fields(kind)]
-    parse = TypeAdapter(kind).validate_python
-    rows, number = [], 1
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.reader(file, strict=True)
-            if next(reader, None) != names:
-                raise RecordError(f"{path}: the columns must be {','.join(names)}")
-            for cells in reader:
-                number = reader.line_num
-                if len(cells) != len(names):
-                    raise ValueError(f"{len(cells)} cells in {len(names)} columns")
-                pairs = zip(names, cells, strict=True)
-                rows.append(parse({n: _value(n, text) for n, text in pairs}))
-    except RecordError:
-        raise
-    except ValidationError as error:
-        why = describe(error, kind.__name__)
-        raise RecordError(f"{path}, line {number}: {why}") from None
-    except (ValueError, csv.Error) as error:  # not UTF-8, cells, quotes
-        raise RecordError(f"{path}, after line {number}: {error}") from None
-    return rows
-
-
-def _value(name: str, text: str) -> str | None:
-    return None if name in OPTIONAL and not text else text
-
-
-def write_records(
-    kind: type[R], rows: Iterable[R], path: Path, *, catalogue: Catalogue = CATALOGUE
-) -> None:
-    """Put rows into a file, in place of all that it has of the same comparisons.
-
-    The file is written whole and then moved to its place. Its rows are in the order of
-    the catalogue.
-    """
-    rows = list(rows)
-    if not rows:
-        return
-    new = {row.comparison for row in rows}
-    table = [row for row in read_records(kind, path) if row.comparison not in new]
-    order = [*catalogue.comparisons, *(row.comparison for row in table)]
-    table = sorted([*table, *rows], key=lambda row: order.index(row.comparison))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".partial")
-    with draft.open("w", newline="", encoding="utf-8") as file:
-        names = [field.name for field in fields(kind)]
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {name: _cell(name, value) for name, value in asdict(row).items()}
-            for row in table
-        )
-    draft.replace(path)
-
-
-def _cell(name: str, value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.1f}" if name == "seconds" else f"{value:.4f}"
-    return "" if value is None else str(value)
-
-
-def is_current(
-    record: Record | TrainingRecord, recipe: Recipe, *, catalogue: Catalogue = CATALOGUE
-) -> bool:
-    """Whether a row is of the plan that the recipe makes now, and of as many seeds."""
-    variant = catalogue.find([record.comparison])[0].after
-    seed = record.seed if isinstance(record, TrainingRecord) else 0
-    plan = plan_of(variant.step, variant.recipe(recipe), seed)
-    seeds = record.seeds if isinstance(record, Record) else recipe.seeds
-    return record.settings == settings_hash(plan) and seeds == recipe.seeds
+    records = load_records(profile)
+    return [r for arm in catalogue.find(names) for r in records_of(records, arm)]
 
 
 def recorded_table(
     profile: str | Path, names: str | Sequence[str], run: RunFolder | None = None
 ) -> str:
-    """What is recorded of some comparisons, as Markdown for a chapter.
+    """What is recorded of some arms, as Markdown for a chapter.
 
     Args:
-        names: Comparisons, or tables of the catalogue.
+        names: Arms, or tables of the catalogue.
         run: Of the first of them, made by the chapter; the text under the table says
             where the record is of other settings.
     """
     names = [names] if isinstance(names, str) else list(names)
-    rows = recorded(profile, *names)
-    if not rows:
-        return (
-            f"Nothing is recorded for profile {profile} yet; `rlreason record "
-            f"{' '.join(names)} --profile {profile}` does it. Until then one seed is "
-            "an anecdote."
-        )
+    found = recorded(profile, *names)
+    if not found:
+        return _nothing(profile, names)
     lines = [
         "| comparison | measured | before | after | difference, 95% | verdict |",
         "|---|---|--:|--:|---|---|",
-        *map(_table_line, rows, [None, *rows]),
+        *map(_table_line, found, [None, *found]),
     ]
+    rows = [row for record in found for row in record.rows]
     first = CATALOGUE.find(names)[0].name
-    settings = {row.settings for row in rows if row.comparison == first}
+    plans = {row.plan for row in rows if row.arm == first}
     note = ""
-    if run is not None and settings and settings_hash(run.settings) not in settings:
+    if run is not None and plans and settings_hash(run.settings) not in plans:
         note = f" `{first}` was recorded with other settings than the run above."
-    return "\n".join(lines) + f"\n\n{_provenance(profile, rows)}{note}"
+    counts = {record.problems for record in found}
+    return "\n".join(lines) + f"\n\n{_provenance(profile, rows, counts)}{note}"
 
 
-def _table_line(row: Record, above: Record | None) -> str:
-    """One row in percent and points; an AUC as it is.
+def _nothing(profile: str | Path, names: Sequence[str]) -> str:
+    return (
+        f"Nothing is recorded for profile {Path(profile).stem} yet; `rlreason record "
+        f"{' '.join(names)} --profile {profile}` does it. Until then one seed is "
+        "an anecdote."
+    )
 
-    A comparison is named in the first of its rows. What is to stay on one line has
-    spaces that do not break (U+00A0).
+
+def _table_line(record: Record, above: Record | None) -> str:
+    """One record in percent and points; an AUC as it is.
+
+    An arm is named in the first of its lines.
     """
-    interval = row.interval
-    if row.difference is None:
-        before, after = "", f"{row.after:.2f}"
-        change, word = f"[{row.low:.2f}, {row.high:.2f}]", ""
+    interval = record.interval
+    if record.before is None:
+        before, after = "", f"{record.after:.2f}"
+        change, word = f"[{interval.low:.2f}, {interval.high:.2f}]", ""
     else:
-        before, after = f"{row.before:.1%}", f"{row.after:.1%}"
+        before, after = f"{record.before:.1%}", f"{record.after:.1%}"
         change, word = in_points(interval), verdict(interval)
-    known = above is not None and row.comparison == above.comparison
-    name = "" if known else f"`{row.comparison}`"
-    change, word = (t.replace(" ", "\N{NO-BREAK SPACE}") for t in (change, word))
-    return f"| {' | '.join([name, row.measured, before, after, change, word])} |"
+    known = above is not None and record.comparison == above.comparison
+    name = "" if known else f"`{record.comparison}`"
+    cells = [name, record.measured, before, after, unbroken(change), unbroken(word)]
+    return f"| {' | '.join(cells)} |"
 
 
-def _provenance(profile: str | Path, rows: Sequence[Record]) -> str:
+def unbroken(text: str) -> str:
+    """What is to stay on one line, with spaces that do not break (U+00A0)."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _provenance(
+    profile: str | Path, rows: Sequence[Row], problems: set[int] = frozenset()
+) -> str:
     """What was recorded when, at which commit, where, and of how much."""
 
-    def all_of(values: Iterable[Any]) -> str:
+    def all_of(values: Any) -> str:
         return ", ".join(str(value) for value in sorted(set(values)))
 
     commits = {row.commit[:7] + "+" * row.commit.endswith("+") for row in rows}
-    seeds = all_of(row.seeds for row in rows)
-    counts = sorted({row.problems for row in rows} - {0})
-    problems = " or ".join(f"{n:,}" for n in counts)
+    seeds = len({row.seed for row in rows})
+    counts = " or ".join(f"{n:,}" for n in sorted(problems - {0}))
     return (
         f"Recorded {all_of(row.date for row in rows)} at commit "
         f"{all_of(commits - {''}) or 'unknown'} on "
         f"{all_of(row.device for row in rows)}, profile {Path(profile).stem}, "
-        f"{seeds} seeds, {problems} test problems. Differences of percentages are in "
-        "points."
+        f"{seeds} seed{'s' * (seeds > 1)}"
+        + (f", {counts} test problems" if counts else "")
+        + ". Differences of percentages are in points."
     )
 
 
@@ -361,11 +386,107 @@ def recorded_panels(
 
     Empty where nothing is recorded. As ``figures.plot_panels`` takes it.
     """
-    figure = catalogue.figure(name)
-    panels: dict[str, dict[str, dict[int, float]]] = {}
-    for row in recorded_training(profile, *figure.lines):
-        for column in figure.columns:
-            panel = panels.setdefault(f"{figure.lines[row.comparison]}: {column}", {})
-            line = panel.setdefault(f"seed {row.seed}", {})
-            line[row.phase] = getattr(row, column)
-    return panels
+    figure, records = catalogue.figure(name), load_records(profile)
+    panels = {
+        f"{called}: {column}": phases_of(records, arm, column)
+        for arm, called in figure.lines.items()
+        for column in figure.columns
+    }
+    return {title: lines for title, lines in panels.items() if lines}
+
+
+def phases_of(records: Records, arm: str, column: str) -> dict[str, dict[int, float]]:
+    """A column of an arm's phases: line (a seed), phase, value; empty without."""
+    lines = {
+        f"seed {seed}": {
+            each["phase"]: each[column]
+            for each in row.values["rows"]
+            if each["kind"] == "phase" and each.get(column) is not None
+        }
+        for seed, row in sorted(records.of(arm, "curve").items())
+    }
+    return {name: line for name, line in lines.items() if line}
+
+
+# --- Pages of tables ------------------------------------------------------------------
+
+
+def table_page(
+    profile: str | Path, name: str, *, catalogue: Catalogue = CATALOGUE
+) -> str:
+    """A table of the catalogue as Markdown: measured, and beside it as reported.
+
+    Raises:
+        CatalogueError: There is no such table.
+        RecordError: The file of rows is damaged.
+    """
+    table, records = catalogue.table(name), load_records(profile)
+    rows = [row for row in records.rows if row.arm in table.arms]
+    measured = [
+        measured_table(records, table, catalogue),
+        _provenance(profile, rows)
+        + " Intervals are of 95%, over seeds and problems; the difference is of pairs. "
+        "In brackets behind the rollouts: with those of all runs that it builds on.",
+    ]
+    if not rows:
+        measured = [_nothing(profile, [name])]
+    title = table.title[0].upper() + table.title[1:]
+    return "\n\n".join([f"## {title}", *measured, *_as_reported(table)]) + "\n"
+
+
+def measured_table(records: Records, table: Table, catalogue: Catalogue) -> str:
+    """A line an arm and base that is recorded, as Markdown."""
+    sizes = sorted({row.size for row in records.rows}, key=lambda s: s == records.size)
+    metrics = [records.named(metric) for metric in table.metrics]
+    heads = ["", "base", *metrics, "maj@1 against its start", "rollouts", "tokens"]
+    lines = [heads, ["---", "---", *["--:"] * (len(heads) - 2)]]
+    for name in table.arms:
+        arm = catalogue.arms[name]
+        lines += [
+            [f"{arm.text} (`{name}`)", size, *_cells(records, arm, table, size)]
+            for size in (sizes if table.sizes else [records.size])
+            if records.of(name, "greedy", size)
+        ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(records: Records, arm: Arm, table: Table, size: str) -> list[str]:
+    """What is known of an arm: each metric, the change, and what training took."""
+    values = [
+        "" if interval is None else _percent(interval)
+        for interval in (
+            records.value(Cell(arm.name, metric, size)) for metric in table.metrics
+        )
+    ]
+    start = Cell(arm.start, size=size)
+    change = records.difference(Cell(arm.name, size=size), start) if arm.start else None
+    rows = list(records.of(arm.name, "greedy", size).values())
+    rollouts = f"{fmean(row.spent.rollouts for row in rows):,.0f}"
+    if more := fmean(row.needed.rollouts for row in rows):
+        rollouts += f" ({fmean(row.spent.rollouts for row in rows) + more:,.0f})"
+    tokens = [row.spent.tokens for row in rows]
+    known = f"{fmean(tokens):,.0f}" if None not in tokens else "not kept"
+    return [*values, unbroken(in_points(change)) if change else "", rollouts, known]
+
+
+def _percent(interval: Interval) -> str:
+    """A share; Student's t knows no bounds, a share has some."""
+    ends = interval.mean, max(interval.low, 0.0), min(interval.high, 1.0)
+    mean, low, high = (100 * value for value in ends)
+    return unbroken(f"{mean:.1f} [{low:.1f}, {high:.1f}]")
+
+
+def _as_reported(table: Table) -> list[str]:
+    """The paper's table beside it, with its mark."""
+    known = reported_tables().get(table.reported)
+    if not table.reported:
+        return []
+    if known is None:
+        return [f"The numbers of the paper's Table {table.reported} are not known."]
+    metrics = [metric.replace("@K", "@96") for metric in table.metrics]
+    methods = [table.methods[arm] for arm in table.arms if arm in table.methods]
+    return [
+        f"As the paper's Table {table.reported} reports it ({known.provenance}):",
+        reported_table(table.reported, methods, metrics),
+        *([known.note] if known.note else []),
+    ]

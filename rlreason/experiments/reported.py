@@ -16,17 +16,18 @@ Left out: Table 6 and the other figures, of which no number is known.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from rlreason.experiments.records import read_rows
+from rlreason.experiments.rows import RecordError
 from rlreason.runs.profiles import read_yaml
-from rlreason.settings import Settings, SettingsError, load_settings
+from rlreason.settings import Settings, SettingsError, describe, load_settings
 
 HERE = Path(__file__).parent
 
@@ -118,7 +119,21 @@ def reported_points() -> list[ReportedPoint]:
     Raises:
         RecordError: The file is damaged; names the line and the fault.
     """
-    return read_rows(ReportedPoint, HERE / "reported-figures.csv")
+    path = HERE / "reported-figures.csv"
+    names = [field.name for field in fields(ReportedPoint)]
+    points, number = [], 1
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            if reader.fieldnames != names:
+                raise RecordError(f"{path}: the columns must be {','.join(names)}")
+            for cells in reader:
+                number = reader.line_num
+                points.append(TypeAdapter(ReportedPoint).validate_python(cells))
+    except ValidationError as error:
+        why = describe(error, "ReportedPoint")
+        raise RecordError(f"{path}, line {number}: {why}") from None
+    return points
 
 
 def reported_table(number: str, methods: Sequence[str], metrics: Sequence[str]) -> str:

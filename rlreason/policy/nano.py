@@ -17,7 +17,7 @@ from itertools import islice
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlreason.tasks.pretraining_text import pretraining_documents
+from rlreason.tasks.pretraining_text import Kind, pretraining_documents
 
 SIZES = {
     # name: hidden size, layers, heads, feed-forward size
@@ -38,7 +38,9 @@ def build_tokenizer(sample_size: int = 20_000) -> PreTrainedTokenizerFast:
         sample_size: Documents from which the words are collected.
     """
     counts: Counter[str] = Counter()
-    for text in islice(pretraining_documents("vocabulary"), sample_size):
+    # All steps in every form, so that no word is missing since its documents are rare
+    alike = {form: Kind(1.0, form, (1, 5)) for form in ("drill", "prose", "page")}
+    for text in islice(pretraining_documents("vocabulary", alike), sample_size):
         counts.update(re.findall(_PIECES, text))
     # Made-up names are rare and stay spelled out in bytes.
     words = {piece for piece, count in counts.items() if count >= 10}

@@ -4,9 +4,10 @@
    time as there are cores (or GPUs), after the notebooks that it needs. One whose
    cells, parameters, library source, recorded tables and lock file are as they were is
    not executed again.
-2. The pages of ``book/`` and the executed notebooks are laid side by side, with a
-   status page (time and memory of every notebook, machine, versions) and the files of
-   MathJax, so that the pages show equations without a network.
+2. The pages of ``book/`` and the executed notebooks are laid side by side, the main
+   result on the first of them, with a status page (time and memory of every notebook,
+   machine, versions) and the files of MathJax, so that the pages show equations without
+   a network.
 3. Sphinx builds them with the configuration that jupyter-book makes; every warning is
    an error.
 
@@ -25,9 +26,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +63,8 @@ from rlreason.runs.profiles import load_profile
 
 MATHJAX_PACKAGE = "sphinx-mathjax-offline"
 MATHJAX_FILES = ("tex-chtml-full.js", "output/chtml/fonts/woff-v2/")
+# A paragraph of the first page, in whose place a chapter's first figure is shown
+FIRST_FIGURE = re.compile(r"^\*`make book` shows here .*?\]\((.*?)\)\.\*$", re.M | re.S)
 # It cannot be run with `python -m`
 JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
 STATUS_PACKAGES = ("numpy", "matplotlib", "papermill", "jupyter-book", "Sphinx")
@@ -243,6 +248,7 @@ def collect_pages(book: Path, run: Path, target: Path, records: list[Record]) ->
         name = f"notebooks/{record.notebook}.ipynb"
         content = prepare_notebook(json.loads((run / name).read_text("utf8")))
         (target / name).write_text(json.dumps(content, indent=1), "utf8")
+    show_first_figure(target)
     for name, path in mathjax_files().items():
         copy = target / "_extra/_static/mathjax" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -250,6 +256,26 @@ def collect_pages(book: Path, run: Path, target: Path, records: list[Record]) ->
     (target / "status.md").write_text(status_page(records, run / source_digest()))
     if (target / "settings.md").is_file():  # what stands there says where to look
         (target / "settings.md").write_text(_settings_page(records[0].profile))
+
+
+def show_first_figure(source: Path) -> None:
+    """Put a chapter's first figure on the first page, where that asks for it.
+
+    The page in the repository links to the chapter, so that it reads without a build.
+    """
+    page = source / "intro.md"
+    text = page.read_text("utf8")
+    if not (asked := FIRST_FIGURE.search(text)):
+        return
+    content = json.loads((source / asked[1]).read_text("utf8"))
+    outputs = [o for cell in content["cells"] for o in cell.get("outputs", [])]
+    at = next(i for i, o in enumerate(outputs) if "image/png" in o.get("data", {}))
+    picture, caption = outputs[at], outputs[at + 1]["data"]["text/markdown"]
+    file = "_static/first-figure.png"
+    (source / file).write_bytes(b64decode("".join(picture["data"]["image/png"])))
+    alt = picture["metadata"]["image/png"]["alt"]
+    shown = f"![{alt}]({file})\n\n{''.join(caption)}"
+    page.write_text(text.replace(asked[0], shown), "utf8")
 
 
 def _settings_page(profile: str) -> str:
@@ -339,7 +365,7 @@ Every notebook was executed with the profile `{profile}`, each in a process of i
 Training inside the notebooks took {training:.0f} s in all. A notebook that found its
 training done, by another notebook or by an earlier execution, does not count it again.
 
-| machine | |
+| machine | value |
 |---|---|
 | processor | {processor} |
 | GPU | {gpus} |

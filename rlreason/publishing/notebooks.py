@@ -10,7 +10,7 @@ where another one is at it. So that no core sits and waits for a long training, 
 the notebooks that are to run before it in its metadata, and beside them the recorded
 tables that it shows, which are inputs like its cells::
 
-    "rlreason": {"needs": ["05_expert_iteration"], "records": ["comparisons"]}
+    "rlreason": {"needs": ["05_expert_iteration"], "records": ["rows"]}
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Notebook:
     Attributes:
         path: The file.
         needs: Names of the notebooks that are to run before.
-        records: Names of the recorded tables, book/results/PROFILE/NAME.csv, it shows.
+        records: Names of what it shows of book/results/PROFILE, NAME.jsonl each.
         parameters: Name to default, in the order of the parameters cell; ``REQUIRED``
             where the default is no literal.
     """
@@ -316,7 +316,7 @@ def notebook_digest(
         _bytes_of(project_root() / "requirements.lock"),
     ]
     if results is not None:
-        parts += [_bytes_of(results / f"{name}.csv") for name in notebook.records]
+        parts += [_bytes_of(results / f"{name}.jsonl") for name in notebook.records]
     for name in notebook.needs:
         needed = read_notebook(notebook.path.with_name(f"{name}.ipynb"))
         way = (*above, notebook.name)

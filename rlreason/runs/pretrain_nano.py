@@ -10,38 +10,32 @@ from rlreason.runs.environment import environment
 from rlreason.runs.folder import RunFolder
 from rlreason.policy.load import ASSETS
 from rlreason.policy.nano import SIZES
-from rlreason.tasks.pretraining_text import MIX
-
-RECIPES = {
-    "nano": PretrainSettings(size="nano", updates=2400, schedule=3000, decay=900),
-    "nano-xs": PretrainSettings(
-        size="nano-xs", updates=3030, schedule=4200, decay=1260, long_updates=30
-    ),
-}
-"""Settings with which the bundled weights were made."""
+from rlreason.tasks.pretraining_text import COMPOSED, MIX
 
 CARD = """# {size}
 
 A Llama-architecture language model of {parameters:,} parameters, pretrained on
-procedurally made text. It stands for Llama-2 in the small: its prompted accuracy on
-gsm-mini is low and not zero, supervised fine-tuning lifts it to the middle of the
-scale, and reinforcement learning has room above that.
+procedurally made text. It stands for Llama-2 in the small: it knows its equations and
+solves what takes one step, but it has seldom read how steps are put together. So its
+prompted accuracy on problems of three to five steps is low and not zero, supervised
+fine-tuning lifts it to the middle of the scale, and reinforcement learning has room
+above that.
 
 | | |
 |---|---|
 | Made by | `rlreason train nano --size {size} --seed {seed}` |
 | Shape | hidden {hidden}, layers {layers}, heads {heads}, feed-forward {feed_forward} |
 | Vocabulary | {vocabulary} tokens: words of the text, single digits, bytes |
-| Text | {tokens:,} tokens read once; documents: {mix} |
+| Text | {tokens:,} tokens read once, in rows of {context}; documents: {mix}; of the problems on pages {composed:.0%} have 2 to 5 steps, the others one |
 | Optimiser | Muon (matrices, {lr}), AdamW (the rest, {lr_vectors}) |
-| Updates | {updates} of a schedule of {schedule}{long} |
+| Updates | {updates} of a schedule of {schedule} |
 | Final loss | {loss:.3f} nats a token, mean of the last 50 updates |
-| Time | {minutes:.0f} minutes on {device}, one thread, shared with other work |
+| Time | {minutes:.0f} minutes on {device} |
 | SHA-256 of `model.safetensors` | `{digest}` |
 | Licence | MIT, as the project |
 
 It speaks only of the small world of its templates. Other bits come out on another
-processor, since matrix products in bfloat16 round differently; the recipe is the same.
+device, since matrix products in bfloat16 round differently; the recipe is the same.
 """
 
 
@@ -58,7 +52,7 @@ def train_nano(
     Returns:
         The folder with weights, tokenizer and model card.
     """
-    settings = RECIPES[size].model_copy(update={"seed": seed})
+    settings = PretrainSettings(size=size, seed=seed)
     folder = folder or ASSETS / size
     with RunFolder("nano", settings, save_every=60) as run:
         # A run that is done goes through its last checkpoint alone.
@@ -70,7 +64,6 @@ def train_nano(
     weights = (folder / "model.safetensors").read_bytes()
     hidden, layers, heads, feed_forward = SIZES[size]
     losses = [row["loss"] for row in run.metrics[-50:]]
-    last = settings.long_updates
     card = CARD.format(
         size=size,
         seed=seed,
@@ -81,12 +74,13 @@ def train_nano(
         feed_forward=feed_forward,
         vocabulary=len(tokenizer),
         tokens=settings.updates * settings.rows * settings.context,
-        mix=", ".join(f"{share:.0%} {kind}" for kind, share in MIX.items()),
+        context=settings.context,
+        mix=", ".join(f"{kind.share:.0%} {name}" for name, kind in MIX.items()),
+        composed=COMPOSED,
         lr=settings.lr,
         lr_vectors=settings.lr_vectors,
         updates=settings.updates,
         schedule=settings.schedule,
-        long=f", the last {last} on rows twice as long" if last else "",
         loss=sum(losses) / len(losses),
         minutes=run.status["seconds"] / 60,
         device=environment()["device"],

@@ -167,6 +167,12 @@ class Recipe(Settings):
     """Everything a profile's experiments need. Defaults are the paper's."""
 
     policy: str = setting(..., "The pretrained base, as in load_policy.", source="ours")
+    sizes: list[str] = setting(
+        list,
+        "Further bases, smaller first, from which `rlreason record` trains the "
+        "tables that compare sizes.",
+        source="paper",
+    )
     task: TaskSettings = setting(..., "See TaskSettings.", source="ours")
     start: str = setting(
         "sft",

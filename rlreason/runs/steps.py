@@ -127,7 +127,8 @@ class ExpertIterationPlan(Plan):
 
     From the base there is no reference solution but the shots of the first round's
     prompt. A reward model that filters is trained on samples of SFT, since its
-    judgement is needed before there is more.
+    judgement is needed before there is more; from the base, where SFT is not to be
+    known, on those of expert iteration that nothing filters.
     """
 
     step: Literal["expert-iteration"] = "expert-iteration"
@@ -148,12 +149,17 @@ class ExpertIterationPlan(Plan):
         if from_base:
             update |= {"reference_solutions": False, "first_round_shots": recipe.shots}
         filtered = recipe.expert_iteration.orm_threshold is not None
-        on_sft = recipe.changed({"orm_samples": "sft"}) if filtered else recipe
+        unfiltered = recipe.changed(
+            {
+                "orm_samples": "expert-iteration" if from_base else "sft",
+                "expert_iteration.orm_threshold": None,
+            }
+        )
         return cls(
             **common_fields(recipe),
             start=_start(recipe, seed),
             shots=recipe.shots if from_base else 0,
-            reward_model=RewardModelPlan.of(on_sft, seed) if filtered else None,
+            reward_model=RewardModelPlan.of(unfiltered, seed) if filtered else None,
             validation_problems=recipe.evaluation.during_training,
             algorithm=recipe.expert_iteration.model_copy(update=update),
         )

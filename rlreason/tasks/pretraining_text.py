@@ -1,16 +1,14 @@
 """The procedurally made text on which nano is pretrained.
 
 It plays the part of the web text behind a real base model: it holds the parts of
-reasoning (sums, reading a short story) far more often than whole worked problems, and
-it rarely looks like the task. Six kinds of documents, in ``MIX``:
+reasoning far more often than whole worked problems. ``MIX`` says how often each kind of
+document comes, of how many steps its problems are, and how they are written:
 
 - *drill*: equations alone, with the operands that stories lead to;
-- *short*: stories of one or two steps, worked in plain prose (no ``<<``, no ``####``);
-- *long*: the same with three to six steps, rare;
-- *annotated*: one short problem in the task's own format, rarer still;
-- *pages*: two or three short problems of the task's format on one page, from which a
-  few-shot prompt works at all;
-- *long pages*: the same with up to five steps, the rarest.
+- *prose*: a story worked in plain prose (no ``<<``, no ``####``);
+- *notes*: a story with the steps of its solution in no order, and no answer;
+- *page*: problems in the task's own format, one after the other, from which a prompt
+  with solved examples works at all.
 
 Problems come from the "pretrain" split of the generator, which shares no problem with
 the task's splits. One document in thirty spells a made-up name, so that the tokenizer's
@@ -21,32 +19,61 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from rlreason.tasks.gsm_mini import make_problems
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt, format_response
 from rlreason.tasks.story_kit import PEOPLE
 
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of document.
+
+    Attributes:
+        share: How many of all documents are of it (not of tokens).
+        form: "drill", "prose", "notes" or "page": see above.
+        steps: Least and most steps of its problems.
+    """
+
+    share: float
+    form: str
+    steps: tuple[int, int]
+
+
 MIX = {
-    "drill": 0.22,
-    "short": 0.58,
-    "long": 0.08,
-    "annotated": 0.05,
-    "pages": 0.06,
-    "long pages": 0.01,
+    "drill": Kind(0.20, "drill", (2, 5)),
+    "short": Kind(0.20, "prose", (1, 1)),
+    "notes": Kind(0.40, "notes", (2, 5)),
+    "pages": Kind(0.20, "page", (1, 1)),
 }
-"""Share of each kind of document (not of tokens)."""
+COMPOSED = 0.03
+"""Share of the problems of a page that have 2 to 5 steps, whatever the others have."""
+ANOTHER = 0.35
+"""Chance that a page goes on with another problem, up to four."""
 
 _ANNOTATION = re.compile(r"<<([^=<>]+)=([^<>]+)>>")
+
+
+def _in_words(line: str) -> str:
+    """``Ann has <<5+3=8>>8 apples.`` becomes ``Ann has 5+3=8 apples.``"""
+    return re.sub(r"<<([^<>]+)>>\d+", r"\1", line)
 
 
 def in_prose(problem: Problem) -> str:
     """A problem and its solution as plain text: another format than the task's."""
     *lines, _ = problem.solution.split("\n")
-    # "Ann has <<5+3=8>>8 apples." becomes "Ann has 5+3=8 apples."
-    worked = " ".join(re.sub(r"<<([^<>]+)>>\d+", r"\1", line) for line in lines)
+    worked = " ".join(map(_in_words, lines))
     return f"{problem.question} {worked} The answer is {problem.answer}."
+
+
+def as_notes(problem: Problem, rng: random.Random) -> str:
+    """A problem with its steps in no order: what is said, not how it is solved."""
+    *lines, _ = problem.solution.split("\n")
+    rng.shuffle(lines)
+    return f"{problem.question} {' '.join(map(_in_words, lines))}"
 
 
 def as_page(problems: list[Problem]) -> str:
@@ -73,26 +100,30 @@ def _minus(a: int, b: int) -> str:
     return f"{a + b}-{a}={b}"
 
 
-def pretraining_documents(seed: int | str) -> Iterator[str]:
-    """Yield documents without end, the same for the same seed."""
+def pretraining_documents(
+    seed: int | str, mix: Mapping[str, Kind] | None = None
+) -> Iterator[str]:
+    """Yield documents without end, the same for the same seed and mix."""
+    mix = mix or MIX
     rng = random.Random(f"nano/{seed}")
-    short = _problems(seed, (1, 2), rng)
-    long = _problems(seed, (3, 6), rng)
-    middle = _problems(seed, (2, 5), rng)
-    kinds, weights = list(MIX), list(MIX.values())
+    ranges = sorted({(2, 5), *(kind.steps for kind in mix.values())})
+    sources = {steps: _problems(seed, steps, rng) for steps in ranges}
+    kinds, weights = list(mix.values()), [kind.share for kind in mix.values()]
     while True:
         kind = rng.choices(kinds, weights)[0]
-        if kind == "drill":
-            text = drill(next(middle), rng)
-        elif kind == "short":
-            text = in_prose(next(short))
-        elif kind == "long":
-            text = in_prose(next(long))
-        elif kind == "annotated":
-            text = as_page([next(short)])
+        if kind.form == "page":
+            count = 1
+            while count < 4 and rng.random() < ANOTHER:
+                count += 1
+            chosen = [
+                (2, 5) if rng.random() < COMPOSED else kind.steps for _ in range(count)
+            ]
+            text = as_page([next(sources[steps]) for steps in chosen])
+        elif kind.form == "prose":
+            text = in_prose(next(sources[kind.steps]))
         else:
-            source = short if kind == "pages" else middle
-            text = as_page([next(source) for _ in range(rng.randint(2, 3))])
+            write = {"drill": drill, "notes": as_notes}[kind.form]
+            text = write(next(sources[kind.steps]), rng)
         if rng.random() < 1 / 30:
             text = _rename(text, rng)
         yield text
@@ -105,7 +136,10 @@ def _problems(seed, steps, rng) -> Iterator[Problem]:
         for i, largest in enumerate((20, 30, 60))
     ]
     if steps[0] < 3:
-        shifted = make_problems("pretrain", seed=seed, steps=(1, 3), shifted=True)
+        least, most = steps
+        shifted = make_problems(
+            "pretrain", seed=seed, steps=(least, min(3, most)), shifted=True
+        )
         makers.append(shifted)
     weights = [6, 2, 1, 1][: len(makers)]
     while True:

@@ -36,9 +36,11 @@ from rlreason.publishing.figures.ideas import (
 from rlreason.publishing.figures.results import (
     plot_accuracies,
     plot_bars,
+    plot_coverage,
     plot_curves,
     plot_intervals,
     plot_panels,
+    plot_pass_curves,
     plot_phases,
     plot_rollouts,
     plot_rounds,

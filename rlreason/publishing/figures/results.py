@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -199,6 +201,94 @@ def plot_training(
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     return figure
+
+
+def plot_coverage(
+    shares: Mapping[str, Mapping[int, Interval]],
+    chance: Mapping[str, Mapping[int, Interval]],
+    *,
+    colors: Mapping[str, str] | None = None,
+) -> Figure:
+    """Show what share of a policy's solutions k samples of another have, by k.
+
+    Args:
+        shares: What is covered by what, to k to share (``experiments.coverage``).
+        chance: The same of a policy by itself, which are drawn as bands: what lies in
+            a band is covered as well as the policy's own solutions are.
+        colors: Of both.
+    """
+    figure, axes = new_figure(height=3.6)
+    for i, (name, intervals) in enumerate(chance.items()):
+        style = look(len(shares) + i, name, colors) | {"linestyle": DASHES[1 + i]}
+        draw_band(axes, intervals, **style)
+    gap = 0.06  # of the points of one k, in powers of two
+    for i, (name, intervals) in enumerate(shares.items()):
+        shift = 2 ** ((i - (len(shares) - 1) / 2) * gap)
+        at = [k * shift for k in intervals]
+        error_bars(axes, at, list(intervals.values()), **look(i, name, colors))
+    samples_axis(axes, {k for line in shares.values() for k in line})
+    axes.set_ylim(top=1.02)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+    axes.set_ylabel("solutions covered")
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def plot_pass_curves(
+    curves: Mapping[str, Mapping[int, Interval]],
+    differences: Mapping[str, Mapping[int, Interval]],
+    *,
+    against: str,
+    colors: Mapping[str, str] | None = None,
+) -> Figure:
+    """Show pass@k of some policies, and below it how far each is ahead of one of them.
+
+    Args:
+        curves: Name of a policy to k to pass@k.
+        differences: The same names without ``against``, to k to the paired difference.
+        against: With which of them the others are compared.
+    """
+    figure, (top, bottom) = new_figure(
+        2, height=4.6, sharex=True, gridspec_kw={"height_ratios": [3, 2]}
+    )
+    for i, (name, intervals) in enumerate(curves.items()):
+        style = look(i, name, colors) | {"linestyle": DASHES[i % len(DASHES)]}
+        draw_band(top, intervals, **style)
+        if name in differences:
+            draw_band(bottom, differences[name], **style)
+    bottom.axhline(0, color=INK, linewidth=1)
+    percent = matplotlib.ticker.PercentFormatter(1.0, decimals=0)
+    top.yaxis.set_major_formatter(percent)
+    bottom.yaxis.set_major_formatter(
+        lambda share, _: f"{100 * share:+.0f}" if share else "0"
+    )
+    top.set_ylabel("pass@k")
+    bottom.set_ylabel(f"points above\n{against}")
+    samples_axis(bottom, next(iter(curves.values())))
+    handles, names = top.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper right", ncols=len(curves))
+    return figure
+
+
+def draw_band(axes: Axes, intervals: Mapping[int, Interval], **line: Any) -> None:
+    """Draw means as a line and their intervals as a band; ``line`` goes to ``plot``."""
+    at = list(intervals)
+    axes.plot(at, [each.mean for each in intervals.values()], markersize=4, **line)
+    low, high = zip(
+        *((each.low, each.high) for each in intervals.values()), strict=True
+    )
+    axes.fill_between(at, low, high, color=line["color"], alpha=0.15, linewidth=0)
+
+
+def samples_axis(axes: Axes, ks: Iterable[int]) -> None:
+    """Let the x axis be the number of samples, in powers of two."""
+    axes.set_xscale("log", base=2)
+    ks = sorted(ks)
+    some = ks[:-1] if len(ks) < 7 else [k for k in ks[:-1:2] if 2 * k <= ks[-1]]
+    shown = [*some, ks[-1]]
+    axes.set_xticks(shown, [f"{k:,}" for k in shown])
+    axes.minorticks_off()
+    axes.set_xlabel("samples a question, k")
 
 
 def plot_seeds(accuracies: Mapping[str, Sequence[float]], *, y: str) -> Figure:

@@ -1,0 +1,292 @@
+"""Recording as jobs: runs are trained and measured by one process a core.
+
+What is recorded is a row a run and measurement (``experiments.rows``), so the work is
+what lacks a row of the present recipe, and a recording that was stopped goes on where
+it was. A run is measured as soon as it is trained; a failure keeps only those from
+being measured that need it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+
+from rlreason.execution.jobs import Job, Outcome
+from rlreason.execution.local import LocalExecutor
+from rlreason.execution.seeds import QUIET, missing, raise_faults, training_job
+from rlreason.experiments.measures import (
+    MEASURES,
+    Context,
+    Subject,
+    identity,
+    measure,
+    plans_needed,
+)
+from rlreason.experiments.rows import (
+    FILE,
+    RecordError,
+    read_rows,
+    rows_path,
+    write_rows,
+)
+from rlreason.runs.environment import cores as all_cores
+from rlreason.runs.plans import Plan
+from rlreason.runs.profiles import load_recipe
+
+Report = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What lacks a row.
+
+    Attributes:
+        subjects: Runs, with the measures that are to be taken.
+        recorded: Rows that are there already, by arm.
+        training: Runs to be trained, by the name of their folder, needs first.
+    """
+
+    subjects: list[tuple[Subject, list[str]]]
+    recorded: Counter[str]
+    training: dict[str, Plan]
+
+    def lines(self) -> Iterator[str]:
+        """What is there and what is to be done, an arm a line, for the terminal."""
+        todo = Counter(
+            {s.arm.name: 0 for s, _ in self.subjects} | dict.fromkeys(self.recorded, 0)
+        )
+        for subject, measures in self.subjects:
+            todo[subject.arm.name] += len(measures)
+        width = max(map(len, todo), default=0)
+        for name, count in todo.items():
+            done = self.recorded[name]
+            yield f"{name:<{width}}  {done} of {done + count} rows recorded"
+        measuring = sum(1 for _, measures in self.subjects if measures)
+        yield f"{len(self.training)} runs to train, {measuring} to measure"
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Brings the rows of a profile up to date.
+
+    Attributes:
+        profile: Name, or path of a YAML file.
+        path: The file of rows that is written.
+        known: A further file, whose rows are not made again.
+        measures: Those to take; all of each arm where none is named.
+        options: By which a process of its own is told the same.
+    """
+
+    profile: str
+    context: Context
+    path: Path
+    known: Path
+    measures: tuple[str, ...]
+    options: tuple[str, ...]
+
+    def work(
+        self, names: Sequence[str], *, size: str | None = None, seed: int | None = None
+    ) -> Work:
+        """What is to be done for some arms or tables; all where none is named.
+
+        Args:
+            size, seed: Of these alone, and of the named arms alone.
+        """
+        alone = size is not None or seed is not None
+        arms = {arm.name for arm in self.context.catalogue.find(names)}
+        subjects = [
+            subject
+            for subject in self.context.subjects(names)
+            if size in (None, subject.size)
+            and seed in (None, subject.seed)
+            and (subject.arm.name in arms or not alone)
+        ]
+        there = {
+            row.identity for row in [*read_rows(self.known), *read_rows(self.path)]
+        }
+        found, recorded, plans = [], Counter(), []
+        for subject in subjects:
+            asked = [
+                name
+                for name in subject.arm.measures
+                if name in self.measures or not self.measures
+            ]
+            lacking = [
+                name
+                for name in asked
+                if identity(self.context, subject, name) not in there
+            ]
+            recorded[subject.arm.name] += len(asked) - len(lacking)
+            if lacking:
+                found.append((subject, lacking))
+                plans += plans_needed(self.context, subject, lacking)
+        return Work(found, recorded, missing(plans))
+
+    def carry_out_here(self, work: Work, report: Report) -> None:
+        """Train and measure in this process, one after the other."""
+        for subject, measures in work.subjects:
+            for row in measure(self.context, subject, measures):
+                write_rows([row], self.path)
+                report(f"{' '.join(map(str, row.key))}: {row.measuring:.0f} s")
+
+    def carry_out(
+        self, work: Work, *, cores: int | None = None, report: Report = print
+    ) -> None:
+        """Train and measure by a process a core, or a GPU.
+
+        Raises:
+            JobError, RuntimeError: See ``seeds.raise_faults``; all else is done before.
+        """
+        with TemporaryDirectory() as folder:
+            jobs, kinds = self._jobs(work, Path(folder))
+            progress = Progress(kinds, cores or all_cores(), report)
+            executor = LocalExecutor(
+                **({"cores": cores} if cores else {}), finished=progress.finished
+            )
+            outcomes = executor.run(jobs)
+        raise_faults(outcomes.values())
+
+    def _jobs(self, work: Work, folder: Path) -> tuple[list[Job], dict[str, str]]:
+        """All jobs, each run measured soon after it is trained; and what kind each is.
+
+        Rows shall come early, so that what is stopped leaves something.
+        """
+        jobs: dict[str, Job] = {}
+        kinds: dict[str, str] = {}
+        for subject, measures in work.subjects:
+            needed = missing(plans_needed(self.context, subject, measures))
+            for name, plan in needed.items():
+                if name not in jobs:
+                    jobs[name] = training_job(plan, name, folder)
+                    kinds[name] = plan.step
+            name = f"{subject.arm.name} {subject.size} seed {subject.seed}"
+            jobs[name] = self._measuring_job(subject, name, tuple(needed))
+            kinds[name] = " ".join(["measure", *measures])
+        return list(jobs.values()), kinds
+
+    def _measuring_job(self, subject: Subject, name: str, needs: tuple) -> Job:
+        return Job(
+            name=name,
+            command=[
+                *(sys.executable, "-m", "rlreason.cli", "record", subject.arm.name),
+                *("--size", subject.size, "--seed", str(subject.seed), "--here"),
+                *self.options,
+            ],
+            needs=needs,
+            gpus=1,
+            environment=QUIET,
+        )
+
+    def take_over(self, folder: Path) -> str:
+        """Put the rows of a folder into the file, and say how many there were.
+
+        Raises:
+            RecordError: Rows of other plans than those of the recipe here; the others
+                are taken over before.
+        """
+        source = folder / FILE
+        rows = read_rows(source)
+        if not rows:
+            raise RecordError(f"{source} holds no rows; give the folder of --out")
+        arms = [row.arm for row in rows if row.arm in self.context.catalogue.arms]
+        current = {
+            identity(self.context, subject, name)
+            for subject in self.context.subjects(list(dict.fromkeys(arms)))
+            for name in subject.arm.measures
+        }
+        good = [row for row in rows if row.identity in current]
+        write_rows(good, self.path)
+        if refused := [row for row in rows if row.identity not in current]:
+            names = ", ".join(" ".join(map(str, row.key)) for row in refused[:3])
+            more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+            raise RecordError(
+                f"{len(refused)} of {len(rows)} rows of {source} are refused: their "
+                f"plans, or seeds, are not those of the recipe here ({names}{more}); "
+                f"the others are in {self.path}"
+            )
+        return f"{len(good)} rows are in {self.path}"
+
+
+def recorder(
+    profile: str,
+    *,
+    seeds: int | None = None,
+    out: Path | None = None,
+    measures: Sequence[str] = (),
+) -> Recorder:
+    """A recorder of a profile.
+
+    Args:
+        seeds: In place of the profile's.
+        out: Folder in place of the profile's own.
+        measures: Those to take; all where none is named.
+
+    Raises:
+        RecordError: There is no such measure.
+    """
+    if unknown := [name for name in measures if name not in MEASURES]:
+        raise RecordError(f"no measure {unknown[0]!r}; there are {', '.join(MEASURES)}")
+    changes = {"seeds": seeds} if seeds else {}
+    own = rows_path(profile)
+    path = (out / FILE).absolute() if out else own
+    options = ["--profile", profile, "--out", str(path.parent)]
+    options += ["--seeds", str(seeds)] if seeds else []
+    options += [word for name in measures for word in ("--measure", name)]
+    context = Context(load_recipe(profile, changes))
+    return Recorder(profile, context, path, own, tuple(measures), tuple(options))
+
+
+@dataclass
+class Progress:
+    """Tells of each job that comes to its end, and how long the rest may take.
+
+    Attributes:
+        kinds: Job to its kind; those of one kind take about as long.
+        cores: How many jobs run at once.
+    """
+
+    kinds: dict[str, str]
+    cores: int
+    report: Report
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    left: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = dict(self.kinds)
+
+    def finished(self, outcome: Outcome) -> None:
+        """Write a line."""
+        kind = self.left.pop(outcome.name)
+        if outcome.state == "done":
+            self.seconds.setdefault(kind, []).append(outcome.seconds)
+        done, total = len(self.kinds) - len(self.left), len(self.kinds)
+        self.report(
+            f"{done}/{total} {outcome.name}: {outcome.state}, {outcome.seconds:.0f} s; "
+            f"{in_words(self.time_left())} left"
+        )
+
+    def time_left(self) -> float | None:
+        """Seconds, from those that were measured; None where none was."""
+        known = [s for seconds in self.seconds.values() for s in seconds]
+        if not known:
+            return None
+        each = (fmean(self.seconds.get(kind, known)) for kind in self.left.values())
+        return sum(each) / self.cores
+
+
+def in_words(seconds: float | None) -> str:
+    """A time as people say it.
+
+    >>> in_words(4000.0)
+    'about 1 h 7 min'
+    """
+    if seconds is None:
+        return "unknown time"
+    minutes = round(seconds / 60)
+    hours, rest = divmod(minutes, 60)
+    return f"about {hours} h {rest} min" if hours else f"about {minutes} min"

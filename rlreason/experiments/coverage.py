@@ -1,0 +1,377 @@
+"""Does RL find what SFT does not? The paper's own explanation, measured.
+
+Havrilla et al. (2024) conclude that RL explores little beyond what the supervised
+policy already produces. Four questions put that to the test, on the samples that
+``solutions`` counts:
+
+======================  ==============================================================
+``coverage``            what share of one policy's correct solutions k samples of
+                        another one have; both ways round
+``own_coverage``        the same of a policy and itself: what chance leaves uncovered
+``pass_curve``          pass@k, ``pass_differences`` between two policies, and the
+                        ``crossing`` of two curves
+``distinct_curve``      distinct correct solutions a question in k samples
+``novelty``             solutions that another policy lacks, less what chance does
+======================  ==============================================================
+
+Every number comes with an interval: over problems where there is one seed of training,
+over seeds and problems where there are several. Policies are given as one ``Solutions``
+a seed, and pairs are of one seed.
+
+Two samples of two policies must be independent. The sampler gives the same random
+numbers to all policies, so that one seed draws from similar policies the same answers,
+and one policy would cover another completely by being alike: each policy has a stream
+of its own here.
+
+Left out: whether a correct answer was reached by correct steps. Among 1,536 samples
+some hit the number by luck, and each by other operations: pass@k at large k, and the
+count of distinct solutions, have them in. With m = 1 they hardly weigh in ``coverage``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlreason.evaluation.diversity import (
+    Counts,
+    Solutions,
+    absent_solutions,
+    count_solutions,
+    distinct_at_k,
+    repeated_at_k,
+    shared_at_k,
+)
+from rlreason.evaluation.evaluate import Sampler
+from rlreason.evaluation.intervals import (
+    Interval,
+    accuracy_interval,
+    bootstrap_interval,
+    hierarchical_interval,
+    wilson_interval,
+)
+from rlreason.evaluation.metrics import pass_at_k
+from rlreason.policy.labels import answer_groups
+from rlreason.policy.load import Policy
+from rlreason.tasks.problem import Problem
+
+if TYPE_CHECKING:  # they know of this module
+    from rlreason.experiments.measures import Context, Subject
+    from rlreason.experiments.rows import Row
+
+Array = NDArray[np.float64]
+Seeds = Sequence[Solutions]
+"""The solutions of one policy, one a seed of training."""
+
+SAMPLES = 1536  # 16 times the paper's 96
+SCALE, PROBLEMS = 16, 50  # times the K of the evaluation; and of how many problems
+
+
+def powers_to(samples: int) -> list[int]:
+    """The k of a curve: powers of two, and the number of samples itself.
+
+    >>> powers_to(6)
+    [1, 2, 4, 6]
+    """
+    return [2**i for i in range(samples.bit_length()) if 2**i < samples] + [samples]
+
+
+# --- Sampling -------------------------------------------------------------------------
+
+
+def solutions(
+    context: Context,
+    subject: Subject,
+    policy: Policy,
+    *,
+    sampler: Sampler = answer_groups,
+) -> dict[str, Any]:
+    """Count the correct solutions of a subject's policy: a measure of the catalogue.
+
+    Drawn at the temperature of the evaluation. SFT gets twice the samples, which
+    ``own_coverage`` divides into two.
+
+    Args:
+        sampler: As in ``evaluate``.
+
+    Returns:
+        ``Solutions.to_dict``, which ``read_solutions`` reads.
+    """
+    recipe = context.sampled_recipe(subject)
+    chosen = recipe.evaluation
+    limit = min(PROBLEMS, chosen.sampled_problems or PROBLEMS)
+    found = draw_solutions(
+        policy,
+        recipe.task.load("test", limit),
+        samples=SCALE * chosen.k * (2 if subject.arm.step == "sft" else 1),
+        stream=f"{subject.arm.name} {subject.seed}",
+        sampler=sampler,
+        temperature=chosen.temperature,
+        max_new_tokens=recipe.max_new_tokens,
+        label=subject.label,
+        shots=recipe.shot_problems() if subject.prompted else (),
+    )
+    return found.to_dict()
+
+
+def read_solutions(rows: Mapping[int, Row]) -> list[Solutions]:
+    """What ``solutions`` measured, one a seed; see ``Records.of``."""
+    return [Solutions(**rows[seed].values) for seed in sorted(rows)]
+
+
+def draw_solutions(
+    policy: Policy,
+    problems: Sequence[Problem],
+    *,
+    samples: int = SAMPLES,
+    stream: str,
+    sampler: Sampler = answer_groups,
+    **settings: Any,
+) -> Solutions:
+    """Sample a policy and count its correct solutions; no answer is kept.
+
+    Args:
+        stream: Names the random numbers; one of its own for every policy that is to be
+            compared with others.
+        sampler: As in ``evaluate``.
+        settings: What the sampler takes beside these.
+    """
+    seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big")
+    groups = sampler(policy, problems, k=samples, seed=seed, **settings)
+    found = {problems[i].id: count_solutions(problems[i], g) for i, g in groups}
+    return Solutions(samples, {problem.id: found[problem.id] for problem in problems})
+
+
+# --- The questions --------------------------------------------------------------------
+
+
+def pass_curve(each: Seeds, ks: Sequence[int]) -> dict[int, Interval]:
+    """pass@k at each k, unbiased."""
+    return {k: _interval(_pass_table(each, k), bounded=True) for k in ks}
+
+
+def pass_differences(
+    before: Seeds, after: Seeds, ks: Sequence[int]
+) -> dict[int, Interval]:
+    """pass@k of ``after`` less that of ``before``, paired by problem and seed."""
+    _check_pairs(before, after)
+    return {k: _interval(_pass_table(after, k) - _pass_table(before, k)) for k in ks}
+
+
+def distinct_curve(each: Seeds, ks: Sequence[int]) -> dict[int, Interval]:
+    """Distinct correct solutions a question among k samples."""
+    return {k: _interval(_distinct_table(each, k)) for k in ks}
+
+
+def coverage(
+    of: Seeds, by: Seeds, ks: Sequence[int], *, m: int = 96
+) -> dict[int, Interval]:
+    """Share of the correct solutions in m samples of ``of`` that k of ``by`` have.
+
+    It is a ratio of means over problems, so that a problem weighs by the solutions that
+    it has. With m = 1 it is the chance that a correct answer of ``of`` is by a solution
+    that ``by`` has: what ``of`` is likely to do. The larger m, the more its rare
+    solutions count.
+    """
+    _check_pairs(of, by)
+    whole = _distinct_table(of, m)
+    return {k: _share(_shared_table(of, by, m, k), whole) for k in ks}
+
+
+def own_coverage(each: Seeds, ks: Sequence[int], *, m: int = 96) -> dict[int, Interval]:
+    """``coverage`` of a policy by k other samples of its own, of at least m + k."""
+    whole = _distinct_table(each, m)
+    return {k: _share(_repeated_table(each, m, k), whole) for k in ks}
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """Solutions of one policy that another one lacks, a question.
+
+    Attributes:
+        distinct: Correct solutions in m samples.
+        new: Those of them that k samples of the other policy do not have.
+        by_chance: What m samples of the other policy itself have beyond k of its own.
+        excess: ``new`` less ``by_chance``, paired by problem.
+        certain: Solutions that the other policy has less often, chance ruled out, of
+            those that it never gave (``absent_solutions``, from all samples).
+    """
+
+    distinct: Interval
+    new: Interval
+    by_chance: Interval
+    excess: Interval
+    certain: Interval
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: interval.to_dict() for name, interval in vars(self).items()}
+
+
+def novelty(of: Seeds, by: Seeds, *, m: int = SAMPLES, k: int = SAMPLES) -> Novelty:
+    """What of m samples of ``of`` is new to k samples of ``by``, who has m + k."""
+    _check_pairs(of, by)
+    whole = _distinct_table(of, m)
+    new = whole - _shared_table(of, by, m, k)
+    by_chance = _distinct_table(by, m) - _repeated_table(by, m, k)
+    absent = [absent_solutions(a, b) for a, b in zip(of, by, strict=True)]
+    certain = np.array([list(map(float, found.values())) for found in absent])
+    tables = (whole, new, by_chance, new - by_chance, certain)
+    return Novelty(*map(_interval, tables))
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """From how many samples on one policy stays ahead of another, up to ``up_to``.
+
+    Attributes:
+        at: Of the curves as measured; infinite where it is not ahead at ``up_to``.
+        low, high: 95% of the resamples.
+        share: Of the resamples in which there is one.
+    """
+
+    at: float
+    low: float
+    high: float
+    share: float
+    up_to: int
+
+    def __str__(self) -> str:
+        at, low, high = (
+            f"{k:.0f}" if math.isfinite(k) else f"none up to {self.up_to:,}"
+            for k in (self.at, self.low, self.high)
+        )
+        return f"{at} [{low}, {high}]"
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """For JSON, where None is none."""
+        return {k: v if math.isfinite(v) else None for k, v in vars(self).items()}
+
+
+def crossing(
+    before: Seeds,
+    after: Seeds,
+    ks: Sequence[int],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Crossing:
+    """Where the pass@k of ``before`` overtakes that of ``after`` for good.
+
+    Problems are drawn with replacement, and seeds of training where there are several:
+    of three seeds that says too little. Between two k the difference is taken to be
+    straight in log k.
+    """
+    _check_pairs(before, after)
+    differences = np.stack(
+        [_pass_table(after, k) - _pass_table(before, k) for k in ks], axis=-1
+    )  # (seeds, problems, ks)
+    generator = np.random.default_rng(seed)
+    by_seed, by_problem = (
+        generator.multinomial(n, [1 / n] * n, size=resamples) / n
+        for n in differences.shape[:2]
+    )  # (resamples, seeds) and (resamples, problems), weights that add to 1
+    curves = np.einsum("rs,rp,spk->rk", by_seed, by_problem, differences, optimize=True)
+    at = _overtaken(differences.mean((0, 1))[None], ks)[0]
+    found = _overtaken(curves, ks)
+    # No interpolation, which infinity cannot bear
+    low, high = np.quantile(found, [0.025, 0.975], method="inverted_cdf")
+    share = float(np.isfinite(found).mean())
+    return Crossing(float(at), float(low), float(high), share, max(ks))
+
+
+def _overtaken(curves: Array, ks: Sequence[int]) -> Array:
+    """From which k on each of the curves (n, ks) is below 0: (n,), infinity for none.
+
+    >>> _overtaken(np.array([[1.0, -1.0], [-1.0, -1.0], [1.0, 0.0]]), [1, 4]).tolist()
+    [2.0, 1.0, inf]
+    """
+    logs = np.log(ks)
+    found = np.full(len(curves), np.inf)
+    for row, curve in enumerate(curves):
+        ahead = np.flatnonzero(curve >= 0)
+        last = ahead[-1] if len(ahead) else -1
+        if last == -1:
+            found[row] = ks[0]
+        elif last < len(ks) - 1:
+            part = curve[last] / (curve[last] - curve[last + 1])
+            found[row] = math.exp(logs[last] + part * (logs[last + 1] - logs[last]))
+    return found
+
+
+# --- Tables and intervals -------------------------------------------------------------
+
+
+def _table(each: Seeds, value: Callable[[Solutions, Counts], float]) -> Array:
+    """A number for each seed and problem: (seeds, problems)"""
+    return np.array([[value(s, counts) for counts in s.counts.values()] for s in each])
+
+
+def _pass_table(each: Seeds, k: int) -> Array:
+    return _table(each, lambda s, c: pass_at_k(s.samples, sum(c.values()), k))
+
+
+def _distinct_table(each: Seeds, k: int) -> Array:
+    return _table(each, lambda s, c: distinct_at_k([*c.values()], s.samples, k))
+
+
+def _repeated_table(each: Seeds, m: int, k: int) -> Array:
+    return _table(each, lambda s, c: repeated_at_k(c, n=s.samples, m=m, k=k))
+
+
+def _shared_table(of: Seeds, by: Seeds, m: int, k: int) -> Array:
+    return np.array(
+        [
+            [
+                shared_at_k(
+                    counts, b.counts[p], n_of=a.samples, m=m, n_by=b.samples, k=k
+                )
+                for p, counts in a.counts.items()
+            ]
+            for a, b in zip(of, by, strict=True)
+        ]
+    )
+
+
+def _check_pairs(first: Seeds, second: Seeds) -> None:
+    problems = {tuple(solutions.counts) for solutions in (*first, *second)}
+    if len(first) != len(second) or len(problems) != 1:
+        raise ValueError(
+            f"{len(first)} seeds and {len(second)}, on {len(problems)} lists of "
+            "problems, cannot be paired: give as many seeds of each, on the same ones"
+        )
+
+
+def _interval(table: Array, *, bounded: bool = False) -> Interval:
+    """Of the mean of (seeds, problems); over problems alone where there is one seed."""
+    if len(table) > 1:
+        return hierarchical_interval(table)
+    return (accuracy_interval if bounded else bootstrap_interval)(table[0])
+
+
+def _share(part: Array, whole: Array) -> Interval:
+    r"""The ratio of two means over (seeds, problems), and its interval.
+
+    By the delta method: :math:`R + (x - R y) / \bar y` has the ratio R as its mean, and
+    varies as R does. Where all problems have one ratio, which is most often 1, Wilson.
+
+    Raises:
+        ValueError: The whole is nothing.
+    """
+    if not whole.any():
+        raise ValueError("no correct solution in any problem: there is no share of it")
+    ratio = float(part.mean() / whole.mean())
+    rest = (part - ratio * whole) / whole.mean()
+    if np.abs(rest).max() < 1e-12:
+        n = int(whole.any(axis=0).sum())
+        return wilson_interval(min(ratio, 1.0) * n, n)
+    around = _interval(ratio + rest)
+    low, high = max(around.low, 0.0), min(around.high, 1.0)
+    method = f"ratio, {around.method}"
+    return Interval(ratio, low, high, around.level, around.n, method)
