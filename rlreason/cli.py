@@ -531,6 +531,23 @@ def bench_ppo_command(profile: str, phases: int) -> None:
     click.echo(format_ppo_benchmark(bench_ppo(profile=profile, phases=phases)))
 
 
+@bench.command("base")
+@click.option("--policy", default="nano", show_default=True, help="As in load_policy.")
+@profile_option
+@count_option("--problems", default=500, help="Of each kind, for greedy answers.")
+@count_option("--sampled", default=100, help="Of the profile's, for K answers each.")
+def bench_base_command(policy: str, profile: str, problems: int, sampled: int) -> None:
+    """What a policy can do before it is trained.
+
+    Equations, problems of one step, of two, and those of the profile, each asked with
+    no, one and two solved examples: maj@1, and maj@K and pass@K of the profile's.
+    """
+    from rlreason.bench.base import bench_base, format_base_benchmark
+
+    rows = bench_base(policy, profile=profile, problems=problems, sampled=sampled)
+    click.echo(format_base_benchmark(rows))
+
+
 @bench.command("tasks")
 @count_option("--problems", default=20_000, help="A turn.")
 @count_option("--repeats", default=5, help="Turns that count.")
