@@ -43,6 +43,7 @@ from rlreason.algorithms.credit import (
     response_advantages,
     whiten,
 )
+from rlreason.algorithms.experience import lessons_of, pack_lessons
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.ppo import DivergedError, Learner, ppo
 from rlreason.algorithms.ppo_settings import (
@@ -732,6 +733,87 @@ def test_p27_values_are_zero_at_the_start_and_warm_up_leaves_the_policy(monkeypa
     assert not same_bits(weights(run(settings=later)), weights(toy_policy()))
 
 
+def credited(learner, rollouts):
+    paid = sparse_token_rewards(rollouts, TOY_PROBLEMS)
+    return learner.credit(learner.pay(learner.score(rollouts), paid))
+
+
+@pytest.mark.parametrize("kind", ["head", "branch", "network"])
+def test_epochs_of_v_alone_bring_v_nearer_and_leave_the_policy_to_the_bit(kind, scored):
+    """After updates of the policy, whose moments would otherwise move it on."""
+    value = ValueSettings(kind=kind, layers=1, detach=False)
+    credit = GaeSettings(lam=1.0, value=value, value_clip=None, value_epochs=6)
+    learner = Learner(toy_policy(), TOY_PROBLEMS, quick(credit=credit))
+    rollouts = scored[1].rollouts
+    experience = credited(learner, rollouts)
+    learner.learn(experience, 0)
+    before, mask = weights(learner.policy), experience.response_mask
+
+    def error() -> float:
+        misses = learner.score(rollouts).values - experience.returns
+        return float((misses * mask).square().sum())
+
+    far = error()
+    learner.learn_values(experience, 1)
+    assert same_bits(weights(learner.policy), before)
+    assert error() < far
+    # Wrong: a gradient of zero in place of none, and AdamW goes on by its moments
+    for weight in learner.trained[0]:
+        weight.grad = torch.zeros_like(weight)
+    learner.optimizer.step()
+    assert not same_bits(weights(learner.policy), before)
+
+
+def test_each_token_of_a_lesson_is_taught_its_own_return(scored):
+    learner, experience, _ = scored
+    lessons, function = lessons_of(experience), learner.value_function
+    assert len(list(learner._parts(lessons))) > 1
+    learner.accumulate_values(lessons)
+    found = function.weight.grad.clone()
+    learner.optimizer.zero_grad()
+
+    def by(returns: Tensor) -> Tensor:
+        for rows, new in learner._scores(experience.rollouts):
+            width = new.response_mask.shape[1]
+            misses = (new.values - returns[rows, :width]) * new.response_mask
+            (0.5 * misses.square().sum() / experience.response_mask.sum()).backward()
+        gradient = function.weight.grad.clone()
+        learner.optimizer.zero_grad()
+        return gradient
+
+    assert torch.allclose(found, by(experience.returns), atol=1e-5)
+    # Wrong: the returns of another response
+    assert not torch.allclose(found, by(experience.returns.roll(1, 0)), atol=1e-3)
+
+
+def test_v_draws_from_the_last_phases_alone():
+    credit = GaeSettings(lam=1.0, value=HEAD, value_epochs=1, value_memory=2)
+    learner = Learner(toy_policy(), TOY_PROBLEMS, quick(credit=credit))
+    asked = []
+    for phase in range(3):
+        asked.append(learner.ask(phase))
+        learner.learn(credited(learner, asked[-1]), phase)
+    known = [(each.prompt_tokens, each.tokens) for each in learner.lessons]
+    assert known == [(r.prompt_tokens, r.tokens) for r in asked[1] + asked[2]]
+
+
+def test_what_v_is_to_become_has_a_lambda_of_its_own(scored):
+    rollouts = scored[1].rollouts
+
+    def by(**lambdas):
+        credit = GaeSettings(value=HEAD, **lambdas)
+        learner = Learner(toy_policy(), TOY_PROBLEMS, quick(credit=credit))
+        with torch.no_grad():
+            learner.value_function.bias.fill_(0.3)  # or every lambda is alike
+        return credited(learner, rollouts)
+
+    both, short, full = by(lam=0.5, value_lam=1.0), by(lam=0.5), by(lam=1.0)
+    assert torch.equal(both.advantages, short.advantages)
+    assert torch.equal(both.returns, full.returns)
+    assert not torch.allclose(short.returns, full.returns, atol=0.01)
+    assert not torch.allclose(short.advantages, full.advantages, atol=0.01)
+
+
 @effect(above=6.0)
 def updates_that_an_early_stop_leaves_out(seed: int) -> float:
     plain, stopped = Memory(), Memory()
@@ -919,8 +1001,14 @@ def test_p17_a_cut_response_that_is_paid_twice_learns_never_to_stop():
 # Resuming
 
 EVERYTHING = quick(
+    phases=4,
     credit=GaeSettings(
-        value=ValueSettings(kind="branch", layers=1), value_warmup=1, value_lr_scale=2.0
+        value=ValueSettings(kind="branch", layers=1),
+        value_warmup=1,
+        value_lr_scale=2.0,
+        value_epochs=1,
+        value_memory=2,
+        value_lam=1.0,
     ),
     kl=KlSettings(coef=0.1, target=0.5, horizon=50),
     lora=LoraSettings(rank=4, alpha=8.0),
@@ -944,16 +1032,16 @@ def test_p47_a_run_that_stops_anywhere_and_goes_on_equals_an_undisturbed_one(set
 
 @pytest.fixture(scope="module")
 def killed() -> Memory:
-    """What a run of EVERYTHING left that died in its last phase."""
+    """What a run of EVERYTHING left that died in its last phase but one."""
     recorder = Memory(die_at=2)
     with pytest.raises(InterruptedRunError):
         run(recorder, settings=EVERYTHING)
     return recorder
 
 
-@pytest.mark.parametrize("lost", [None, "value.", "adamw.", "kl_coef"])
+@pytest.mark.parametrize("lost", [None, "value.", "adamw.", "kl_coef", "lessons."])
 def test_p47_what_a_checkpoint_must_hold(lost, killed):
-    """Forgetting value function, optimiser or KL coefficient gives another run."""
+    """Forgetting value function, lessons, optimiser or KL coefficient: another run."""
     tensors, state, rows = killed.saved
     fresh = Learner(toy_policy(), TOY_PROBLEMS, EVERYTHING)
     if lost == "value.":
@@ -961,6 +1049,8 @@ def test_p47_what_a_checkpoint_must_hold(lost, killed):
         tensors = tensors | own
     elif lost == "adamw.":
         tensors = {k: v for k, v in tensors.items() if not k.startswith("adamw.")}
+    elif lost == "lessons.":
+        tensors = tensors | pack_lessons([])
     elif lost == "kl_coef":
         state = state.replace('"kl_coef": ', '"kl_coef": 0.1, "was": ')
     recorder = Memory()

@@ -719,8 +719,8 @@ WITHIN = {
         },
     ),
     GaeSettings: (
-        lambda credit: quick(credit=credit),
-        QUICK.credit,
+        lambda credit: quick(phases=3, credit=credit),
+        QUICK.credit.model_copy(update={"value_epochs": 2}),
         {
             "kind": BaselineSettings(kind="reinforce"),
             "gamma": 0.9,
@@ -731,6 +731,7 @@ WITHIN = {
             "value_lr_scale": 9.0,
             "value_warmup": 1,
             "value_epochs": 1,
+            "value_memory": 2,
             "value_lam": 0.3,
             "bootstrap": True,
         },

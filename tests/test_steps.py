@@ -132,6 +132,19 @@ def handed(monkeypatch) -> list[SimpleNamespace]:
 # Where a run starts
 
 
+def test_expert_iteration_from_the_base_may_have_more_rounds(folder):
+    recipe = toy_recipe(folder, shots=2, rounds_from_base=5)
+    plans = [
+        plan_of("expert-iteration", recipe.changed({"start": s}))
+        for s in ("base", "sft")
+    ]
+    rounds = [plan.algorithm.rounds for plan in plans]
+    assert rounds == [5, recipe.expert_iteration.rounds]
+    # Wrong: from the base as from SFT
+    same = plan_of("expert-iteration", toy_recipe(folder, shots=2, start="base"))
+    assert same.algorithm.rounds == recipe.expert_iteration.rounds != 5
+
+
 def test_ppo_from_the_base_starts_from_the_base_with_the_shots(
     folder, handed, monkeypatch
 ):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 from rlreason.policy.load import PolicyError, make_policy
 from rlreason.policy.logprobs import first_call, token_logprobs, trunk_of
 from rlreason.policy.lora import load_trainable_tensors, trainable_tensors, with_lora
-from rlreason.policy.value import ValueSettings, new_value_function, score
+from rlreason.policy.value import ValueSettings, new_value_function, score, score_values
 from rlreason.settings import SettingsError, load_settings
 
 PROMPTS = [[1, 20, 30], [1, 7, 8, 9, 10, 11], [1], [1, 50, 60, 70]]
@@ -137,6 +137,22 @@ def test_p16_what_stands_after_the_end_changes_nothing(model, kind):
     for scores in others:
         for name in ("logprobs", "entropy", "values", "last_values"):
             assert torch.equal(getattr(first, name), getattr(scores, name)), name
+
+
+@pytest.mark.parametrize("kind", VALUE_KINDS)
+@pytest.mark.parametrize("model", KINDS)
+def test_values_alone_are_those_of_the_score_and_teach_nothing_to_the_trunk(
+    model, kind
+):
+    policy = tiny_policy(model)
+    function = value_function(policy, kind, detach=False)
+    expected = score(policy, PROMPTS, RESPONSES, value_function=function)
+    values, mask = score_values(policy, PROMPTS, RESPONSES, function)
+    assert torch.allclose(values, expected.values, atol=1e-5)
+    assert torch.equal(mask, expected.response_mask)
+    values.sum().backward()
+    assert not parameters_with_gradient(policy.model)
+    assert "weight" in parameters_with_gradient(function)
 
 
 @pytest.mark.parametrize("chunk", [None, 3])

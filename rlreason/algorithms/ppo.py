@@ -7,7 +7,8 @@ its chapter has, and ``Learner`` a method for each:
 2. *Score*: one pass of the policy with its value function, one of the reference.
 3. *Pay*: the task's reward per token, minus ``kl.coef`` times the KL per token.
 4. *Credit*: generalised advantage estimation, or a baseline over responses.
-5. *Learn*: whiten; several epochs of mini-batches on the clipped losses.
+5. *Learn*: whiten; several epochs of mini-batches on the clipped losses; then, where
+   asked for, epochs in which the value function learns alone.
 
 Every action is a token. All losses are sums over response tokens divided by the number
 of response tokens of the mini-batch, however it is cut. What was sampled is what is
@@ -24,6 +25,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -38,7 +40,14 @@ from rlreason.algorithms.credit import (
     whiten,
 )
 from rlreason.algorithms.curriculum import QuestionSampler, best_k_of_n, learning_scores
-from rlreason.algorithms.experience import Experience, phase_metrics
+from rlreason.algorithms.experience import (
+    Experience,
+    Lesson,
+    lessons_of,
+    pack_lessons,
+    phase_metrics,
+    unpack_lessons,
+)
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.optim import (
     DivergedError,
@@ -89,6 +98,7 @@ class Learner:
         reference: None where nothing asks for the KL.
         trained: Weights of the policy, and of the value function where there is one.
         reward: What the task pays; what it remembers is kept with the rest.
+        lessons: What V's own epochs draw from.
         kl_coef: Beta of the next ``pay``.
     """
 
@@ -111,6 +121,7 @@ class Learner:
             self.policy, problems, settings.curriculum, seed=settings.seed, shots=shots
         )
         self.reference = self.value_function = None
+        self.lessons: list[Lesson] = []
         if settings.measures_kl:
             self.reference = Reference(start, self.policy, settings.kl.reference)
         parts = {self.policy.model: 1.0}
@@ -279,27 +290,32 @@ class Learner:
         return _means(updates) | {"updates": made, "lr": lr}
 
     def learn_values(self, experience: Experience, phase: int) -> None:
-        """The epochs in which V alone learns, from all responses.
-
-        The policy's weights have no gradient then, and so AdamW leaves them alone.
-        """
+        """Epochs of V alone: without a gradient AdamW leaves the policy as it is."""
         settings, chosen = self.settings, self.settings.gae
-        rows = list(range(len(experience.rollouts)))
-        first = settings.epochs
-        epochs = range(first, first + (chosen.value_epochs if chosen else 0))
-        for mb_rows in _mini_batches(rows, settings, phase, epochs):
-            count = int(experience.response_mask[mb_rows].sum())
-            for part, *sequences in self._parts(experience.rollouts, mb_rows):
-                values, mask = score_values(
-                    self.policy, *sequences, self.value_function
-                )  # (b, t), (b, t)
-                old = experience.values[part, : mask.shape[1]]
-                returns = experience.returns[part, : mask.shape[1]]
-                loss = value_loss(values, old, returns, mask, chosen.value_clip)
-                (loss / count).backward()
-            if math.isfinite(self._clip_gradients()):
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+        if chosen is None or not chosen.value_epochs:
+            return
+        known = [*self.lessons, *lessons_of(experience)]
+        self.lessons = known[-chosen.value_memory * settings.rollouts :]
+        rows = list(range(len(self.lessons)))
+        updates = math.ceil(settings.rollouts / settings.batch_size)
+        for epoch in range(settings.epochs, settings.epochs + chosen.value_epochs):
+            batches = _mini_batches(rows, settings, phase, range(epoch, epoch + 1))
+            for mb_rows in islice(batches, updates):
+                self.accumulate_values([self.lessons[row] for row in mb_rows])
+                if math.isfinite(self._clip_gradients()):
+                    self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+
+    def accumulate_values(self, batch: Sequence[Lesson]) -> None:
+        """Add the gradient of half the mean squared error of V, which is not clipped"""
+        count = sum(len(lesson.tokens) for lesson in batch)
+        for part, prompts, responses in self._parts(batch):
+            values, mask = score_values(
+                self.policy, prompts, responses, self.value_function
+            )  # (b, t), (b, t)
+            own = values.new_tensor([x for i in part for x in batch[i].returns])
+            returns = torch.zeros_like(values).masked_scatter(mask, own)
+            (value_loss(values, values, returns, mask, None) / count).backward()
 
     def kept(self, experience: Experience) -> list[int]:
         """The rows that are learned from: all, or the best ``keep`` of each n.
@@ -358,6 +374,7 @@ class Learner:
             state = self.value_function.state_dict()
             tensors |= {f"value.{name}": t for name, t in state.items()}
         tensors |= optimizer_tensors(self.optimizer, "adamw")
+        tensors |= pack_lessons(self.lessons)
         state = {"kl_coef": self.kl_coef, "questions": self.questions.state()}
         if isinstance(self.reward, RememberingReward):
             state["reward"] = self.reward.state()
@@ -380,6 +397,7 @@ class Learner:
         if self.value_function is not None:
             self.value_function.load_state_dict(named("value."))
         load_optimizer_tensors(self.optimizer, "adamw", saved.tensors)
+        self.lessons = unpack_lessons(saved.tensors)
         self.kl_coef = saved.state["kl_coef"]
         self.questions.restore(saved.state["questions"])
         if isinstance(self.reward, RememberingReward):
@@ -477,7 +495,8 @@ def ppo(
         start: The policy that samples first, and the reference. Not changed.
         problems: Questions; what ``reward`` needs of them, it takes.
         settings: See the class.
-        reward: What the task pays for each token. The KL penalty comes on top.
+        reward: What the task pays for each token. The KL penalty comes on top. What a
+            ``RememberingReward`` remembers is part of the run.
         shots: Solved examples before every question, for a start without SFT.
         recorder: Where metrics and checkpoints go.
         on_phase: Called with (phase, policy) after each phase; what it returns is

@@ -286,7 +286,7 @@ def weak_reward_model(recipe: Recipe) -> Mapping[str, Any]:
 
 NO_KL = {"ppo.kl.coef": 0.0, "ppo.kl.target": None}
 # Of the appendix: one round, one sample, and labels of whole solutions
-MINIMAL = {"start": "base", "expert_iteration.k": 1, "expert_iteration.rounds": 1}
+MINIMAL = {"start": "base", "expert_iteration.k": 1, "rounds_from_base": 1}
 
 
 def from_minimal(ratio: float) -> Arm:

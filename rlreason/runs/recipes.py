@@ -199,6 +199,13 @@ class Recipe(Settings):
     reward: RewardSettings = setting(
         RewardSettings, "What PPO is rewarded for.", source="paper"
     )
+    rounds_from_base: int | None = setting(
+        None,
+        "Rounds of expert iteration where it starts from the prompted base; None: "
+        "expert_iteration.rounds.",
+        source="paper",
+        ge=1,
+    )
     ppo_temperature_from_base: float | None = setting(
         None,
         "PPO's temperature where it starts from the prompted base; None: "

@@ -148,6 +148,7 @@ class ExpertIterationPlan(Plan):
         update: dict[str, Any] = {"seed": seed, "max_new_tokens": recipe.max_new_tokens}
         if from_base:
             update |= {"reference_solutions": False, "first_round_shots": recipe.shots}
+            update |= {"rounds": recipe.rounds_from_base or recipe.expert_iteration.rounds}
         filtered = recipe.expert_iteration.orm_threshold is not None
         unfiltered = recipe.changed(
             {
