@@ -423,6 +423,7 @@ def record(
     rlreason record --from rows
     """
     from rlreason.execution import recording
+    from rlreason.publishing.front import draw_front
 
     recorder = recording.recorder(profile, seeds=seeds, out=out, measures=measures)
     if source is not None:
@@ -438,6 +439,8 @@ def record(
     else:
         recorder.carry_out(work, cores=jobs, report=click.echo)
     click.echo(f"{recorder.path} is up to date")
+    if Path(profile).stem == "tiny" and out is None:
+        click.echo(f"{draw_front(profile)} shows it")
 
 
 @app.command()

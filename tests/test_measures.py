@@ -90,7 +90,7 @@ def test_every_run_has_a_row_a_measure_with_a_value_a_problem(measured, context)
         assert (row.size, row.seed, row.split) == ("base", 0, "test")
         assert row.step == subject.arm.step
         for key, values in row.values.items():
-            if key not in ("k", "rows", "auc"):
+            if key not in ("k", "samples", "rows", "auc"):
                 assert len(values) == 6, (name, row.measure, key)
         assert Row.model_validate_json(row.model_dump_json()) == row
     assert 0 <= measured["orm", "auc"].values["auc"] <= 1

@@ -6,7 +6,7 @@ intervals, each with the range in which the claim expects it. The verdict is com
 ============  ========================================================================
 supported     every interval lies wholly within its range
 contradicted  some interval lies wholly outside its range
-inconclusive  neither, or nothing is recorded
+inconclusive  neither, or some of it is not recorded
 ============  ========================================================================
 
 Rules are written before anything is recorded. "No better" is a range too: an effect of
@@ -51,13 +51,13 @@ class Effect:
 
     Attributes:
         name: What it is of, in words.
-        interval: A difference of shares.
+        interval: A difference of shares; None where it is not recorded.
         expected: The range, ends excluded, in which the claim expects it.
         points: Whether it is shown in percentage points.
     """
 
     name: str
-    interval: Interval
+    interval: Interval | None
     expected: Range
     points: bool = True
 
@@ -65,6 +65,8 @@ class Effect:
     def verdict(self) -> Verdict:
         """By the whole interval; an end on the range's end decides nothing."""
         low, high = self.expected
+        if self.interval is None:
+            return "inconclusive"
         if low < self.interval.low and self.interval.high < high:
             return "supported"
         if self.interval.high < low or high < self.interval.low:
@@ -73,12 +75,14 @@ class Effect:
 
     def __str__(self) -> str:
         i = self.interval
+        if i is None:
+            return f"{self.name}: not recorded"
         plain = f"{i.mean:+.2f} [{i.low:+.2f}, {i.high:+.2f}]"
         return f"{self.name}: {in_points(i) if self.points else plain}"
 
 
 Rule = Callable[[Records], Iterator[Effect]]
-"""From the records to effects; nothing where a row is not recorded."""
+"""From the records to effects, those too that are not recorded."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Judged:
     def __str__(self) -> str:
         """The claim on one line, below it its effects, and what it rests on."""
         claim = self.claim
-        effects = [f"  {effect}" for effect in self.effects] or ["  not recorded"]
+        effects = [f"  {effect}" for effect in self.effects]
         head = f"{claim.id}: {claim.text} ({claim.provenance})"
         return "\n".join([head, *effects, f"  {self.verdict}; see {claim.figure}"])
 
@@ -138,12 +142,9 @@ def differ(one: Cell, other: Cell, expected: Range = ABOVE_0) -> Rule:
     """One cell less another, in pairs of seed and problem, lies in a range."""
 
     def rule(records: Records) -> Iterator[Effect]:
+        name = records.named(f"{_called(one)} less {_called(other, one)}")
         interval = records.difference(one, other)
-        if interval is not None:
-            name = f"{_called(one)} less {_called(other, one)}"
-            yield Effect(
-                records.named(name), interval, expected, one.metric != DISTINCT
-            )
+        yield Effect(name, interval, expected, one.metric != DISTINCT)
 
     return rule
 
@@ -177,13 +178,14 @@ def by_size(
     """
 
     def rule(records: Records) -> Iterator[Effect]:
-        for size in sorted({row.size for row in records.rows} - {records.size})[:1]:
-            large, small = rule_of(records, records.size), rule_of(records, size)
-            if seeds := sorted(large.keys() & small.keys()):
-                table = np.stack([large[seed] - small[seed] for seed in seeds])
-                interval = interval_of(table)
-                label = f"{name}, {records.size} less {size}"
-                yield Effect(label, interval, ABOVE_0, points=False)
+        others = sorted({row.size for row in records.rows} - {records.size})
+        tables = []
+        if others:
+            large, small = (rule_of(records, s) for s in (records.size, others[0]))
+            tables = [large[s] - small[s] for s in sorted(large.keys() & small.keys())]
+        label = f"{name}, {records.size} less {others[0] if others else 'another'}"
+        interval = interval_of(np.stack(tables)) if tables else None
+        yield Effect(label, interval, ABOVE_0, points=False)
 
     return rule
 
@@ -213,9 +215,9 @@ def sooner(one: str, other: str, expected: Range) -> Rule:
             (converged(a[s]), converged(b[s])) for s in sorted(a.keys() & b.keys())
         ]
         ratios = [log10(x / y) for x, y in pairs if x and y]
-        if ratios:
-            name = f"log10 of rollouts to convergence, {one} over {other}"
-            yield Effect(name, seed_interval(ratios), expected, points=False)
+        name = f"log10 of rollouts to convergence, {one} over {other}"
+        interval = seed_interval(ratios) if ratios else None
+        yield Effect(name, interval, expected, points=False)
 
     return rule
 

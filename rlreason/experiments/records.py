@@ -408,6 +408,23 @@ def phases_of(records: Records, arm: str, column: str) -> dict[str, dict[int, fl
     return {name: line for name, line in lines.items() if line}
 
 
+def validation_of(records: Records, arm: str) -> dict[int, float]:
+    """Accuracy on validation problems by rollouts so far: the mean over seeds.
+
+    Where an arm did not look is left out, and so are looks that not all seeds have.
+    """
+    looks = [
+        {
+            each["rollouts"]: each["validation_maj_1"]
+            for each in row.values["rows"]
+            if each.get("validation_maj_1") is not None
+        }
+        for row in records.of(arm, "curve").values()
+    ]
+    shared = set.intersection(*map(set, looks)) if looks else set()
+    return {x: fmean(look[x] for look in looks) for x in sorted(shared)}
+
+
 # --- Pages of tables ------------------------------------------------------------------
 
 

@@ -1,0 +1,24 @@
+"""The README's picture: from the records alone, and the same file for the same rows."""
+
+from rlreason.experiments.records import Records, load_records
+from rlreason.publishing import front
+
+
+def test_the_picture_shows_what_is_recorded_and_nothing_else():
+    records = load_records("tiny")
+    arms = {row.arm for row in records.rows if row.measure == "greedy"}
+    shown = [name for arm, name, _ in front.ENDS if arm in arms]
+    axes = front.plot_ends(records).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == shown
+    some = Records([row for row in records.rows if row.arm == "sft"], records.size)
+    assert len(front.plot_ends(some).axes[0].get_yticklabels()) == 1
+    assert front.plot_ends(Records([], records.size)) is None
+
+
+def test_the_same_rows_are_the_same_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(front, "project_root", lambda: tmp_path)
+    (tmp_path / front.PICTURE).parent.mkdir(parents=True)
+    pictures = [front.draw_front("tiny").read_bytes() for _ in range(2)]
+    assert pictures[0] == pictures[1]
+    monkeypatch.setattr(front, "load_records", lambda profile: Records([], "nano"))
+    assert front.draw_front("tiny") is None
