@@ -308,6 +308,25 @@ def test_more_problems_are_sampled_for_the_record_than_in_a_chapter(context):
         )
 
 
+def test_a_row_is_stale_by_what_decided_it_alone(context):
+    def stale(changes) -> set[str]:
+        own = replace(context, recipe=context.recipe.changed(changes))
+        subjects = [
+            c.subject("ppo-weak-orm", c.recipe.policy, 0) for c in (context, own)
+        ]
+        return {
+            name
+            for name, measure in MEASURES.items()
+            if measure.how(context, subjects[0]) != measure.how(own, subjects[1])
+        }
+
+    sampled = {"samples", "solutions", "reranking"}
+    assert stale({"evaluation.sampled_problems": 4}) == sampled
+    assert stale({"evaluation.problems": 3}) == {"greedy", "labels", "earned"}
+    # Wrong: that what is sampled decides the greedy answers, and their length does not
+    assert stale({"max_new_tokens": 20}) >= {"greedy", "labels", "earned", *sampled}
+
+
 def test_a_measure_of_ones_own_is_an_entry(context, monkeypatch):
     arm = Arm("mine", "counted", BASE, {"start": "base"}, start="", measures=("size",))
     own = replace(context, catalogue=Catalogue((arm,), ()))

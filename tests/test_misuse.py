@@ -185,7 +185,7 @@ WORDS = [
     (["train", "ppo", "--profile", "toy.yaml", "--start", "folder"], "folder"),
     (["train", "ppo", "--profile", "toy.yaml", "--start", "damaged-run"], "damaged"),
     (["settings", "nope"], "nope"),
-    (["record", "sft"], "no comparison 'sft'"),
+    (["record", "sftt"], "did you mean 'sft'?"),
     (["record", "--profile", "big"], "no profile 'big'"),
     (["claims", "--profile", "big"], "no profile 'big'"),
     # Tasks

@@ -200,20 +200,22 @@ class Measure:
     Attributes:
         function: Of the context, the subject and what it trained; JSON values.
         needs: Plans of further runs, which it gets by ``obtain``.
+        evaluation: Which settings of the evaluation decide it.
         version: Moved on where the same name measures something else.
     """
 
     function: Callable[[Context, Subject, Any], Values]
     needs: Callable[[Context, Subject], list[Plan]] = no_plans
+    evaluation: tuple[str, ...] = ()
     version: int = 1
 
     def how(self, context: Context, subject: Subject) -> str:
         """A hash of what decides its values beside the subject's plan."""
-        recipe, chosen = subject.recipe, context.sampled_recipe(subject).evaluation
+        chosen = context.sampled_recipe(subject).evaluation
         decides = {
             "version": self.version,
-            "problems": [chosen.problems, chosen.sampled_problems],
-            "samples": [chosen.k, chosen.temperature, recipe.max_new_tokens],
+            "evaluation": {name: getattr(chosen, name) for name in self.evaluation},
+            "length": subject.recipe.max_new_tokens if self.evaluation else None,
             "needs": [settings_hash(plan) for plan in self.needs(context, subject)],
         }
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
@@ -483,13 +485,16 @@ def policy_of_sft(context: Context, subject: Subject) -> list[Plan]:
     return [subject.plan_of("sft")]
 
 
+GREEDY = ("problems",)
+SAMPLED = ("sampled_problems", "k", "temperature")
+
 MEASURES: dict[str, Measure] = {
-    "greedy": Measure(greedy),
-    "samples": Measure(samples, judge_needs),
-    "solutions": Measure(solutions),
+    "greedy": Measure(greedy, evaluation=GREEDY),
+    "samples": Measure(samples, judge_needs, SAMPLED),
+    "solutions": Measure(solutions, evaluation=SAMPLED),
     "curve": Measure(curve),
-    "labels": Measure(labels),
-    "earned": Measure(earned, own_reward_model),
+    "labels": Measure(labels, evaluation=GREEDY),
+    "earned": Measure(earned, own_reward_model, GREEDY),
     "auc": Measure(auc, own_reward_model),
-    "reranking": Measure(reranking, policy_of_sft),
+    "reranking": Measure(reranking, policy_of_sft, SAMPLED),
 }
