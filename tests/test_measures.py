@@ -325,8 +325,8 @@ def test_a_row_is_stale_by_what_decided_it_alone(context):
     sampled = {"samples", "solutions", "reranking"}
     assert stale({"evaluation.sampled_problems": 4}) == sampled
     assert stale({"evaluation.problems": 3}) == {"greedy", "labels", "earned"}
-    # Wrong: that what is sampled decides the greedy answers, and their length does not
-    assert stale({"max_new_tokens": 20}) >= {"greedy", "labels", "earned", *sampled}
+    # Wrong: that all of the evaluation decides each
+    assert stale({"evaluation.k": 5}) == sampled
 
 
 def test_a_measure_of_ones_own_is_an_entry(context, monkeypatch):
