@@ -268,7 +268,7 @@ def test_ppo_is_trained_with_another_credit_and_reward(shown):
     assert "validation maj@1" not in phases[0]
     assert "validation maj@1" in phases[1]
     settings = settings_of(last)
-    assert settings["algorithm"]["credit"] == {"kind": "rloo"}
+    assert settings["algorithm"]["credit"] == {"kind": "rloo", "k": 1}
     assert settings["reward"] | {"function": None} == {
         "kind": "dense",
         "size": 0.3,
@@ -313,7 +313,7 @@ def test_a_setting_within_what_a_profile_leaves_out_is_made(capsys):
     assert call("train", "ppo", "--plan", "--profile", "smoke", *changes) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["algorithm"]["lora"]["rank"] == 4
-    assert plan["algorithm"]["credit"] == {"kind": "rloo"}
+    assert plan["algorithm"]["credit"] == {"kind": "rloo", "k": 1}
 
 
 def test_the_benchmark_of_ppo_is_a_table(shown):
