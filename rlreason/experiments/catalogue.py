@@ -285,6 +285,20 @@ def weak_reward_model(recipe: Recipe) -> Mapping[str, Any]:
 
 
 NO_KL = {"ppo.kl.coef": 0.0, "ppo.kl.target": None}
+# A network beside the policy, passes of its own, and its target what was paid
+OWN_VALUE = {
+    "ppo.epochs": 2,
+    "ppo.credit": {
+        "kind": "gae",
+        "lam": 0.99,
+        "value": {"kind": "network", "layers": 2, "detach": True},
+        "value_clip": None,
+        "value_lr_scale": 3.0,
+        "value_epochs": 2,
+        "value_lam": 1.0,
+    },
+}
+PASS_AT_4 = {"ppo.credit": {"kind": "rloo", "k": 4}, "ppo.n": 8}
 # Of the appendix: one round, one sample, and labels of whole solutions
 MINIMAL = {"start": "base", "expert_iteration.k": 1, "rounds_from_base": 1}
 
@@ -375,6 +389,23 @@ ENTRIES = (
         "each round goes on from the last policy",
         "expert-iteration",
         {"expert_iteration.start_from": "current"},
+        against="expert-iteration",
+    ),
+    ppo("ppo-network", "a value function of its own that learns more often", OWN_VALUE),
+    # Beyond the paper: ways to explore
+    ppo(
+        "ppo-novel",
+        "more for ways not seen yet",
+        {"reward": {"kind": "novel"}},
+        measures=MANY,
+    ),
+    ppo("rloo-pass", "RLOO that aims at the best of 4 of 8", PASS_AT_4, measures=MANY),
+    Arm(
+        "expert-iteration-rare",
+        "samples and weight for what is seldom solved",
+        "expert-iteration",
+        {"expert_iteration.allocation": "rare", "expert_iteration.rarity": 0.5},
+        measures=MANY,
         against="expert-iteration",
     ),
     relabelled("rcrl-10", "10 right to a wrong one", {"rcrl.positive_ratio": 10.0}),
@@ -472,6 +503,12 @@ CATALOGUE = Catalogue(
             "labels",
             "return-conditioned RL, by how steps are labelled",
             ("rcrl", "rcrl-orm", "rcrl-10", "rcrl-100"),
+        ),
+        Table("value", "PPO, by what V is", ("ppo", "ppo-network")),
+        Table(
+            "ways",
+            "ways to explore that are not the paper's",
+            ("ppo-novel", "rloo-pass", "expert-iteration-rare"),
         ),
         Table("reranking", "choosing among samples of SFT", ("orm",)),
     ),
