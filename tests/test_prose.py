@@ -306,9 +306,11 @@ def test_an_executed_chapter_reads_as_prose_without_myst(
 ):
     notebook = executed(name, tmp_path_factory, cut_network, monkeypatch)
     figures = sum(cell.source.count("show(") for cell in notebook.cells)
+    # One that stands in a condition is of what may not be recorded yet
+    perhaps = sum(cell.source.count("    show(") for cell in notebook.cells)
     html = as_read(notebook)
     assert faults(html) == []
-    assert html.count("<img") == figures
+    assert figures - perhaps <= html.count("<img") <= figures
 
 
 def executed(name, tmp_path_factory, cut_network, monkeypatch):
