@@ -22,10 +22,14 @@ settings.load_profile("seeded")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
 
 
-# What starts the suite in the background may have told it to ignore Ctrl-C, and its
-# children would too: then the tests of interruptions would wait for ever
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What starts the suite in the background may have told it to ignore Ctrl-C, or nohup a
+# hang-up, and its children would too: then the tests of interruptions would wait for ever
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (getattr(signal, "SIGHUP", signal.SIGINT), signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items):
