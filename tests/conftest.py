@@ -22,8 +22,8 @@ settings.load_profile("seeded")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
 
 
-# What starts the suite in the background may have told it to ignore Ctrl-C, or, as nohup
-# does, a hang-up, and its children would too: tests of interruptions would never end
+# What starts the suite in the background may have told it to ignore Ctrl-C, and nohup
+# a hang-up; its children would too, and tests of interruptions would never end
 for number, handler in (
     (signal.SIGINT, signal.default_int_handler),
     (getattr(signal, "SIGHUP", signal.SIGINT), signal.SIG_DFL),
