@@ -259,6 +259,7 @@ PAGES, PAGES_AND_RUNS, NOTHING = (True, False), (True, True), (False, False)
         ("execution/local.py", NOTHING),
         ("bench/sample.py", NOTHING),
         ("cli.py", NOTHING),
+        ("commands/training.py", NOTHING),
     ],
 )
 def test_what_an_edit_refreshes_follows_from_its_room(package, file, refreshes):

@@ -1,0 +1,132 @@
+"""``rlreason bench`` and ``rlreason doctor``: what this machine can do."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from rlreason.commands.options import count_option, profile_option
+
+
+@click.command()
+def doctor() -> None:
+    """Say what this machine can run, and how to mend the rest.
+
+    Exit code 0 when the profile tiny can run, 1 when it cannot.
+    """
+    from rlreason.bench.doctor import examine
+
+    findings = examine()
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        click.echo(f"{finding.mark} {finding.what:<{width}}  {finding.found}")
+        if finding.remedy:
+            click.echo(f"  {'':<{width}}  -> {finding.remedy}")
+    able = all(finding.ok or not finding.required for finding in findings)
+    verdict = "can" if able else "cannot"
+    click.echo(f"\nThis machine {verdict} run the profile tiny.")
+    sys.exit(0 if able else 1)
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed here and now, beside transformers, in turns."""
+
+
+@bench.command("sample")
+@click.option(
+    "--policy", help="As in load_policy. [default: nano after the SFT of tiny]"
+)
+@count_option("--questions", default=64, help="gsm-mini problems.")
+@click.option(
+    "--k",
+    "samples",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(8, 96),
+    show_default=True,
+    help="Samples a question. Repeatable.",
+)
+@count_option("--repeats", default=3, help="Turns that count.")
+def bench_sample_command(
+    policy: str | None, questions: int, samples: tuple[int, ...], repeats: int
+) -> None:
+    """Useful tokens a second, ours and transformers'."""
+    from rlreason.bench.sample import (
+        format_sample_benchmark,
+        run_sample_benchmark,
+    )
+
+    rows = run_sample_benchmark(
+        policy,
+        questions=questions,
+        samples=samples,
+        repeats=repeats,
+        report=lambda line: click.echo(line, err=True),
+    )
+    click.echo(format_sample_benchmark(rows))
+
+
+@bench.command("train")
+@click.option("--policy", default="nano", show_default=True, help="As in load_policy.")
+@count_option("--problems", default=512, help="Examples an epoch.")
+@count_option("--batch-size", default=32, help="Examples an update.")
+@count_option("--repeats", default=5, help="Turns that count.")
+def bench_train_command(
+    policy: str, problems: int, batch_size: int, repeats: int
+) -> None:
+    """Tokens a second of fine-tuning, ours and Trainer's."""
+    from rlreason.bench.train import bench_train
+
+    row = bench_train(
+        policy=policy, problems=problems, batch_size=batch_size, repeats=repeats
+    )
+    click.echo(
+        f"rlreason {row['ours']:,.0f} and Trainer {row['trainer']:,.0f} tokens/s, "
+        f"ratio {row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f}), "
+        f"{row['threads']} threads"
+    )
+
+
+@bench.command("ppo")
+@profile_option
+@count_option("--phases", default=4, help="Phases that count.")
+def bench_ppo_command(profile: str, phases: int) -> None:
+    """Where the time of a phase of PPO goes.
+
+    Seconds of sampling, scoring and learning; the tokens that had to go through the
+    model, and those that did.
+    """
+    from rlreason.bench.ppo import bench_ppo, format_ppo_benchmark
+
+    click.echo(format_ppo_benchmark(bench_ppo(profile=profile, phases=phases)))
+
+
+@bench.command("base")
+@click.option("--policy", default="nano", show_default=True, help="As in load_policy.")
+@profile_option
+@count_option("--problems", default=500, help="Of each kind, for greedy answers.")
+@count_option("--sampled", default=100, help="Of the profile's, for K answers each.")
+def bench_base_command(policy: str, profile: str, problems: int, sampled: int) -> None:
+    """What a policy can do before it is trained.
+
+    Equations, problems of one step, of two, and those of the profile, each asked with
+    no, one and two solved examples: maj@1, and maj@K and pass@K of the profile's.
+    """
+    from rlreason.bench.base import bench_base, format_base_benchmark
+
+    rows = bench_base(policy, profile=profile, problems=problems, sampled=sampled)
+    click.echo(format_base_benchmark(rows))
+
+
+@bench.command("tasks")
+@count_option("--problems", default=20_000, help="A turn.")
+@count_option("--repeats", default=5, help="Turns that count.")
+def bench_tasks_command(problems: int, repeats: int) -> None:
+    """Problems a second that gsm-mini makes on one core."""
+    from rlreason.bench.tasks import bench_tasks
+
+    rates = bench_tasks(problems=problems, repeats=repeats)
+    for split, (middle, low, high) in rates.items():
+        click.echo(f"{split}: {middle:,.0f} problems/s ({low:,.0f} to {high:,.0f})")

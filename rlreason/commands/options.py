@@ -1,0 +1,55 @@
+"""Options that several commands share, and what they give."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:  # the command line answers --help without waiting for torch
+    from rlreason.runs.recipes import Recipe
+
+
+def _absolute(context: click.Context, option: click.Parameter, profile: str) -> str:
+    """A profile that is a file, by its absolute path; a built-in one by its name."""
+    return str(Path(profile).absolute()) if Path(profile).suffix else profile
+
+
+profile_option = click.option(
+    "--profile",
+    default="tiny",
+    show_default=True,
+    callback=_absolute,
+    metavar="PROFILE",
+    help="smoke, tiny, smol, paper, or the path of a YAML file.",
+)
+
+count_option = partial(click.option, type=click.IntRange(min=1), show_default=True)
+
+seed_option = click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**32 - 1),
+    help="Of everything random.",
+)
+set_option = click.option(
+    "--set",
+    "changes",
+    nargs=2,
+    multiple=True,
+    metavar="FIELD VALUE",
+    help="Change the profile's recipe, e.g. --set expert_iteration.k 8. Repeatable; "
+    "`rlreason settings` lists the fields.",
+)
+
+
+def recipe_of(profile: str, changes, **fields) -> Recipe:
+    """The profile's recipe with the changes given on the command line."""
+    from rlreason.publishing.notebooks import parse_value
+    from rlreason.runs.profiles import load_recipe
+
+    values = {name: parse_value(value, None) for name, value in changes}
+    return load_recipe(profile, values, **fields)

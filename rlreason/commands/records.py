@@ -1,0 +1,100 @@
+"""``rlreason record`` and ``rlreason claims``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rlreason.commands.options import profile_option
+
+
+class RecordCommand(click.Command):
+    """Its help ends with the catalogue."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a line a comparison, under those of the tables."""
+        from rlreason.experiments.catalogue import CATALOGUE
+
+        formatter.write("\n" + "\n".join(CATALOGUE.lines()) + "\n")
+
+
+@click.command(cls=RecordCommand)
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@profile_option
+@click.option("--seeds", type=click.IntRange(min=1), help="[default: the profile's]")
+@click.option("--list", "only_list", is_flag=True, help="Say what is done, and stop.")
+@click.option("--jobs", type=click.IntRange(min=1), help="[default: one a core]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the rows. [default: book/results/PROFILE]",
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Take over the rows of such a folder, and stop.",
+)
+@click.option(
+    "--measure",
+    "measures",
+    multiple=True,
+    metavar="MEASURE",
+    help="Take this one alone, e.g. greedy, the cheapest. Repeatable.",
+)
+@click.option("--size", help="Of one base alone.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of one seed alone.")
+@click.option("--here", is_flag=True, help="Train and measure in this process.")
+def record(
+    names, profile, seeds, only_list, jobs, out, source, measures, size, seed, here
+):
+    """Train all seeds, measure them on the test split, and record it.
+
+    NAME is an experiment, or a table of them: see below. All by default. Of each run
+    and measurement a row is written to rows.jsonl in book/results/PROFILE as it comes;
+    what is recorded of the present recipe is not done again. Runs are trained and
+    measured by one single-threaded process a core.
+
+    On another machine, and back:
+
+    \b
+    rlreason record table-1 --out rows
+    rlreason record --from rows
+    """
+    from rlreason.execution import recording
+    from rlreason.publishing.front import draw_front
+
+    recorder = recording.recorder(profile, seeds=seeds, out=out, measures=measures)
+    if source is not None:
+        click.echo(recorder.take_over(source))
+        return
+    work = recorder.work(names, size=size, seed=seed)
+    for line in work.lines():
+        click.echo(line)
+    if only_list:
+        return
+    if here:
+        recorder.carry_out_here(work, click.echo)
+    else:
+        recorder.carry_out(work, cores=jobs, report=click.echo)
+    click.echo(f"{recorder.path} is up to date")
+    if Path(profile).stem == "tiny" and out is None:
+        click.echo(f"{draw_front(profile)} shows it")
+
+
+@click.command()
+@profile_option
+def claims(profile: str) -> None:
+    """Say what is recorded for and against the paper's claims.
+
+    Each claim with how sure it is that the paper makes it, the effects with their 95%
+    intervals, the verdict, and what it rests on. The verdict is computed: supported
+    where all effects lie where the claim expects them, with their whole intervals,
+    contradicted where one lies elsewhere with its whole interval.
+    """
+    from rlreason.experiments.claims import judge_claims
+    from rlreason.experiments.records import load_records
+
+    for judged in judge_claims(load_records(profile)):
+        click.echo(f"{judged}\n")
