@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -204,9 +205,15 @@ def steps() -> dict[str, type[Plan]]:
     """All steps by name."""
     import rlreason.runs.steps  # noqa: F401  (registers the library's own)
 
-    for module in entry_points(group="rlreason.steps"):
-        module.load()  # a package's own, also in the processes that train seeds
+    _load_those_of_packages()
     return dict(_STEPS)
+
+
+@cache  # looking through all installed packages takes as long as a plan
+def _load_those_of_packages() -> None:
+    """A package's own, also in the processes that train seeds."""
+    for module in entry_points(group="rlreason.steps"):
+        module.load()
 
 
 def step_named(name: str) -> type[Plan]:
