@@ -21,6 +21,7 @@ from rlreason.experiments.claims import (
     arms,
     by_size,
     converged,
+    covered,
     differ,
     every,
     gap_to_sft,
@@ -148,6 +149,23 @@ def test_sizes_are_compared_in_pairs_too():
     assert (effect.interval, effect.verdict) == (None, "inconclusive")
 
 
+def test_what_rl_adds_is_judged_by_how_likely_it_is_and_not_by_rare_solutions():
+    def rows(arm: str, counts: dict, samples: int):
+        values = {"samples": samples, "counts": {f"q{i}": counts for i in range(200)}}
+        return rows_of(arm, "solutions", [values] * 3)
+
+    rule = covered("ppo", "sft", (0.9, inf))
+    sft = rows("sft", {"a": 150, "b": 50}, 200)
+    often = [*sft, *rows("ppo", {"a": 58, "b": 40, "new": 1, "newer": 1}, 100)]
+    (effect,) = rule(Records(often, "nano"))
+    assert effect.interval.mean == pytest.approx(0.98)  # Wrong: half of the solutions
+    assert effect.verdict == "supported"
+    (effect,) = rule(Records([*sft, *rows("ppo", {"new": 80, "a": 20}, 100)], "nano"))
+    assert effect.verdict == "contradicted"
+    (effect,) = rule(Records(sft, "nano"))
+    assert (effect.interval, effect.verdict) == (None, "inconclusive")
+
+
 def test_every_claim_names_what_there_is_and_where_it_is_shown():
     shown = {table.name for table in CATALOGUE.tables}
     shown |= {figure.name for figure in CATALOGUE.figures}
@@ -175,6 +193,7 @@ def test_every_claim_is_judged_once_all_is_recorded(capsys):
         "reranking": {"k": 4, "vote": [0, 1], "rerank": [1, 1], "likelihood": [1, 0]},
         "earned": {"score_before": [0, 1], "score_after": [1, 1]}
         | {"right_before": "01", "right_after": "11"},
+        "solutions": {"samples": 4, "counts": {"p": {"a": 2, "b": 1}}},
     }
     rows = [
         row

@@ -26,6 +26,7 @@ from typing import Literal
 import numpy as np
 
 from rlreason.evaluation.intervals import Interval, seed_interval
+from rlreason.experiments.coverage import coverage, read_solutions
 from rlreason.experiments.records import (
     ACCURACY,
     BEFORE,
@@ -222,6 +223,28 @@ def sooner(one: str, other: str, expected: Range) -> Rule:
     return rule
 
 
+def covered(arm: str, by: str, expected: Range) -> Rule:
+    """How likely a right answer is by a solution that another arm's samples have too.
+
+    Of one sample by all that were recorded of the other, seed by seed.
+    """
+
+    def rule(records: Records) -> Iterator[Effect]:
+        of, other = (records.of(name, "solutions") for name in (arm, by))
+        seeds = of.keys() & other.keys()
+        interval = None
+        if seeds:
+            one, two = (
+                read_solutions({s: rows[s] for s in seeds}) for rows in (of, other)
+            )
+            k = one[0].samples
+            interval = coverage(one, two, [k], m=1)[k]
+        name = f"share of {arm}'s right answers by solutions that {by} samples too"
+        yield Effect(name, interval, expected)
+
+    return rule
+
+
 def every(*rules: Rule) -> Rule:
     """All of several rules."""
     return lambda records: (effect for rule in rules for effect in rule(records))
@@ -297,6 +320,13 @@ CLAIMS = (
             arms(PPO, "sft-light", PASS, NO_HIGHER),
         ),
         "table-4",
+    ),
+    Claim(
+        "little-beyond-sft",
+        "RL explores little beyond the solutions that SFT produces.",
+        "verified",
+        every(*(covered(arm, "sft", (0.9, inf)) for arm in (EI, PPO))),
+        "ways",
     ),
     Claim(
         "sft-gap",
