@@ -12,8 +12,9 @@ What is done differently from transformers' own cache, and why:
   read once a step and not K times.
 * New keys are written in place into a slab with spare columns; nothing is
   concatenated, which would copy the whole cache at every step.
-* When samples finish, the last rows of the slab move into the gaps. Only as many rows
-  are copied as have finished.
+* Samples of a question that have drawn the same tokens so far can share a row. A row
+  that splits keeps its place for one part and is copied for the others; rows that have
+  ended leave gaps, which these copies or the last rows fill.
 * Rows that were started together form a *cohort* and have the same number of tokens,
   so attention to a row's own tokens needs no mask and wastes nothing. Several cohorts
   are decoded in one forward pass: weights are applied to all rows at once, attention
@@ -103,20 +104,20 @@ class CohortStore:
         if not self._keys:
             columns = min(_FIRST_COLUMNS, self._max_columns)
             for keys in self._prompt_keys:
-                shape = (self.rows, keys.shape[1], columns, keys.shape[3])
+                shape = (self.slab_rows, keys.shape[1], columns, keys.shape[3])
                 self._keys.append(keys.new_empty(shape))
                 self._values.append(keys.new_empty(shape))
         columns = self._keys[0].shape[2]
         if self.length == columns:
-            self._resize(min(2 * columns, self._max_columns))
+            self._resize(self.rows, min(2 * columns, self._max_columns))
 
-    def _resize(self, columns: int) -> None:
-        """Move the rows in use to slabs of exactly their number, layer by layer."""
-        self.slab_rows = self.rows
+    def _resize(self, rows: int, columns: int) -> None:
+        """Move the rows in use to slabs of another size, layer by layer."""
+        self.slab_rows = rows
         for slabs in (self._keys, self._values):
             for layer, old in enumerate(slabs):
-                new = old.new_empty((self.rows, old.shape[1], columns, old.shape[3]))
-                new[:, :, : self.length] = old[: self.rows, :, : self.length]
+                new = old.new_empty((rows, old.shape[1], columns, old.shape[3]))
+                new[: self.rows, :, : self.length] = old[: self.rows, :, : self.length]
                 slabs[layer] = new
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -213,31 +214,38 @@ class CohortStore:
             bias = bias.masked_fill_(self._is_pad, float("-inf"))
             self._bias = bias.repeat_interleave(self._heads[1], dim=0)[:, None]
 
-    def drop(self, finished: Tensor) -> Moves:
-        """Forget finished rows, and questions that no row answers any more.
+    def follow(self, parents: Tensor, *, most: int) -> Moves:
+        """Let new rows go on from present ones, and forget what nobody goes on from.
 
         Args:
-            finished: (R,), bool; at least one row is not finished.
+            parents: The row that each new row goes on from, (N,), int64, ascending.
+                One that stands there twice splits; one that is missing has ended, and
+                so has a question that none of its rows is left of.
+            most: Rows that there can come to be later on.
 
         Returns:
-            How the rows that stay have moved.
+            Where the new rows lie.
         """
-        rows = Moves(~finished)
-        group = rows.apply_(self.group)
-        answered = torch.bincount(group, minlength=self.questions) > 0
-        questions = Moves(answered)
-        self.group = questions.new_places(self.questions)[group]
-        self.rows, self._heads = rows.count, None
+        moves = Moves(parents)
+        count, columns = len(parents), self._keys[0].shape[2] if self._keys else 0
+        if count > self.slab_rows:  # spare rows, so that not each split moves all
+            self._resize(min(count + count // 2, most), columns)
         for slab in (*self._keys, *self._values):
-            rows.apply_(slab[:, :, : self.length])
-        if questions.count < self.questions:
-            self._drop_questions(questions)
-        if self._keys and self.rows <= self.slab_rows // 2:
-            self._resize(self._keys[0].shape[2])
-        return rows
+            moves.apply_(slab[:, :, : self.length])
+        self.rows, self._heads = count, None
+        self.group = self.group[moves.parents]
+        if self.rows <= self.slab_rows // 2:
+            self._resize(self.rows, columns)
+        answered = torch.bincount(self.group, minlength=self.questions).nonzero()
+        if len(answered) < self.questions:
+            self._keep_questions(answered.squeeze(1))
+        return moves
 
-    def _drop_questions(self, moves: Moves) -> None:
-        self.questions = moves.count
+    def _keep_questions(self, kept: Tensor) -> None:
+        moves = Moves(kept)
+        places = kept.new_zeros(self.questions)
+        places[kept] = moves.places
+        self.group, self.questions = places[self.group], len(kept)
         for slabs in (self._prompt_keys, self._prompt_values):
             for layer, slab in enumerate(slabs):
                 slabs[layer] = moves.apply_(slab)
@@ -246,28 +254,38 @@ class CohortStore:
 
 
 class Moves:
-    """How entries close ranks: the last ones move into the gaps of those that go.
+    """Where the successors of entries lie, so that few have to be copied.
+
+    The first successor of an entry takes its place. The others, and those of entries
+    past the new end, are copied to where an entry has none, or to the end. Nothing is
+    written over before it has been read.
 
     Args:
-        stay: True for entries that are kept, (N,), bool.
+        parents: Whose successor each is, (N,), int64, ascending.
+
+    Attributes:
+        places: Where each of the successors lies, (N,).
+        parents: Whose successor lies at each place, (N,).
     """
 
-    def __init__(self, stay: Tensor) -> None:
-        self.count = int(stay.sum())
-        self.gaps = (~stay[: self.count]).nonzero().squeeze(1)
-        self.movers = stay[self.count :].nonzero().squeeze(1) + self.count
+    def __init__(self, parents: Tensor) -> None:
+        count = len(parents)
+        stays = parents < count
+        stays[1:] &= parents[1:] != parents[:-1]
+        kept = parents[stays]
+        self.parents = torch.full_like(parents, -1)
+        self.parents[kept] = kept
+        self._gaps = (self.parents < 0).nonzero().squeeze(1)
+        self._sources = parents[~stays]
+        self.parents[self._gaps] = self._sources
+        self.places = parents.clone()
+        self.places[~stays] = self._gaps
 
     def apply_(self, entries: Tensor) -> Tensor:
-        """Move entries (N or more, ...) in place, and return those that stay."""
-        if len(self.gaps):
-            entries.index_copy_(0, self.gaps, entries.index_select(0, self.movers))
-        return entries[: self.count]
-
-    def new_places(self, total: int) -> Tensor:
-        """For each of the old entries, where it lies now, (total,), int64."""
-        places = torch.arange(total, device=self.gaps.device)
-        places[self.movers] = self.gaps
-        return places
+        """Move entries (N or more, ...) in place, and return the successors."""
+        if len(self._gaps):
+            entries.index_copy_(0, self._gaps, entries.index_select(0, self._sources))
+        return entries[: len(self.places)]
 
 
 class PromptCache(Cache):

@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -264,42 +265,61 @@ class _Answer:
 
 
 class _Cohort:
-    """Rows that were started together and have drawn the same number of tokens.
+    """Samples that were started together and have drawn the same number of tokens.
 
-    ``drawn`` counts them. Row-wise tensors are (R,), R being the rows still in
-    flight; ``home`` says which line of the records (R at the start, limit) is a row's.
+    ``drawn`` counts them. Tensors are (S,), S being the samples still in flight.
+    ``home`` says which line of the records (S at the start, limit) is a sample's, and
+    ``row`` which of the store's rows it has: samples that have drawn the same tokens
+    can share one, which stands for all of them in the forward pass.
+
+    Args:
+        requests: Whose samples.
+        limit: Tokens of a sample.
+        shared: Samples of a question share rows for as long as they draw the same.
     """
 
     def __init__(
-        self, requests: list[_Request], *, limit: int, device: torch.device
+        self,
+        requests: list[_Request],
+        *,
+        limit: int,
+        shared: bool,
+        device: torch.device,
     ) -> None:
         self.requests = requests
         sizes = torch.tensor([len(r.keys) for r in requests], device=device)
         lengths = torch.tensor([len(r.prompt) for r in requests], device=device)
-        group = torch.repeat_interleave(
-            torch.arange(len(requests), device=device), sizes
+        questions = torch.arange(len(requests), device=device)
+        question = torch.repeat_interleave(questions, sizes)  # of each sample
+        self.home = torch.arange(len(question), device=device)
+        group, self.row = (
+            (questions, question) if shared else (question, self.home.clone())
         )
         width = max(len(request.prompt) for request in requests)
         self.store = CohortStore(
             width - lengths, width, group, max_columns=max(limit - 1, 1)
         )
         self.limit, self.drawn = limit, 0
-        self.home = torch.arange(len(group), device=device)
-        self.position = lengths[group]
+        self.position = lengths[group]  # of a row's newest token, (R,)
         self.stream = torch.tensor(
             [key for request in requests for key in request.keys], device=device
         )
-        self.last = torch.zeros_like(group)
-        self.done = torch.zeros_like(group, dtype=torch.bool)
-        self.tokens = torch.zeros((len(group), limit), dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros((len(group), limit), device=device)
+        self.last = torch.zeros_like(self.home)
+        self.done = torch.zeros_like(self.home, dtype=torch.bool)
+        records = (len(self.home), limit)
+        self.tokens = torch.zeros(records, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(records, device=device)
+
+    @property
+    def samples(self) -> int:
+        return len(self.home)
 
     @property
     def rows(self) -> int:
         return self.store.rows
 
     def record(self, tokens: Tensor, logprobs: Tensor, ends: tuple[int, ...]) -> None:
-        """Write down what each row drew, both (R,)."""
+        """Write down what each sample drew, both (S,)."""
         self.tokens[self.home, self.drawn] = tokens
         self.logprobs[self.home, self.drawn] = logprobs
         for end in ends:
@@ -307,18 +327,34 @@ class _Cohort:
         self.last = tokens
         self.drawn += 1
 
-    def drop_done(self) -> None:
-        """Take finished rows out; at least one is left."""
-        moves = self.store.drop(self.done)
-        self.home = moves.apply_(self.home)
-        self.position = moves.apply_(self.position)
-        self.stream = moves.apply_(self.stream)
-        self.last = moves.apply_(self.last.clone())
-        self.done = moves.apply_(self.done)
-        self.done.zero_()
+    def newest(self) -> Tensor:
+        """Each row's newest token, (R,), when its samples have drawn the same."""
+        return self.last.new_zeros(self.rows).index_copy_(0, self.row, self.last)
+
+    def splits(self) -> bool:
+        """Whether samples of one row have drawn different tokens."""
+        if self.rows == self.samples:  # known without a look at the device
+            return False
+        return bool((self.newest()[self.row] != self.last).any())
+
+    def regroup(self) -> None:
+        """Take finished samples out, at least one is left, and give the others rows.
+
+        The newest token goes beside the row that it was drawn from: each of these
+        pairs that is there, once or more often, is a row from now on.
+        """
+        going = (~self.done).nonzero().squeeze(1)
+        self.home, self.stream = self.home[going], self.stream[going]
+        self.last, self.done = self.last[going], self.done[going]
+        pairs, which = torch.unique(
+            (self.row[going] << 32) + self.last, return_inverse=True
+        )
+        moves = self.store.follow(pairs >> 32, most=len(going))
+        self.row = moves.places[which]
+        self.position = self.position[moves.parents]
 
     def answers(self, ends: tuple[int, ...]) -> list[_Answer]:
-        """What all rows said, once none is in flight, in the order of admission.
+        """What all samples said, once none is in flight, in the order of admission.
 
         Raises:
             ValueError: If the model's outputs are not finite numbers.
@@ -334,7 +370,7 @@ class _Cohort:
         ]
         answers = []
         for (request, number), ids, logps in zip(owners, tokens, logprobs, strict=True):
-            # A row may have gone on for some steps after EOS before it was taken out.
+            # A sample may have gone on for some steps after EOS.
             places = [ids.index(end) for end in ends if end in ids]
             finished = bool(places)
             length = min(places) + 1 if finished else len(ids)
@@ -371,8 +407,10 @@ class _Engine:
         self.limit = max_new_tokens
         self.costs = costs
         self.budget = byte_budget or _default_budget(policy.device)
-        # Looking for finished rows makes a GPU wait for its queue; a CPU has none.
-        self.check_every = 8 if policy.device.type == "cuda" else 1
+        # Looking for finished samples, or for what samples have in common, makes a GPU
+        # wait for its queue; a CPU has none.
+        on_gpu = policy.device.type == "cuda"
+        self.check_every, self.shared = (8, False) if on_gpu else (1, True)
         self.queue: deque[_Request] = deque()
         self.cohorts: list[_Cohort] = []
         self.step_count = 0
@@ -393,14 +431,14 @@ class _Engine:
             with torch.inference_mode(), borrowed(self.model):
                 while not finished:
                     self.admit()
-                    self.decode()
                     finished = self.retire()
+                    self.decode()
             for cohort in finished:
                 yield cohort.answers(self.ends)
 
     def admit(self) -> None:
         """Start a cohort if there is work and room for it."""
-        free = self.budget - sum(self.costs.reserved(c.store) for c in self.cohorts)
+        free = self.budget - sum(self.costs.reserved(c) for c in self.cohorts)
         if not self.queue or (
             self.cohorts and free < (1 - _REFILL_BELOW) * self.budget
         ):
@@ -415,12 +453,14 @@ class _Engine:
             requests.append(self.queue.popleft())
         if not requests:  # the others must end first
             return
-        cohort = _Cohort(requests, limit=self.limit, device=self.device)
+        cohort = _Cohort(
+            requests, limit=self.limit, shared=self.shared, device=self.device
+        )
         self.prefill(cohort)
         self.cohorts.append(cohort)
 
     def prefill(self, cohort: _Cohort) -> None:
-        """Compute the prompts and draw every row's first token."""
+        """Compute the prompts and draw every sample's first token."""
         store = cohort.store
         stride = max(1, _PREFILL_TOKENS // store.width)
         parts = []
@@ -439,7 +479,7 @@ class _Engine:
         if not cohorts:
             return
         stores = [cohort.store for cohort in cohorts]
-        ids = torch.cat([cohort.last for cohort in cohorts])
+        ids = torch.cat([cohort.newest() for cohort in cohorts])
         positions = torch.cat([cohort.position for cohort in cohorts])
         logits = next_logits(self.model, stores, ids, positions)  # (R, V)
         for cohort in cohorts:
@@ -447,17 +487,23 @@ class _Engine:
         self.draw(logits, cohorts)
 
     def draw(self, logits: Tensor, cohorts: list[_Cohort]) -> None:
-        """Draw the next token of each row of the cohorts from its logits (R, V)."""
+        """Draw each sample's next token from the logits of its row, (R, V)."""
         uniforms = torch.cat([next_uniforms(cohort.stream) for cohort in cohorts])
-        tokens, logprobs = draw_tokens(logits, uniforms, temperature=self.temperature)
-        sizes = [cohort.rows for cohort in cohorts]
+        starts = accumulate([cohort.rows for cohort in cohorts], initial=0)
+        rows = torch.cat(
+            [c.row + start for c, start in zip(cohorts, starts, strict=False)]
+        )
+        tokens, logprobs = draw_tokens(
+            logits, uniforms, rows=rows, temperature=self.temperature
+        )
+        sizes = [cohort.samples for cohort in cohorts]
         for cohort, ids, logps in zip(
             cohorts, tokens.split(sizes), logprobs.split(sizes), strict=True
         ):
             cohort.record(ids, logps, self.ends)
 
     def retire(self) -> list[_Cohort]:
-        """Take out finished rows; returns cohorts that have none left."""
+        """Take out finished samples and split rows; returns cohorts that have ended."""
         self.step_count += 1
         at_limit = any(cohort.drawn == self.limit for cohort in self.cohorts)
         if self.step_count % self.check_every and not at_limit:
@@ -465,50 +511,66 @@ class _Engine:
         finished, going = [], []
         for cohort in self.cohorts:
             done = int(cohort.done.sum())
-            if cohort.drawn == self.limit or done == cohort.rows:
+            if cohort.drawn == self.limit or done == cohort.samples:
                 finished.append(cohort)
                 continue
-            if done * 16 > cohort.rows:
-                cohort.drop_done()
+            if done * 16 > cohort.samples or cohort.splits():
+                cohort.regroup()
             going.append(cohort)
         self.cohorts = going
         return finished
 
 
 def draw_tokens(
-    logits: Tensor, uniforms: Tensor, *, temperature: float
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row from softmax(logits / temperature), all of the vocabulary.
+    """Draw tokens from softmax(logits / temperature), all of the vocabulary.
 
     By inversion: the first token at which the cumulative probability exceeds the
     uniform number. A token of probability zero is never drawn.
 
     Args:
-        logits: (B, V), any floating type; upcast to float32 before they are divided.
-        uniforms: (B,), float64, in [0, 1).
+        logits: (R, V), any floating type; upcast to float32 before they are divided.
+        uniforms: One for each token to draw, (S,), float64, in [0, 1).
         temperature: 0 takes the most likely token.
+        rows: The row of the logits that each token is drawn from, (S,), int64; by
+            default one from each.
 
     Returns:
-        Tokens (B,), int64, and their log-probabilities (B,), float32; at temperature
+        Tokens (S,), int64, and their log-probabilities (S,), float32; at temperature
         0 those of the distribution at temperature 1.
     """
     logits = logits.float()
     if temperature not in (0, 1):
         logits = logits / temperature
     probs = logits.softmax(-1)
+    every = torch.arange(len(probs), device=probs.device)
+    rows = every if rows is None else rows
+    begins = rows * probs.shape[1]  # places in all rows as one line
+    total = torch.zeros((), device=probs.device)
     if temperature == 0:
-        tokens = logits.argmax(-1)
+        tokens = logits.argmax(-1)[rows]
     else:
+        # Row r climbs from 2r to 2r + 1, so that one search serves all; what float64
+        # resolves there, 1e-12 in a thousand rows, is beyond the float32 of the logits.
+        floor = 2.0 * every.double()
         cumulative = probs.cumsum(-1, dtype=torch.float64)
-        total = cumulative[:, -1]
+        total = cumulative[:, -1].clone()
+        cumulative += floor[:, None]
         # Rounding can lift a number just below 1 to the total itself, which no entry
         # exceeds; the last token of positive probability is meant.
-        below = torch.nextafter(total, torch.zeros_like(total))
-        target = torch.minimum(uniforms * total, below)
-        tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
-        tokens = tokens.clamp_(max=logits.shape[1] - 1)  # no index error from NaN
+        below = torch.nextafter(cumulative[:, -1], floor)
+        target = torch.minimum((floor[rows] + uniforms * total[rows]), below[rows])
+        places = torch.searchsorted(cumulative.view(-1), target, right=True)
+        tokens = (places - begins).clamp_(0, probs.shape[1] - 1)  # NaN is out of order
     # What is drawn is likely enough for the logarithm of float32 to be exact to 1e-6.
-    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
+    # One row of NaN can lead the search for the others astray, so that all become NaN.
+    logprobs = probs.view(-1)[begins + tokens].log() + 0 * total.sum().float()
+    return tokens, logprobs
 
 
 @dataclass(frozen=True)
@@ -533,9 +595,11 @@ class _Costs:
         """One question with a prompt of ``width`` tokens."""
         return self.token * width + (self.row + self.score * width) * rows
 
-    def reserved(self, store: CohortStore) -> int:
-        """What a cohort can come to take."""
-        rows = (self.row + self.score * store.width) * store.slab_rows
+    def reserved(self, cohort: _Cohort) -> int:
+        """What a cohort can come to take, when all of its samples differ."""
+        store = cohort.store
+        rows = max(store.slab_rows, cohort.samples)
+        rows *= self.row + self.score * store.width
         return self.token * store.width * store.questions + rows
 
     def rows_within(self, budget: int, width: int) -> int:
