@@ -13,7 +13,7 @@ from tiny_models import KINDS, PROBLEMS, tiny_policy
 from torch import nn
 
 from rlreason.policy import sampler
-from rlreason.policy.kv_cache import ATTENTION_NAME
+from rlreason.policy.kv_cache import ATTENTION_NAME, Moves
 from rlreason.policy.load import make_policy
 from rlreason.policy.rollout import Prompt
 from rlreason.policy.sampler import (
@@ -133,6 +133,86 @@ def test_p09_samples_do_not_depend_on_the_company_they_keep():
     alone = by_name(sample(policy, PROBLEMS[2:3], k=3, **options))
     assert alone == {name: whole[name] for name in alone}
     assert by_name(sample(policy, PROBLEMS, k=6, max_new_tokens=64, seed=4)) != whole
+
+
+def count_rows(monkeypatch) -> list[int]:
+    """Rows of each forward pass from now on, that of the prompts not counted."""
+    rows = []
+    step = sampler.next_logits
+
+    def spy(model, stores, ids, positions):
+        rows.append(len(ids))
+        return step(model, stores, ids, positions)
+
+    monkeypatch.setattr(sampler, "next_logits", spy)
+    return rows
+
+
+def prefixes(rollouts) -> set:
+    """What a forward pass has to go on from: no answer needs that of its last token."""
+    return {
+        (r.problem_id, r.tokens[:n]) for r in rollouts for n in range(1, len(r.tokens))
+    }
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.1, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_computed_for_each_distinct_prefix(kind, temperature, monkeypatch):
+    policy = replace(tiny_policy(kind), eos_id=40)
+    rows = count_rows(monkeypatch)
+    options = {"temperature": temperature, "max_new_tokens": 40, "seed": 5}
+    shared = sample(policy, PROBLEMS, k=24, **options)
+    assert sum(rows) == len(prefixes(shared)) < sum(len(r.tokens) for r in shared)
+    # Tokens are those of samples that have a row each, from the first token on
+    monkeypatch.setattr(
+        sampler._Cohort, "__init__", one_row_a_sample(sampler._Cohort.__init__)
+    )
+    rows.clear()
+    alone = sample(policy, PROBLEMS, k=24, **options)
+    assert sum(rows) == sum(len(r.tokens) - 1 for r in alone)
+    assert by_name(shared) == by_name(alone)
+    for one, other in zip(shared, alone, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def one_row_a_sample(init):
+    return lambda cohort, *args, **more: init(
+        cohort, *args, **{**more, "shared": False}
+    )
+
+
+def test_greedy_samples_are_one_row(monkeypatch):
+    rows = count_rows(monkeypatch)
+    rollouts = sample(tiny_policy(), PROBLEMS, k=50, temperature=0, max_new_tokens=9)
+    assert rows == [len(PROBLEMS)] * 8
+    assert len({(r.problem_id, r.tokens, r.logprobs) for r in rollouts}) == 4
+
+
+def test_wrong_one_draw_for_all_samples_of_a_row_is_seen(monkeypatch):
+    policy = tiny_policy()
+    right = by_name(sample(policy, PROBLEMS, k=24, max_new_tokens=12))
+    draw = sampler.draw_tokens
+
+    def together(logits, uniforms, *, rows, temperature):
+        first = torch.zeros_like(rows).index_copy_(0, rows, torch.arange(len(rows)))
+        return draw(logits, uniforms[first[rows]], rows=rows, temperature=temperature)
+
+    monkeypatch.setattr(sampler, "draw_tokens", together)
+    assert by_name(sample(policy, PROBLEMS, k=24, max_new_tokens=12)) != right
+
+
+def test_rows_split_move_and_end_where_their_successors_are():
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 5, 40):
+        parents = torch.randint(7, (count,), generator=generator).sort().values
+        entries = torch.cat([torch.arange(7), torch.full((40,), -1)])
+        moves = Moves(parents)
+        successors = moves.apply_(entries.clone())
+        assert torch.equal(successors, moves.parents)
+        assert torch.equal(successors[moves.places], parents)
+        # As many stay as can
+        stay = int((successors[:7] == torch.arange(7)[:count]).sum())
+        assert stay == len({p for p in parents.tolist() if p < count})
 
 
 def test_a_longer_limit_only_lengthens_samples():
@@ -327,7 +407,7 @@ def test_memory_stays_within_the_budget(monkeypatch):
     policy = replace(tiny_policy("qwen2"), eos_id=40)
     problems = [Problem(f"m/{i}", "x" * (1 + 7 * i % 60), "", "0") for i in range(60)]
     budget = 1_000_000
-    held, rows = [], []
+    held, rows, samples = [], [], []
     decode = sampler._Engine.decode
 
     def spy(engine):
@@ -345,12 +425,13 @@ def test_memory_stays_within_the_budget(monkeypatch):
         ]
         held.append(sum(slab.untyped_storage().nbytes() for slab in slabs))
         rows.append(sum(cohort.rows for cohort in engine.cohorts))
+        samples.append(sum(cohort.samples for cohort in engine.cohorts))
 
     monkeypatch.setattr(sampler._Engine, "decode", spy)
     options = {"k": 8, "max_new_tokens": 40, "temperature": 1.5}
     small = by_name(sample(policy, problems, byte_budget=budget, **options))
     assert max(held) <= budget
-    assert 4 <= max(rows) < len(problems)  # 480 samples, by and by
+    assert 4 <= max(rows) <= max(samples) < len(problems)  # 480 samples, by and by
     monkeypatch.undo()
     assert small == by_name(sample(policy, problems, **options))
 
@@ -380,6 +461,15 @@ def test_groups_come_as_they_finish():
 def test_impossible_settings_are_refused_with_the_remedy(options, message):
     with pytest.raises(ValueError, match=message):
         sample(tiny_policy(), PROBLEMS, **options)
+
+
+def test_one_row_that_is_not_a_number_is_seen_in_every_draw():
+    logits = torch.zeros(9, 5)
+    logits[4, 2] = math.nan
+    uniforms = torch.full((9,), 0.3, dtype=torch.float64)
+    tokens, logprobs = draw_tokens(logits, uniforms, temperature=1.0)
+    assert logprobs.isnan().all()
+    assert tokens.max() < 5
 
 
 def test_outputs_that_are_not_numbers_are_reported():

@@ -10,8 +10,13 @@ How it goes: the work is a queue of requests, (problem, K samples), longest prom
 first. When there is room, requests are admitted together as a *cohort*: their prompts
 are computed once, in one pass, and the first token of every sample is drawn from the
 result. From then on each forward pass decodes one token of every row of all cohorts.
-Rows that drew EOS leave, and new cohorts enter when enough have left. How many rows
-are in flight follows from a byte budget.
+On a CPU a row is a distinct prefix: samples of a question that have drawn the same
+tokens so far have the same keys, values and next distribution, which are computed once,
+and each draws its own token from it by its own random number. A row splits when they
+differ. On a GPU, which would have to wait for the answer to whether they do, each
+sample has a row from the start. Samples that drew EOS leave, and new cohorts enter when
+enough have left. How many are in flight follows from a byte budget, which holds even
+if all of them come to differ.
 
 The t-th random number of a sample is a hash of (seed, problem id, sample index, t), so
 batch size, budget and order of the problems do not change what is drawn, up to
@@ -78,7 +83,7 @@ def sample(
         max_new_tokens: An answer is cut after so many tokens, EOS included.
         seed: Of the random streams.
         shots: Solved problems that stand before each question in the prompt.
-        byte_budget: Memory for keys, values and logits of the rows in flight. By
+        byte_budget: Memory for keys, values and logits of the samples in flight. By
             default 1 GiB on a CPU, and half of what is free on a GPU.
         progress: Show a bar; by default where somebody watches.
 
@@ -411,6 +416,7 @@ class _Engine:
         # wait for its queue; a CPU has none.
         on_gpu = policy.device.type == "cuda"
         self.check_every, self.shared = (8, False) if on_gpu else (1, True)
+        self.idle_share = 1 / 16 if on_gpu else 0.0  # finished, and not taken out yet
         self.queue: deque[_Request] = deque()
         self.cohorts: list[_Cohort] = []
         self.step_count = 0
@@ -514,7 +520,7 @@ class _Engine:
             if cohort.drawn == self.limit or done == cohort.samples:
                 finished.append(cohort)
                 continue
-            if done * 16 > cohort.samples or cohort.splits():
+            if done > self.idle_share * cohort.samples or cohort.splits():
                 cohort.regroup()
             going.append(cohort)
         self.cohorts = going
