@@ -165,7 +165,7 @@ def test_a_row_is_computed_for_each_distinct_prefix(kind, temperature, monkeypat
     assert sum(rows) == len(prefixes(shared)) < sum(len(r.tokens) for r in shared)
     # Tokens are those of samples that have a row each, from the first token on
     monkeypatch.setattr(
-        sampler._Cohort, "__init__", one_row_a_sample(sampler._Cohort.__init__)
+        sampler.Cohort, "__init__", one_row_a_sample(sampler.Cohort.__init__)
     )
     rows.clear()
     alone = sample(policy, PROBLEMS, k=24, **options)

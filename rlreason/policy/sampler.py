@@ -40,10 +40,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlreason.policy.kv_cache import CohortStore
+from rlreason.policy.cohort import Answer, Cohort, Request
 from rlreason.policy.load import Policy, vocabulary_rows
 from rlreason.policy.passes import (
-    NOT_FINITE,
     Checked,
     borrowed,
     check_model,
@@ -236,162 +235,6 @@ def _sample_groups(
                     yield answer.problem, partial.pop(answer.problem)
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """Some of the samples of one problem, admitted together."""
-
-    problem: int  # index in the caller's list
-    prompt: tuple[int, ...]
-    first: int  # index of the first sample
-    keys: list[int]  # start of each sample's random stream
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """A finished or truncated sample."""
-
-    problem: int
-    sample: int
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finished: bool
-
-    def rollout(self, problem_id: str, text: str) -> Rollout:
-        return Rollout(
-            problem_id=problem_id,
-            sample=self.sample,
-            prompt_tokens=self.prompt,
-            tokens=self.tokens,
-            logprobs=self.logprobs,
-            text=text,
-            finished=self.finished,
-        )
-
-
-class _Cohort:
-    """Samples that were started together and have drawn the same number of tokens.
-
-    ``drawn`` counts them. Tensors are (S,), S being the samples still in flight.
-    ``home`` says which line of the records (S at the start, limit) is a sample's, and
-    ``row`` which of the store's rows it has: samples that have drawn the same tokens
-    can share one, which stands for all of them in the forward pass.
-
-    Args:
-        requests: Whose samples.
-        limit: Tokens of a sample.
-        shared: Samples of a question share rows for as long as they draw the same.
-    """
-
-    def __init__(
-        self,
-        requests: list[_Request],
-        *,
-        limit: int,
-        shared: bool,
-        device: torch.device,
-    ) -> None:
-        self.requests = requests
-        sizes = torch.tensor([len(r.keys) for r in requests], device=device)
-        lengths = torch.tensor([len(r.prompt) for r in requests], device=device)
-        questions = torch.arange(len(requests), device=device)
-        question = torch.repeat_interleave(questions, sizes)  # of each sample
-        self.home = torch.arange(len(question), device=device)
-        group, self.row = (
-            (questions, question) if shared else (question, self.home.clone())
-        )
-        width = max(len(request.prompt) for request in requests)
-        self.store = CohortStore(
-            width - lengths, width, group, max_columns=max(limit - 1, 1)
-        )
-        self.limit, self.drawn = limit, 0
-        self.position = lengths[group]  # of a row's newest token, (R,)
-        self.stream = torch.tensor(
-            [key for request in requests for key in request.keys], device=device
-        )
-        self.last = torch.zeros_like(self.home)
-        self.done = torch.zeros_like(self.home, dtype=torch.bool)
-        records = (len(self.home), limit)
-        self.tokens = torch.zeros(records, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(records, device=device)
-
-    @property
-    def samples(self) -> int:
-        return len(self.home)
-
-    @property
-    def rows(self) -> int:
-        return self.store.rows
-
-    def record(self, tokens: Tensor, logprobs: Tensor, ends: tuple[int, ...]) -> None:
-        """Write down what each sample drew, both (S,)."""
-        self.tokens[self.home, self.drawn] = tokens
-        self.logprobs[self.home, self.drawn] = logprobs
-        for end in ends:
-            self.done |= tokens == end
-        self.last = tokens
-        self.drawn += 1
-
-    def newest(self) -> Tensor:
-        """Each row's newest token, (R,), when its samples have drawn the same."""
-        return self.last.new_zeros(self.rows).index_copy_(0, self.row, self.last)
-
-    def splits(self) -> bool:
-        """Whether samples of one row have drawn different tokens."""
-        if self.rows == self.samples:  # known without a look at the device
-            return False
-        return bool((self.newest()[self.row] != self.last).any())
-
-    def regroup(self) -> None:
-        """Take finished samples out, at least one is left, and give the others rows.
-
-        The newest token goes beside the row that it was drawn from: each of these
-        pairs that is there, once or more often, is a row from now on.
-        """
-        going = (~self.done).nonzero().squeeze(1)
-        self.home, self.stream = self.home[going], self.stream[going]
-        self.last, self.done = self.last[going], self.done[going]
-        pairs, which = torch.unique(
-            (self.row[going] << 32) + self.last, return_inverse=True
-        )
-        moves = self.store.follow(pairs >> 32, most=len(going))
-        self.row = moves.places[which]
-        self.position = self.position[moves.parents]
-
-    def answers(self, ends: tuple[int, ...]) -> list[_Answer]:
-        """What all samples said, once none is in flight, in the order of admission.
-
-        Raises:
-            ValueError: If the model's outputs are not finite numbers.
-        """
-        if not bool(self.logprobs.isfinite().all()):
-            raise ValueError(NOT_FINITE)
-        tokens = self.tokens[:, : self.drawn].tolist()
-        logprobs = self.logprobs[:, : self.drawn].tolist()
-        owners = [
-            (request, request.first + j)
-            for request in self.requests
-            for j in range(len(request.keys))
-        ]
-        answers = []
-        for (request, number), ids, logps in zip(owners, tokens, logprobs, strict=True):
-            # A sample may have gone on for some steps after EOS.
-            places = [ids.index(end) for end in ends if end in ids]
-            finished = bool(places)
-            length = min(places) + 1 if finished else len(ids)
-            answers.append(
-                _Answer(
-                    problem=request.problem,
-                    sample=number,
-                    prompt=request.prompt,
-                    tokens=tuple(ids[:length]),
-                    logprobs=tuple(logps[:length]),
-                    finished=finished,
-                )
-            )
-        return answers
-
-
 class _Engine:
     """Takes requests, keeps cohorts in flight, gives answers."""
 
@@ -417,8 +260,8 @@ class _Engine:
         on_gpu = policy.device.type == "cuda"
         self.check_every, self.shared = (8, False) if on_gpu else (1, True)
         self.idle_share = 1 / 16 if on_gpu else 0.0  # finished, and not taken out yet
-        self.queue: deque[_Request] = deque()
-        self.cohorts: list[_Cohort] = []
+        self.queue: deque[Request] = deque()
+        self.cohorts: list[Cohort] = []
         self.step_count = 0
 
     def ask(self, problem: int, prompt: list[int], keys: list[int]) -> None:
@@ -426,12 +269,12 @@ class _Engine:
         most = self.costs.rows_within(self.budget, len(prompt))
         for first in range(0, len(keys), most):
             part = keys[first : first + most]
-            self.queue.append(_Request(problem, tuple(prompt), first, part))
+            self.queue.append(Request(problem, tuple(prompt), first, part))
 
-    def run(self) -> Iterator[list[_Answer]]:
+    def run(self) -> Iterator[list[Answer]]:
         """Decode until the queue is empty; yields cohort by cohort."""
         while self.queue or self.cohorts:
-            finished: list[_Cohort] = []
+            finished: list[Cohort] = []
             # The model is given back before each yield: who takes the answers may use
             # it, or may never come back for more.
             with torch.inference_mode(), borrowed(self.model):
@@ -449,7 +292,7 @@ class _Engine:
             self.cohorts and free < (1 - _REFILL_BELOW) * self.budget
         ):
             return
-        requests: list[_Request] = []
+        requests: list[Request] = []
         width = len(self.queue[0].prompt)  # the longest, since the queue is sorted
         while self.queue:
             request = self.queue[0]
@@ -459,13 +302,13 @@ class _Engine:
             requests.append(self.queue.popleft())
         if not requests:  # the others must end first
             return
-        cohort = _Cohort(
+        cohort = Cohort(
             requests, limit=self.limit, shared=self.shared, device=self.device
         )
         self.prefill(cohort)
         self.cohorts.append(cohort)
 
-    def prefill(self, cohort: _Cohort) -> None:
+    def prefill(self, cohort: Cohort) -> None:
         """Compute the prompts and draw every sample's first token."""
         store = cohort.store
         stride = max(1, _PREFILL_TOKENS // store.width)
@@ -492,7 +335,7 @@ class _Engine:
             cohort.position += 1
         self.draw(logits, cohorts)
 
-    def draw(self, logits: Tensor, cohorts: list[_Cohort]) -> None:
+    def draw(self, logits: Tensor, cohorts: list[Cohort]) -> None:
         """Draw each sample's next token from the logits of its row, (R, V)."""
         uniforms = torch.cat([next_uniforms(cohort.stream) for cohort in cohorts])
         starts = accumulate([cohort.rows for cohort in cohorts], initial=0)
@@ -508,7 +351,7 @@ class _Engine:
         ):
             cohort.record(ids, logps, self.ends)
 
-    def retire(self) -> list[_Cohort]:
+    def retire(self) -> list[Cohort]:
         """Take out finished samples and split rows; returns cohorts that have ended."""
         self.step_count += 1
         at_limit = any(cohort.drawn == self.limit for cohort in self.cohorts)
@@ -601,7 +444,7 @@ class _Costs:
         """One question with a prompt of ``width`` tokens."""
         return self.token * width + (self.row + self.score * width) * rows
 
-    def reserved(self, cohort: _Cohort) -> int:
+    def reserved(self, cohort: Cohort) -> int:
         """What a cohort can come to take, when all of its samples differ."""
         store = cohort.store
         rows = max(store.slab_rows, cohort.samples)

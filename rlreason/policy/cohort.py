@@ -1,0 +1,173 @@
+"""The samples that the sampler has in flight: what they drew, and which row each has.
+
+A *sample* is one answer to one question. A *row* is one line of a forward pass, with
+its keys and values in a ``CohortStore``. Samples of a question that have drawn the same
+tokens so far can share a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlreason.policy.kv_cache import CohortStore
+from rlreason.policy.passes import NOT_FINITE
+from rlreason.policy.rollout import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Some of the samples of one problem, admitted together."""
+
+    problem: int  # index in the caller's list
+    prompt: tuple[int, ...]
+    first: int  # index of the first sample
+    keys: list[int]  # start of each sample's random stream
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished or truncated sample."""
+
+    problem: int
+    sample: int
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+
+    def rollout(self, problem_id: str, text: str) -> Rollout:
+        return Rollout(
+            problem_id=problem_id,
+            sample=self.sample,
+            prompt_tokens=self.prompt,
+            tokens=self.tokens,
+            logprobs=self.logprobs,
+            text=text,
+            finished=self.finished,
+        )
+
+
+class Cohort:
+    """Samples that were started together and have drawn the same number of tokens.
+
+    ``drawn`` counts them. Tensors are (S,), S being the samples still in flight.
+    ``home`` says which line of the records (S at the start, limit) is a sample's, and
+    ``row`` which of the store's rows it has: samples that have drawn the same tokens
+    can share one, which stands for all of them in the forward pass.
+
+    Args:
+        requests: Whose samples.
+        limit: Tokens of a sample.
+        shared: Samples of a question share rows for as long as they draw the same.
+    """
+
+    def __init__(
+        self,
+        requests: list[Request],
+        *,
+        limit: int,
+        shared: bool,
+        device: torch.device,
+    ) -> None:
+        self.requests = requests
+        sizes = torch.tensor([len(r.keys) for r in requests], device=device)
+        lengths = torch.tensor([len(r.prompt) for r in requests], device=device)
+        questions = torch.arange(len(requests), device=device)
+        question = torch.repeat_interleave(questions, sizes)  # of each sample
+        self.home = torch.arange(len(question), device=device)
+        group, self.row = (
+            (questions, question) if shared else (question, self.home.clone())
+        )
+        width = max(len(request.prompt) for request in requests)
+        self.store = CohortStore(
+            width - lengths, width, group, max_columns=max(limit - 1, 1)
+        )
+        self.limit, self.drawn = limit, 0
+        self.position = lengths[group]  # of a row's newest token, (R,)
+        self.stream = torch.tensor(
+            [key for request in requests for key in request.keys], device=device
+        )
+        self.last = torch.zeros_like(self.home)
+        self.done = torch.zeros_like(self.home, dtype=torch.bool)
+        records = (len(self.home), limit)
+        self.tokens = torch.zeros(records, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(records, device=device)
+
+    @property
+    def samples(self) -> int:
+        return len(self.home)
+
+    @property
+    def rows(self) -> int:
+        return self.store.rows
+
+    def record(self, tokens: Tensor, logprobs: Tensor, ends: tuple[int, ...]) -> None:
+        """Write down what each sample drew, both (S,)."""
+        self.tokens[self.home, self.drawn] = tokens
+        self.logprobs[self.home, self.drawn] = logprobs
+        for end in ends:
+            self.done |= tokens == end
+        self.last = tokens
+        self.drawn += 1
+
+    def newest(self) -> Tensor:
+        """Each row's newest token, (R,), when its samples have drawn the same."""
+        return self.last.new_zeros(self.rows).index_copy_(0, self.row, self.last)
+
+    def splits(self) -> bool:
+        """Whether samples of one row have drawn different tokens."""
+        if self.rows == self.samples:  # known without a look at the device
+            return False
+        return bool((self.newest()[self.row] != self.last).any())
+
+    def regroup(self) -> None:
+        """Take finished samples out, at least one is left, and give the others rows.
+
+        The newest token goes beside the row that it was drawn from: each of these
+        pairs that is there, once or more often, is a row from now on.
+        """
+        going = (~self.done).nonzero().squeeze(1)
+        self.home, self.stream = self.home[going], self.stream[going]
+        self.last, self.done = self.last[going], self.done[going]
+        pairs, which = torch.unique(
+            (self.row[going] << 32) + self.last, return_inverse=True
+        )
+        moves = self.store.follow(pairs >> 32, most=len(going))
+        self.row = moves.places[which]
+        self.position = self.position[moves.parents]
+
+    def answers(self, ends: tuple[int, ...]) -> list[Answer]:
+        """What all samples said, once none is in flight, in the order of admission.
+
+        Raises:
+            ValueError: If the model's outputs are not finite numbers.
+        """
+        if not bool(self.logprobs.isfinite().all()):
+            raise ValueError(NOT_FINITE)
+        tokens = self.tokens[:, : self.drawn].tolist()
+        logprobs = self.logprobs[:, : self.drawn].tolist()
+        owners = [
+            (request, request.first + j)
+            for request in self.requests
+            for j in range(len(request.keys))
+        ]
+        answers = []
+        for (request, number), ids, logps in zip(owners, tokens, logprobs, strict=True):
+            # A sample may have gone on for some steps after EOS.
+            places = [ids.index(end) for end in ends if end in ids]
+            finished = bool(places)
+            length = min(places) + 1 if finished else len(ids)
+            answers.append(
+                Answer(
+                    problem=request.problem,
+                    sample=number,
+                    prompt=request.prompt,
+                    tokens=tuple(ids[:length]),
+                    logprobs=tuple(logps[:length]),
+                    finished=finished,
+                )
+            )
+        return answers
