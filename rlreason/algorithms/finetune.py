@@ -16,15 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlreason.algorithms.batching import (
+    AnyExample,
     Example,
     response_token_count,
     shuffled_batches,
+    tokens_that_fit,
 )
 from rlreason.algorithms.optim import (
     adamw,
@@ -42,7 +44,6 @@ from rlreason.policy.logprobs import micro_batches, token_logprobs
 from rlreason.policy.progress import progress_bar
 from rlreason.settings import Settings, setting
 
-AnyExample = TypeVar("AnyExample", bound=Example)
 LossSum = Callable[[list[AnyExample]], Tensor]
 
 
@@ -65,8 +66,12 @@ class FinetuneSettings(Settings):
     max_grad_norm: float = setting(
         1.0, "Clip the gradient to this norm.", source="ours", gt=0
     )
-    micro_tokens: int = setting(
-        1024, "Tokens in the model at once.", source="ours", placement=True, ge=1
+    micro_tokens: int | None = setting(
+        None,
+        "Tokens in the model at once; None: as many as fit, which is measured.",
+        source="ours",
+        placement=True,
+        ge=1,
     )
     seed: int = setting(0, "Seed of the order of the examples.", source="ours", ge=0)
 
@@ -134,6 +139,7 @@ def fit(
     start = saved = restore_training(recorder, model, optimizer)
     was_training = model.training
     model.eval()  # dropout stays off: what is scored is what is sampled
+    max_tokens = settings.micro_tokens or tokens_that_fit(loss, examples)
 
     def check(update: int, **numbers: float) -> None:
         kept = (
@@ -151,7 +157,7 @@ def fit(
             set_lr(optimizer, lr)
             tokens = count(batch)
             with recorder.clock("learning"):
-                mean = accumulate(loss, batch, tokens, max_tokens=settings.micro_tokens)
+                mean = accumulate(loss, batch, tokens, max_tokens=max_tokens)
                 norm = clip_gradients(model, settings.max_grad_norm)
                 check(update, loss=mean, grad_norm=norm)
                 optimizer.step()
@@ -216,7 +222,7 @@ def nll(policy: Policy, batch: Sequence[Example]) -> Tensor:
 
 
 def accumulate_gradients(
-    policy: Policy, batch: Sequence[Example], max_tokens: int
+    policy: Policy, batch: Sequence[Example], max_tokens: int | None = None
 ) -> float:
     """Add the gradient of a batch's mean token loss, micro-batch by micro-batch.
 
@@ -228,19 +234,28 @@ def accumulate_gradients(
 
 
 def accumulate(
-    loss: LossSum, batch: Sequence[AnyExample], count: int, *, max_tokens: int
+    loss: LossSum, batch: Sequence[AnyExample], count: int, *, max_tokens: int | None
 ) -> float:
     """Add the gradient of ``loss`` over ``count``, however the batch is cut.
+
+    A GPU is waited for once, at the end.
+
+    Args:
+        loss: Summed over the tokens of a micro-batch.
+        batch: Examples of one update.
+        count: What the sum is divided by.
+        max_tokens: Of a micro-batch; None: measured here.
 
     Returns:
         The summed loss of the batch, divided by ``count``.
     """
-    total = 0.0
+    losses = []
+    max_tokens = max_tokens or tokens_that_fit(loss, batch)
     for mb in micro_batches(batch, max_tokens=max_tokens):
         mb_loss = loss(mb) / count
         mb_loss.backward()
-        total += mb_loss.item()
-    return total
+        losses.append(mb_loss.detach())
+    return sum(torch.stack(losses).tolist())
 
 
 def new_adamw(
