@@ -334,8 +334,9 @@ class Learner:
     ) -> dict[str, float]:
         """Add the gradient of one mini-batch's loss, micro-batch by micro-batch."""
         settings = self.settings
-        count = int(experience.response_mask[mb_rows].sum())  # of the whole mini-batch
-        totals: dict[str, float] = {}
+        # Of the whole mini-batch; from lengths, so that no GPU is waited for
+        count = sum(len(experience.rollouts[row].tokens) for row in mb_rows)
+        parts: list[dict[str, Tensor]] = []
         for rows, new in self._scores(experience.rollouts, mb_rows, entropy=True):
             mask = new.response_mask  # (b, t)
             cut = {
@@ -353,9 +354,12 @@ class Learner:
                 )
                 loss = loss + chosen.value_coef * metrics["value_loss"]
             (loss / count).backward()
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value.detach()) / count
-        return totals
+            parts.append({name: value.detach() for name, value in metrics.items()})
+        sums = torch.stack([torch.stack([*part.values()]) for part in parts]).tolist()
+        return {
+            name: sum(value / count for value in values)
+            for name, values in zip(parts[0], zip(*sums, strict=True), strict=True)
+        }
 
     def adapt_kl(self, kl: float) -> None:
         """Move beta towards the KL that is wanted (Ziegler et al. 2019, eq. 2.2)."""

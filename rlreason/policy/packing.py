@@ -2,10 +2,9 @@
 
 Layers that look at one token at a time do not care whose token it is. Attention must
 not look across sequences, and positions start anew at each. The first is done by an
-attention function registered with transformers' ``AttentionInterface``: on a GPU in half
-precision by one kernel for sequences of any lengths, elsewhere by one call for all
-sequences of a length, which computes each as if it were alone. Without packed
-sequences the function is transformers' own for ``sdpa``.
+attention function registered with transformers' ``AttentionInterface``: on a GPU in
+half precision by one kernel for sequences of any lengths, elsewhere on rows that are
+padded for attention alone. Without packed sequences it is transformers' own ``sdpa``.
 
 transformers promises no family that it packs, so each model is compared once with
 itself on padded rows. One that differs, or whose attention is not ``sdpa``, gets
@@ -20,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -47,10 +45,12 @@ class Packed:
     Attributes:
         lengths: Of the sequences in their order.
         bounds: The place where each starts, and the end of the last, (B + 1,), int32.
+        places: Of each token among those of padded rows, (N,).
     """
 
     lengths: tuple[int, ...]
     bounds: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,14 @@ def pack(tokens: Tensor, lengths: Sequence[int]) -> Inputs:
     sizes = torch.tensor(lengths)
     bounds = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     positions = torch.arange(len(tokens)) - bounds[:-1].repeat_interleave(sizes)
+    rows = torch.arange(len(sizes)).repeat_interleave(sizes)
+    places = (rows * max(lengths) + positions).to(tokens.device)
     device = tokens.device
     options = {
         "position_ids": positions[None].to(device),
         # A mask of four dimensions is passed on as it is; ``packed`` knows better.
         "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
-        "packed": Packed(tuple(lengths), bounds.int().to(device)),
+        "packed": Packed(tuple(lengths), bounds.int().to(device), places),
         "use_cache": False,
     }
     return Inputs(tokens[None], options, bounds[:-1].to(device))
@@ -187,16 +189,33 @@ def _attention(
             enable_gqa=grouped,
         )
         return out[None], None
-    alike = [(n, len(list(run))) for n, run in groupby(packed.lengths)]
-    runs = [x.split([n * rows for n, rows in alike]) for x in heads]
-    outs = []
-    for (n, rows), *parts in zip(alike, *runs, strict=True):
-        parts = [part.unflatten(0, (rows, n)).transpose(1, 2) for part in parts]
-        out = scaled_dot_product_attention(
-            *parts, is_causal=True, scale=scaling, enable_gqa=grouped
-        )  # (rows, H, n, D)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs)[None], None
+    shape = len(packed.lengths), max(packed.lengths)  # (B, L)
+    rows = [_pad(x, packed.places, shape).transpose(1, 2) for x in heads]
+    out = scaled_dot_product_attention(
+        *rows, is_causal=True, scale=scaling, enable_gqa=grouped
+    )  # (B, H, L, D); what is made of padding is dropped
+    return _Unpad.apply(out.transpose(1, 2).flatten(0, 1), packed.places)[None], None
+
+
+def _pad(x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(N, H, D) as rows (B, L, H, D), with zeros at the right."""
+    zeros = x.new_zeros((shape[0] * shape[1], *x.shape[1:]))
+    return zeros.index_copy(0, places, x).unflatten(0, shape)
+
+
+class _Unpad(torch.autograd.Function):
+    """The rows at distinct places: of ``index_select``, whose gradient is slow."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.shape = rows.shape
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_copy(0, places, gradient), None
 
 
 AttentionInterface.register(PACKED, _attention)
