@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from tiny_models import KINDS, random_model, tiny_policy
+from tiny_models import KINDS, tiny_policy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlreason.algorithms import batching
 from rlreason.algorithms.batching import Example, tokens_that_fit
@@ -103,17 +104,15 @@ class Calls(TorchDispatchMode):
 
 def test_an_update_of_64_examples_at_30_layers_takes_a_third_of_the_calls(monkeypatch):
     """53,265 were counted with padded micro-batches of 1,024 tokens, 8,803 now."""
-    policy = tiny_policy()
-    policy.model = random_model(
-        LlamaConfig(
-            vocab_size=260,
-            hidden_size=16,
-            num_hidden_layers=30,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            intermediate_size=32,
-        )
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=16,
+        num_hidden_layers=30,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
     )
+    policy = replace(tiny_policy(), model=LlamaForCausalLM(config))
     sizes = torch.randint(54, 167, (64,), generator=torch.Generator().manual_seed(0))
     batch = [
         Example(tuple(range(3, 3 + n // 2)), tuple(range(3, 3 + n - n // 2)))
