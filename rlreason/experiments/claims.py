@@ -120,6 +120,12 @@ class Judged:
             return "contradicted"
         return "supported" if verdicts == {"supported"} else "inconclusive"
 
+    @property
+    def said(self) -> str:
+        """The verdict; that nothing is recorded where nothing is."""
+        known = any(effect.interval is not None for effect in self.effects)
+        return self.verdict if known else "not recorded"
+
     def __str__(self) -> str:
         """The claim on one line, below it its effects, and what it rests on."""
         claim = self.claim
