@@ -356,15 +356,16 @@ def told(
         metric, against: Of the records that are meant, or how these begin.
     """
     known = {
-        each.comparison: f"{names[each.comparison]} {in_points(each.interval)} "
+        each.comparison: f"{in_points(each.interval)} "
         f"({verdict(each.interval, 'a rise', 'a fall')})"
         for each in found
-        if each.comparison in names
-        and each.metric.startswith(metric)
-        and each.against.startswith(against)
+        if each.metric.startswith(metric) and each.against.startswith(against)
     }
+    said = [
+        f"{called} {known[name]}" for name, called in names.items() if name in known
+    ]
     missing = [called for name, called in names.items() if name not in known]
-    parts = [", ".join(known.values())] if known else []
+    parts = [", ".join(said)] if said else []
     parts += [f"not recorded yet: {', '.join(missing)}"] if missing else []
     return "; ".join(parts)
 
