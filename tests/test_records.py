@@ -217,7 +217,7 @@ def test_arms_are_shown_beside_what_they_are_compared_with(write):
 
 def test_a_table_says_what_when_and_where(write):
     assert recorded_table("tiny", "credit") == (
-        "Not recorded yet: `credit` (`rlreason record credit --profile tiny`)."
+        "Not recorded yet: `credit` (`rlreason record credit`)."
     )
     write(
         greedy("sft", BEFORE_),
@@ -233,8 +233,7 @@ def test_a_table_says_what_when_and_where(write):
     assert note == (
         "Recorded 2026-11-23 at commit 536e288 on a CPU, profile tiny, 3 seeds, 40 "
         "test problems. Differences of percentages are in points. Not recorded yet: "
-        "`reinforce`, `rloo`, `grpo` (`rlreason record reinforce rloo grpo --profile "
-        "tiny`)."
+        "`reinforce`, `rloo`, `grpo` (`rlreason record reinforce rloo grpo`)."
     )
 
 
@@ -283,7 +282,7 @@ def test_a_figure_has_a_panel_an_arm_and_column_and_a_line_a_seed(write):
 
 
 def test_a_page_sets_the_measured_table_beside_the_reported_one(write):
-    command = "rlreason record table-1 --profile tiny"
+    command = "rlreason record table-1"
     assert f"Not recorded yet: `table-1` (`{command}`)." in table_page(
         "tiny", "table-1"
     )
@@ -322,7 +321,7 @@ def test_a_page_sets_the_measured_table_beside_the_reported_one(write):
 
 @pytest.mark.parametrize("name", [table.name for table in CATALOGUE.tables])
 def test_every_table_of_the_catalogue_has_a_page(name, write):
-    assert f"rlreason record {name} " in table_page("tiny", name)
+    assert f"rlreason record {name}`" in table_page("tiny", name)
 
 
 def test_a_table_leaves_out_a_column_without_records_and_names_it(write):

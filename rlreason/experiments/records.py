@@ -338,7 +338,8 @@ def _missing(
     if not (names or metrics):
         return ""
     what = ", ".join([*(f"`{name}`" for name in names), *metrics])
-    command = f"rlreason record {table or ' '.join(names)} --profile {profile}"
+    of = "" if profile == "tiny" else f" --profile {profile}"  # the default
+    command = f"rlreason record {table or ' '.join(names)}{of}"
     return f"Not recorded yet: {what} (`{command}`)."
 
 
