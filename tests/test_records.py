@@ -239,14 +239,14 @@ def test_a_table_says_what_when_and_where(write):
 
 def test_a_sentence_tells_what_is_recorded_and_then_what_is_not(write):
     names = {"ppo": "PPO", "rcrl": "RCRL"}
-    assert told(recorded("tiny"), names) == "not recorded yet: PPO, RCRL"
+    assert told(recorded("tiny"), names) == "not recorded yet (PPO, RCRL)"
     write(greedy("sft", BEFORE_), greedy("ppo", AFTER))
     found = recorded("tiny")
     (ppo,) = found
     rise = f"PPO {in_points(ppo.interval)} (a rise)"
-    assert told(found, names) == f"{rise}; not recorded yet: RCRL"
+    assert told(found, names) == f"{rise}; not recorded yet (RCRL)"
     assert told(found, {"ppo": "PPO"}, against="sft") == rise
-    assert told(found, {"ppo": "PPO"}, against="ppo") == "not recorded yet: PPO"
+    assert told(found, {"ppo": "PPO"}, against="ppo") == "not recorded yet (PPO)"
 
 
 def test_a_table_says_where_a_chapters_run_is_of_other_settings(write, tmp_path):

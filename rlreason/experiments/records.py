@@ -367,7 +367,7 @@ def told(
     ]
     missing = [called for name, called in names.items() if name not in known]
     parts = [", ".join(said)] if said else []
-    parts += [f"not recorded yet: {', '.join(missing)}"] if missing else []
+    parts += [f"not recorded yet ({', '.join(missing)})"] if missing else []
     return "; ".join(parts)
 
 
