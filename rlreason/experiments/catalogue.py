@@ -13,6 +13,7 @@ recipe is a function of the recipe.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,11 @@ class Arm:
     start: str = "sft"
     against: str = ""
     measures: tuple[str, ...] = GREEDY
+
+    @property
+    def called(self) -> str:
+        """The method by name, where it is one of the paper's, else what it is."""
+        return METHODS.get(re.sub("-base$|-shifted$", "", self.name), self.text)
 
     @property
     def compared(self) -> str:
@@ -307,7 +313,7 @@ def from_minimal(ratio: float) -> Arm:
     """Return-conditioned RL on solutions of the least expert iteration."""
     return Arm(
         f"rcrl-minimal-{ratio:g}",
-        f"{ratio:g} right to a wrong one",
+        f"RCRL, {ratio:g} right to a wrong one",
         "rcrl",
         {**MINIMAL, "rcrl.k": 0, "rcrl.positive_ratio": ratio},
         start="base",
@@ -347,7 +353,7 @@ ENTRIES = (
     EI,
     EI_ORM,
     replace(
-        relabelled("rcrl", "labels from rollouts", {}, ("samples",)),
+        relabelled("rcrl", "RCRL, labels from rollouts", {}, ("samples",)),
         against="sft",
     ),
     relabelled("rcrl-orm", "labels from the reward model", BY_MODEL, ("samples",)),
@@ -357,12 +363,18 @@ ENTRIES = (
     DENSE_ORM,
     *NO_SFT,
     *SHIFTED,
-    Arm("sft-light", "half of the epochs", "sft", start="", **LIGHT),
-    Arm("ppo-light", "PPO from there", "ppo", start="sft-light", **LIGHT),
-    Arm("ei-minimal", "one round, K = 1", "expert-iteration", MINIMAL, start="base"),
+    Arm("sft-light", "SFT, half of the epochs", "sft", start="", **LIGHT),
+    Arm("ppo-light", "PPO from light SFT", "ppo", start="sft-light", **LIGHT),
+    Arm(
+        "ei-minimal",
+        "expert iteration, one round, K = 1",
+        "expert-iteration",
+        MINIMAL,
+        start="base",
+    ),
     *map(from_minimal, (100.0, 10.0, 1.0)),
-    curriculum("backtracking", "start inside reference solutions"),
-    curriculum("replay", "ask again what had large advantages"),
+    curriculum("backtracking", "PPO, starts inside reference solutions"),
+    curriculum("replay", "PPO, asks again what had large advantages"),
     # Beside the paper's tables
     baseline("reinforce", "the mean of the batch as the baseline"),
     baseline("rloo", "the mean of the question's other responses"),
@@ -434,8 +446,8 @@ METHODS = {
 
 def table_of_paper(number: str, title: str, arms: Sequence[str], **more: Any) -> Table:
     """One of the paper's tables; its columns are those of K samples unless given."""
-    known = {arm: arm.removesuffix("-base").removesuffix("-shifted") for arm in arms}
-    methods = {arm: METHODS[n] for arm, n in known.items() if n in METHODS}
+    known = {arm.name: arm.called for arm in ENTRIES if arm.name in arms}
+    methods = {arm: m for arm, m in known.items() if m in METHODS.values()}
     defaults = {"metrics": K_COLUMNS, "methods": methods}
     return Table(
         f"table-{number}", title, tuple(arms), reported=number, **defaults | more
