@@ -276,6 +276,15 @@ def best_half(recipe: Recipe) -> Mapping[str, Any]:
     return {"ppo.keep": n // 2, "ppo.batch_size": batch // 2}
 
 
+def two_epochs(recipe: Recipe) -> Mapping[str, Any]:
+    """More updates, which the clip holds together, from more questions.
+
+    The rate ends at half, so that the last phases still have something to clip.
+    """
+    changes = {"ppo.n": 2, "ppo.epochs": 2, "ppo.clip": 0.1}
+    return {**changes, "ppo.lr_floor": recipe.ppo.lr / 2}
+
+
 def weak_reward_model(recipe: Recipe) -> Mapping[str, Any]:
     """A head alone, which learns slowly, from samples of SFT; and no KL penalty."""
     return {
@@ -293,7 +302,6 @@ def weak_reward_model(recipe: Recipe) -> Mapping[str, Any]:
 NO_KL = {"ppo.kl.coef": 0.0, "ppo.kl.target": None}
 # A network beside the policy, passes of its own, and its target what was paid
 OWN_VALUE = {
-    "ppo.epochs": 2,
     "ppo.credit": {
         "kind": "gae",
         "lam": 0.99,
@@ -403,7 +411,17 @@ ENTRIES = (
         {"expert_iteration.start_from": "current"},
         against="expert-iteration",
     ),
-    ppo("ppo-network", "a value function of its own that learns more often", OWN_VALUE),
+    ppo(
+        "ppo-network",
+        "two epochs, and a value function of its own that learns more often",
+        together(two_epochs, OWN_VALUE),
+    ),
+    ppo(
+        "reinforce-two-epochs",
+        "two epochs, and the mean of the batch as the baseline",
+        together(two_epochs, {"ppo.credit": {"kind": "reinforce"}}),
+        against="ppo-network",
+    ),
     # Beyond the paper: ways to explore
     ppo(
         "ppo-novel",
@@ -516,7 +534,11 @@ CATALOGUE = Catalogue(
             "return-conditioned RL, by how steps are labelled",
             ("rcrl", "rcrl-orm", "rcrl-10", "rcrl-100"),
         ),
-        Table("value", "PPO, by what V is", ("ppo", "ppo-network")),
+        Table(
+            "value",
+            "PPO, by what V is",
+            ("ppo", "ppo-network", "reinforce-two-epochs"),
+        ),
         Table(
             "ways",
             "ways to explore that are not the paper's",
