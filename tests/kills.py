@@ -383,8 +383,9 @@ def _disturbed(
         victim = workers.pop(rng.randrange(WORKERS))
         os.kill(victim, signal.SIGKILL)
         _, outcome = os.waitpid(victim, 0)
-        kills += os.waitstatus_to_exitcode(outcome) == -signal.SIGKILL
-        killed_in[_at_work(root)] += 1
+        if os.waitstatus_to_exitcode(outcome) == -signal.SIGKILL:
+            kills += 1
+            killed_in[_at_work(root)] += 1
     for pid, (gone, outcome) in zip(workers, ended, strict=True):
         code = os.waitstatus_to_exitcode(outcome if gone else os.waitpid(pid, 0)[1])
         if code:
