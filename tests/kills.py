@@ -48,7 +48,10 @@ from rlreason.runs.kept_rollouts import kept_answers
 
 NEED_ROOM = ("open", "os.mkdir", "os.rename", "save_file", "write", "flush", "fsync")
 WRITING = os.O_WRONLY | os.O_RDWR
-FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def full() -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device")
 
 
 class Writes:
@@ -203,7 +206,7 @@ def fills(root: Path, at: int) -> bool:
     def fault(kind: str, half: Callable[[], Any]) -> None:
         if kind in NEED_ROOM:
             half()
-            raise SafetensorError(str(FULL)) if kind == "save_file" else FULL
+            raise SafetensorError(str(full())) if kind == "save_file" else full()
 
     with Writes(root, at, fault) as writes:
         try:
@@ -216,6 +219,25 @@ def fills(root: Path, at: int) -> bool:
     held.clear()
     gc.collect()
     return not needs_room
+
+
+def read_only(folder: Path) -> dict[str, Any]:
+    """What runs that are new, begun and done say to a disk that takes nothing."""
+
+    def refuse(kind: str, half: Callable[[], Any]) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    line(folder / "done")
+    dies(folder / "begun", 40)
+    told = {}
+    for name in ("new", "begun", "done"):
+        with Writes(folder, 1, refuse) as writes:
+            try:
+                line(folder / name)
+                told[name] = f"fine, with {len(writes.seen)} writes"
+            except (OSError, RunFolderError) as error:
+                told[name] = f"{type(error).__name__}: {error}"
+    return told
 
 
 def each_write(
@@ -265,31 +287,21 @@ def start(work: Callable[[], Any]) -> int:
 # Wrong versions of a run folder, which these tests must find out
 
 
-WRONG = ("rows-are-not-cut", "files-in-place", "checkpoint-in-place")
+WRONG = ("rows-are-not-cut", "files-in-place")
 
 
 @contextmanager
 def wrong_version(name: str) -> Iterator[None]:
     """Run folders with a fault, for each of which there is a write that shows it."""
-    whole = module._open_at, module._write_atomically, module._draft_of, Path.rename
-
-    def rename(path, to):
-        return path if path == to else whole[3](path, to)
-
+    whole = module._open_at, module._write_atomically
     if name == "rows-are-not-cut":
         module._open_at = lambda path, size: path.open("ab")
-    elif name == "files-in-place":
+    else:
         module._write_atomically = lambda path, content: path.write_bytes(content)
-    elif name == "checkpoint-in-place":
-        module._draft_of, Path.rename = lambda path: path, rename
     try:
         yield
     finally:
-        _put_back(whole)
-
-
-def _put_back(whole: tuple) -> None:
-    module._open_at, module._write_atomically, module._draft_of, Path.rename = whole
+        module._open_at, module._write_atomically = whole
 
 
 # --- Random moments ------------------------------------------------------------------
@@ -301,6 +313,7 @@ TRAIN = (
     train.train_reward_model,
 )
 WORKERS = 2
+SMALL = 10  # kills, in the suite
 
 
 def batch(recipe, root: Path) -> dict[str, Any]:
@@ -361,6 +374,9 @@ def random_kills(kills: int, folder: Path, *, seed: int = 0) -> dict[str, Any]:
         )
         report.update(compare(result(recipe, root), expected))
         report["batches"] += 1
+        print(
+            f"{report['kills']} kills in {report['batches']} batches", file=sys.stderr
+        )
     return {**report, "seconds a batch": round(length, 1), "killed in": dict(killed_in)}
 
 
@@ -376,7 +392,7 @@ def _disturbed(
     while True:
         while len(workers) < WORKERS:
             workers.append(start(work))
-        time.sleep(rng.uniform(0, length / 2))
+        time.sleep(rng.uniform(0, length / 4))
         ended = [os.waitpid(pid, os.WNOHANG) for pid in workers]
         if any(pid for pid, _ in ended):
             break
@@ -417,6 +433,7 @@ def main() -> None:
         if chosen.writes:
             for fails in (dies, fills):
                 found[fails.__name__] = each_write(fails, Path(place) / fails.__name__)
+            found["read-only"] = read_only(Path(place) / "read-only")
             for name in WRONG:  # versions of which at least one write must tell
                 with wrong_version(name):
                     told = each_write(fills, Path(place) / name, enough=1)["wrong"]
