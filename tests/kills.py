@@ -29,7 +29,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,20 +306,20 @@ def wrong_version(name: str) -> Iterator[None]:
 
 # --- Random moments ------------------------------------------------------------------
 
-TRAIN = (
-    train.train_expert_iteration,  # and SFT before it
-    train.train_ppo,
-    train.train_rcrl,
-    train.train_reward_model,
-)
+TRAIN = {
+    "expert-iteration": train.train_expert_iteration,  # and SFT before it
+    "ppo": train.train_ppo,
+    "rcrl": train.train_rcrl,
+    "orm": train.train_reward_model,
+}
 WORKERS = 2
 SMALL = 10  # kills, in the suite
 
 
-def batch(recipe, root: Path) -> dict[str, Any]:
+def batch(recipe, root: Path, steps: Iterable[str]) -> dict[str, Any]:
     """Make all runs of the batch, or load those that are done."""
-    for each in TRAIN:
-        run_toy(each, recipe, root, save_every=2)
+    for step in steps:
+        run_toy(TRAIN[step], recipe, root, save_every=2)
     options = {"k": 4, "temperature": 1.0, "max_new_tokens": 24, "seed": 0}
     os.environ["RLREASON_RUNS"] = str(root)
     due, RunFolder.due = RunFolder.due, lambda self: True
@@ -331,9 +331,9 @@ def batch(recipe, root: Path) -> dict[str, Any]:
     return {i: [rollout.tokens for rollout in each] for i, each in answers.items()}
 
 
-def result(recipe, root: Path) -> dict[str, Any]:
+def result(recipe, root: Path, steps: Iterable[str]) -> dict[str, Any]:
     """What a batch that is done left, with its answers."""
-    answers = batch(recipe, root)  # loads
+    answers = batch(recipe, root, steps)  # loads
     files = written(root)
     kept = {name for name in files if name.startswith("answers-")}
     rows = {name: content for name, content in files.items() if name not in kept}
@@ -357,22 +357,24 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> Counter:
     return faults
 
 
-def random_kills(kills: int, folder: Path, *, seed: int = 0) -> dict[str, Any]:
+def random_kills(
+    kills: int, folder: Path, steps: Iterable[str], *, seed: int
+) -> dict[str, Any]:
     """Kill at random moments until there were so many; compare each batch."""
     rng = random.Random(seed)
     recipe = toy_recipe(folder)
     began = time.monotonic()
-    in_child(lambda: batch(recipe, folder / "undisturbed"))
+    in_child(lambda: batch(recipe, folder / "undisturbed", steps))
     length = time.monotonic() - began
-    expected = result(recipe, folder / "undisturbed")
+    expected = result(recipe, folder / "undisturbed", steps)
     report = Counter(batches=0, kills=0, lost=0, doubled=0, wrong=0)
     killed_in: Counter = Counter()
     while report["kills"] < kills:
         root = folder / f"batch-{report['batches']}"
         report["kills"] += _disturbed(
-            lambda root=root: batch(recipe, root), root, rng, length, killed_in
+            lambda root=root: batch(recipe, root, steps), root, rng, length, killed_in
         )
-        report.update(compare(result(recipe, root), expected))
+        report.update(compare(result(recipe, root, steps), expected))
         report["batches"] += 1
         print(
             f"{report['kills']} kills in {report['batches']} batches", file=sys.stderr
@@ -422,6 +424,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=0, help="at random moments")
     parser.add_argument("--writes", action="store_true", help="fail at each write")
+    parser.add_argument("--only", choices=TRAIN, action="append", help="of the batch")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     os.environ["RLREASON_QUIET"] = "1"
@@ -441,7 +444,9 @@ def main() -> None:
         if chosen.kills:
             folder = Path(place) / "random"
             folder.mkdir()
-            found["random"] = random_kills(chosen.kills, folder, seed=chosen.seed)
+            found["random"] = random_kills(
+                chosen.kills, folder, chosen.only or TRAIN, seed=chosen.seed
+            )
     print(json.dumps(found, indent=1))
 
 
