@@ -25,11 +25,27 @@ import torch
 from kills import SMALL, WRONG, left
 from test_notebook_runner import write_notebook
 from test_rows import ROW
-from toys import toy_profile, toy_recipe, written
+from toys import (
+    TOY_PROBLEMS,
+    toy_policy,
+    toy_profile,
+    toy_recipe,
+    weights,
+    written,
+)
 
 from rlreason import cli
+from rlreason.algorithms import finetune
+from rlreason.algorithms import ppo as ppo_module
+from rlreason.algorithms.finetune import FinetuneSettings
+from rlreason.algorithms.ppo import BaselineSettings, PpoSettings
+from rlreason.algorithms.recorder import MemoryRecorder
+from rlreason.algorithms.sft import sft
 from rlreason.commands.notebooks import CELL_LIMIT
 from rlreason.experiments.rows import RecordError, read_rows, write_rows
+from rlreason.policy import sampler
+from rlreason.policy.memory import within_memory
+from rlreason.policy.sampler import sample
 from rlreason.publishing.book import Shelf
 from rlreason.publishing.notebooks import (
     NotebookError,
@@ -461,3 +477,107 @@ def test_a_clock_that_is_set_back_changes_no_order_and_makes_no_negative_time(
     assert 0 < seconds[0] < seconds[-1] <= run.status["seconds"] < 1000
     counting(tmp_path / "undisturbed", {}, save_every=1e9)
     assert written(tmp_path / "back") == written(tmp_path / "undisturbed")
+
+
+# Out of memory
+
+
+class Memory:
+    """Stands before a function that holds no more than so many tokens at once."""
+
+    def __init__(self, whole: Callable, size: Callable, room: int) -> None:
+        self.whole, self.size, self.room = whole, size, room
+        self.refused = 0
+
+    def __call__(self, *args, **options):
+        found = self.whole(*args, **options)  # what it has done is there already
+        if self.size(*args) > self.room:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+
+def test_sampling_goes_on_in_half_of_the_memory_and_draws_the_same(monkeypatch, capsys):
+    policy, options = toy_policy(), {"k": 6, "max_new_tokens": 24, "seed": 3}
+    expected = sample(policy, TOY_PROBLEMS, **options)
+    step = sampler.next_logits
+    memory = Memory(step, lambda model, stores, ids, *_: len(ids), 9)
+    monkeypatch.setattr(sampler, "next_logits", memory)
+    found = sample(policy, TOY_PROBLEMS, byte_budget=2**19, **options)
+    assert memory.refused > 0
+    said = capsys.readouterr().err.count("out of memory: sampling goes on with")
+    assert said == memory.refused
+    assert [r.tokens for r in found] == [r.tokens for r in expected]
+    assert [(r.problem_id, r.sample) for r in found] == [
+        (r.problem_id, r.sample) for r in expected
+    ]
+    memory.room = 0
+    with pytest.raises(ValueError, match="does not hold one row"):
+        sample(policy, TOY_PROBLEMS, **options)
+
+
+def tokens_of(policy, batch) -> int:
+    return sum(map(len, batch))
+
+
+def test_an_update_goes_on_with_fewer_tokens_at_once_and_is_the_same(
+    monkeypatch, capsys
+):
+    settings = FinetuneSettings(epochs=2, batch_size=6, lr=1e-3, micro_tokens=10_000)
+    expected = sft(toy_policy(), TOY_PROBLEMS, settings)
+    memory = Memory(finetune.nll, tokens_of, 80)
+    monkeypatch.setattr(finetune, "nll", memory)
+    found = sft(toy_policy(), TOY_PROBLEMS, settings)
+    assert memory.refused > 0
+    told = capsys.readouterr().err
+    assert told.count("out of memory with 10,000 tokens at once: now") == 1
+    one, other = weights(found), weights(expected)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-6)
+    memory.room = 1
+    with pytest.raises(ValueError, match="one example at once"):
+        sft(toy_policy(), TOY_PROBLEMS, settings)
+
+
+def test_gradients_of_an_attempt_that_failed_are_taken_back():
+    """The wrong version: a backward pass that failed half way is counted twice."""
+    weight = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+
+    def work(max_tokens: int) -> float:
+        weight.sum().backward()
+        if max_tokens > 3:
+            raise torch.OutOfMemoryError
+        return 0.5
+
+    assert within_memory(work, 8, undo=optimizer.zero_grad) == (0.5, 2)
+    assert weight.grad.item() == 1
+    optimizer.zero_grad()
+    within_memory(work, 8, undo=lambda: None)
+    assert weight.grad.item() == 3
+
+
+def test_ppo_goes_on_with_fewer_tokens_at_once(monkeypatch, capsys):
+    settings = PpoSettings(
+        phases=1,
+        rollouts=8,
+        n=2,
+        max_new_tokens=24,
+        batch_size=8,
+        lora=None,
+        micro_tokens=10_000,
+        credit=BaselineSettings(kind="reinforce"),
+    )
+    expected, rows = MemoryRecorder(), MemoryRecorder()
+    one = ppo_module.ppo(toy_policy(), TOY_PROBLEMS, settings, recorder=expected)
+    loss = ppo_module.policy_loss
+    memory = Memory(loss, lambda logprobs, *_: logprobs.shape[0], 3)
+    monkeypatch.setattr(ppo_module, "policy_loss", memory)
+    other = ppo_module.ppo(toy_policy(), TOY_PROBLEMS, settings, recorder=rows)
+    assert memory.refused > 0
+    assert capsys.readouterr().err.count("tokens at once: now") == 1
+    norms = [each.rows[0]["grad_norm"] for each in (expected, rows)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    one, other = weights(one), weights(other)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)

@@ -39,6 +39,7 @@ from rlreason.algorithms.optim import (
 from rlreason.algorithms.recorder import NullRecorder, Recorder
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import micro_batches, token_logprobs
+from rlreason.policy.memory import within_memory
 from rlreason.policy.progress import progress_bar
 from rlreason.settings import Settings, setting
 
@@ -132,7 +133,7 @@ def fit(
     per_epoch = math.ceil(len(examples) / settings.batch_size)
     total = per_epoch * settings.epochs
     start = saved = restore_training(recorder, model, optimizer)
-    was_training = model.training
+    was_training, max_tokens = model.training, settings.micro_tokens
     model.eval()  # dropout stays off: what is scored is what is sampled
 
     def check(update: int, **numbers: float) -> None:
@@ -151,7 +152,11 @@ def fit(
             set_lr(optimizer, lr)
             tokens = count(batch)
             with recorder.clock("learning"):
-                mean = accumulate(loss, batch, tokens, max_tokens=settings.micro_tokens)
+                mean, max_tokens = within_memory(
+                    partial(accumulate, loss, batch, tokens),
+                    max_tokens,
+                    undo=optimizer.zero_grad,
+                )
                 norm = clip_gradients(model, settings.max_grad_norm)
                 check(update, loss=mean, grad_norm=norm)
                 optimizer.step()
