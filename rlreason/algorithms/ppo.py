@@ -168,6 +168,7 @@ class Learner:
 
     # 2. Score
 
+    @fewer_tokens_at_once
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> Experience:
         """One pass of policy and value function, one of the reference."""
