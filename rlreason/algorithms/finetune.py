@@ -41,6 +41,7 @@ from rlreason.algorithms.optim import (
 from rlreason.algorithms.recorder import NullRecorder, Recorder
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import micro_batches, token_logprobs
+from rlreason.policy.memory import within_memory
 from rlreason.policy.progress import progress_bar
 from rlreason.settings import Settings, setting
 
@@ -157,7 +158,11 @@ def fit(
             set_lr(optimizer, lr)
             tokens = count(batch)
             with recorder.clock("learning"):
-                mean = accumulate(loss, batch, tokens, max_tokens=max_tokens)
+                mean, max_tokens = within_memory(
+                    partial(accumulate, loss, batch, tokens),
+                    max_tokens,
+                    undo=optimizer.zero_grad,
+                )
                 norm = clip_gradients(model, settings.max_grad_norm)
                 check(update, loss=mean, grad_norm=norm)
                 optimizer.step()

@@ -74,6 +74,7 @@ from rlreason.policy.lora import (
     trainable_tensors,
     with_lora,
 )
+from rlreason.policy.memory import fewer_tokens_at_once
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
@@ -167,6 +168,7 @@ class Learner:
 
     # 2. Score
 
+    @fewer_tokens_at_once
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> Experience:
         """One pass of policy and value function, one of the reference."""
@@ -306,6 +308,7 @@ class Learner:
                     self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
 
+    @fewer_tokens_at_once
     def accumulate_values(self, batch: Sequence[Lesson]) -> None:
         """Add the gradient of half the mean squared error of V, which is not clipped"""
         count = sum(len(lesson.tokens) for lesson in batch)
@@ -329,9 +332,8 @@ class Learner:
         groups = [row // self.settings.n for row in rows]
         return best_k_of_n(experience.totals, groups, self.settings.keep)
 
-    def accumulate(
-        self, experience: Experience, mb_rows: list[int]
-    ) -> dict[str, float]:
+    @fewer_tokens_at_once
+    def accumulate(self, experience: Experience, mb_rows: list[int]) -> dict:
         """Add the gradient of one mini-batch's loss, micro-batch by micro-batch."""
         settings = self.settings
         # Of the whole mini-batch; from lengths, so that no GPU is waited for
