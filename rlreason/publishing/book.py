@@ -46,6 +46,7 @@ from rlreason.publishing.notebooks import (
     Notebook,
     Record,
     find_notebooks,
+    is_executed,
     notebook_digest,
     read_record,
     unused_keys,
@@ -205,12 +206,6 @@ class Shelf:
 
     def _job(self, notebook: Notebook, digest: str) -> Job:
         """Run one notebook as ``rlreason run`` does, on a core, or a GPU of its own."""
-
-        def fresh() -> bool:
-            record = read_record(notebook.name, self.outputs)
-            output = self.outputs / f"{notebook.name}.ipynb"
-            return record is not None and record.digest == digest and output.is_file()
-
         command = [sys.executable, "-m", "rlreason.cli", "run", str(notebook.path)]
         command += ["--profile", self.profile_name, "--output", str(self.outputs)]
         runs = (self.folder / source_digest()).resolve()
@@ -220,7 +215,7 @@ class Shelf:
             needs=notebook.needs,
             cores=1 if self.jobs > 1 else cores(),
             gpus=1,
-            fresh=fresh,
+            fresh=lambda: is_executed(notebook.name, digest, self.outputs),
             environment={"RLREASON_RUNS": str(runs)},
         )
 
