@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import socket
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,34 +15,49 @@ from rlreason.execution.jobs import Job, JobError
 from rlreason.execution.on_ray import RayExecutor
 
 ray = pytest.importorskip("ray")
+services = pytest.importorskip("ray._private.services")
+Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 
 
-def free_ports() -> dict[str, int]:
-    """Ports of a node's helpers; those that it chooses itself it awaits too shortly."""
-    agents = ("metrics_agent", "metrics_export", "dashboard_agent_listen")
-    agents += ("runtime_env_agent",)
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in agents]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in sockets]
-    return {f"{agent}_port": port for agent, port in zip(agents, ports, strict=True)}
+def be_patient(monkeypatch) -> None:
+    """Let Ray start on a busy machine: it awaits its helpers' ports 15 s, fixed.
+
+    The dashboard's, which are none here, are written down before it asks.
+    """
+    start = services.start_raylet
+
+    @functools.wraps(start)
+    def patient(*args, **kwargs):
+        given = inspect.signature(start).bind(*args, **kwargs).arguments
+        for kind in ("metrics_agent", "metrics_export", "dashboard_agent_listen"):
+            file = Path(given["session_dir"], f"{kind}_port_{given['node_id']}")
+            file.write_text("-1")
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(services, "start_raylet", patient)
+
+
+def free_port() -> int:
+    with socket.socket() as each:
+        each.bind(("127.0.0.1", 0))
+        return each.getsockname()[1]
 
 
 @pytest.fixture
 def cluster(monkeypatch):
     """A head that runs no jobs, and two workers."""
-    from ray.cluster_utils import Cluster
-
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    # Soon missed; and a slow machine may take its time to start
+    be_patient(monkeypatch)
+    # A worker's death is soon noticed
     config = {"health_check_period_ms": 500, "health_check_failure_threshold": 2}
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": config}
-    cluster = Cluster(initialize_head=True, head_node_args=head | free_ports())
+    head["runtime_env_agent_port"] = free_port()
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
-        cluster.add_node(num_cpus=1, memory=500 * 2**20, **free_ports())
+        cluster.add_node(
+            num_cpus=1, memory=500 * 2**20, runtime_env_agent_port=free_port()
+        )
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster
     cluster.shutdown()
