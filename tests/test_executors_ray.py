@@ -7,6 +7,8 @@ import inspect
 import os
 import socket
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -63,36 +65,55 @@ def cluster(monkeypatch):
     cluster.shutdown()
 
 
-# Ends its worker's machine when it is run for the first time, and waits to be ended
+# Where it is to be killed: says by whom it was started, and waits for it
 PROGRAM = """
-import os, signal, time
-folder, name, kills = {folder!r}, {name!r}, {kills}
+import os, time
+folder, name, wait = {folder!r}, {name!r}, {wait}
 with open(folder + "/begun", "a") as file:
-    file.write(f"{{name}} {{os.getpid()}}\\n")
-if kills and open(folder + "/begun").read().count(name) == 1:
-    os.kill(int(os.environ["RAY_RAYLET_PID"]), signal.SIGKILL)
-    while True:
-        time.sleep(0.01)
+    file.write(f"{{name}} {{os.getpid()}} {{os.environ['RAY_RAYLET_PID']}}\\n")
+while wait and open(folder + "/begun").read().count(name) == 1:
+    time.sleep(0.01)
 with open(folder + "/ended", "a") as file:
     file.write(name + "\\n")
 """
 
 
-def job(folder: Path, name: str, *, kills: bool = False, **more) -> Job:
-    program = PROGRAM.format(folder=str(folder), name=name, kills=kills)
+def job(folder: Path, name: str, *, wait: bool = False, **more) -> Job:
+    program = PROGRAM.format(folder=str(folder), name=name, wait=wait)
     return Job(name, [sys.executable, "-c", program], **more)
+
+
+def begun(folder: Path, name: str) -> list[tuple[int, int]]:
+    """Process and raylet of every time that a job was begun."""
+    file = folder / "begun"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    found = [line.split() for line in lines if line.endswith(tuple("0123456789"))]
+    return [(int(pid), int(raylet)) for word, pid, raylet in found if word == name]
+
+
+def kill_worker_of(cluster, folder: Path, name: str) -> None:
+    """Kill the machine on which a job runs, by SIGKILL."""
+    while not (found := begun(folder, name)):
+        time.sleep(0.05)
+    for node in cluster.worker_nodes:
+        if node.all_processes["raylet"][0].process.pid == found[0][1]:
+            node.kill_raylet()
 
 
 def test_a_killed_worker_costs_no_job_and_each_is_counted_once(cluster, tmp_path):
     jobs = [
         job(tmp_path, "before"),
-        job(tmp_path, "killed", kills=True, needs=("before",)),
+        job(tmp_path, "killed", wait=True, needs=("before",)),
         job(tmp_path, "beside", needs=("before",)),
         job(tmp_path, "after", needs=("killed",)),
         Job("wrong", [sys.executable, "-c", "1 / 0"]),
         job(tmp_path, "blocked", needs=("wrong",)),
     ]
     counted = []
+    killer = threading.Thread(
+        target=kill_worker_of, args=(cluster, tmp_path, "killed"), daemon=True
+    )
+    killer.start()
     outcomes = RayExecutor(finished=lambda o: counted.append(o.name)).run(jobs)
     states = {name: outcome.state for name, outcome in outcomes.items()}
     assert states == {
@@ -104,9 +125,9 @@ def test_a_killed_worker_costs_no_job_and_each_is_counted_once(cluster, tmp_path
     assert sorted(counted) == sorted(states)
     ended = (tmp_path / "ended").read_text().split()
     assert sorted(ended) == ["after", "before", "beside", "killed"]
-    begun = [line.split() for line in (tmp_path / "begun").read_text().splitlines()]
-    first, second = [int(pid) for name, pid in begun if name == "killed"]
-    assert first != second
+    (first, its_worker), (second, another) = begun(tmp_path, "killed")
+    assert its_worker != another
+    assert second != first
     with pytest.raises(ProcessLookupError):  # it went with its worker
         os.kill(first, 0)
     big = job(tmp_path, "big", memory=10**6)
