@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rlreason.commands.options import profile_option
+from rlreason.commands.options import executor_option, profile_option
 
 
 @click.command()
@@ -61,6 +61,7 @@ def run(
 
 @click.command()
 @profile_option
+@executor_option
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -69,7 +70,7 @@ def run(
 @click.option(
     "--force", is_flag=True, help="Execute, and train, also what has not changed."
 )
-def book(profile: str, jobs: int | None, force: bool) -> None:
+def book(profile: str, executor: str, jobs: int | None, force: bool) -> None:
     """Execute all notebooks and build the HTML book.
 
     Executes what has changed since the last time, a notebook a core, each after those
@@ -78,7 +79,9 @@ def book(profile: str, jobs: int | None, force: bool) -> None:
     """
     from rlreason.publishing.book import build_book
 
-    built = build_book(profile, jobs=jobs, force=force, report=click.echo)
+    built = build_book(
+        profile, jobs=jobs, force=force, executor=executor, report=click.echo
+    )
     width = max(len(record.notebook) for record in built.records)
     for record in built.records:
         fresh = "" if record.notebook in built.executed else "  (unchanged)"

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from rlreason.execution.executors import executor_named
 from rlreason.execution.jobs import Job, Outcome
-from rlreason.execution.local import LocalExecutor
 from rlreason.execution.seeds import QUIET, missing, plan_files, raise_faults
 from rlreason.experiments.measures import (
     MEASURES,
@@ -34,6 +34,7 @@ from rlreason.experiments.rows import (
     write_rows,
 )
 from rlreason.runs.environment import cores as all_cores
+from rlreason.runs.environment import runs_root
 from rlreason.runs.plans import Plan
 from rlreason.runs.profiles import load_recipe
 
@@ -134,9 +135,17 @@ class Recorder:
                 report(f"{' '.join(map(str, row.key))}: {row.measuring:.0f} s")
 
     def carry_out(
-        self, work: Work, *, cores: int | None = None, report: Report = print
+        self,
+        work: Work,
+        *,
+        cores: int | None = None,
+        report: Report = print,
+        executor: str = "local",
     ) -> None:
         """Train and measure by a process a core, or a GPU.
+
+        Args:
+            executor: Who does: local, ray or slurm.
 
         Raises:
             JobError, RuntimeError: See ``seeds.raise_faults``; all else is done before.
@@ -144,10 +153,13 @@ class Recorder:
         with plan_files(work.training) as training:
             jobs, kinds = self._jobs(work, training)
             progress = Progress(kinds, cores or all_cores(), report)
-            executor = LocalExecutor(
-                **({"cores": cores} if cores else {}), finished=progress.finished
+            there = executor_named(
+                executor,
+                folder=runs_root() / "record",
+                cores=cores,
+                finished=progress.finished,
             )
-            outcomes = executor.run(jobs)
+            outcomes = there.run(jobs)
         raise_faults(outcomes.values())
 
     def _jobs(

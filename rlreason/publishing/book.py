@@ -40,8 +40,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from rlreason.execution.executors import executor_named
 from rlreason.execution.jobs import Executor, Job, Outcome
-from rlreason.execution.local import LocalExecutor
 from rlreason.publishing.notebooks import (
     Notebook,
     Record,
@@ -95,6 +95,7 @@ def build_book(
     *,
     jobs: int | None = None,
     force: bool = False,
+    executor: str = "local",
     root: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Book:
@@ -105,6 +106,7 @@ def build_book(
         jobs: Notebooks executed at a time; the number of cores where not given. With
             more than one, each runs on a single thread.
         force: Execute, and train, also what has not changed.
+        executor: Who executes them: local, ray or slurm.
         root: The folder that holds ``book/`` and ``notebooks/``; the checkout where
             not given.
         report: Called with one line at a time of what is going on.
@@ -127,7 +129,7 @@ def build_book(
     with _alone(folder, report), _alone(build, report):
         if force:
             shutil.rmtree(folder, ignore_errors=True)
-        shelf = Shelf(profile_name, folder, jobs or cores(), report)
+        shelf = Shelf(profile_name, folder, jobs or cores(), report, executor)
         results = results_folder(profile_name)
         digests = {
             n.name: notebook_digest(n, profile, results=results) for n in notebooks
@@ -169,14 +171,14 @@ class Shelf:
         folder: Holds the outputs and the run folders of the notebooks.
         jobs: Notebooks executed at a time; with more than one, each on one thread.
         report: Called with one line at a time of what is going on.
-        executor: Carries them out; processes of this machine where not given.
+        executor: Carries them out, or the name of one that does.
     """
 
     profile_name: str
     folder: Path
     jobs: int
     report: Callable[[str], None]
-    executor: Executor | None = None
+    executor: Executor | str = "local"
 
     @property
     def outputs(self) -> Path:
@@ -193,11 +195,15 @@ class Shelf:
         """
         for draft in self.outputs.glob("*.partial.*"):
             draft.unlink()  # of a book that was interrupted
-        executor = self.executor or LocalExecutor(
-            cores=self.jobs if self.jobs > 1 else cores(),
-            report=lambda job: self.report(f"{job.name} ..."),
-            finished=self._tell,
-        )
+        executor = self.executor
+        if isinstance(executor, str):
+            executor = executor_named(
+                executor,
+                folder=self.folder,
+                cores=self.jobs if self.jobs > 1 else cores(),
+                report=lambda job: self.report(f"{job.name} ..."),
+                finished=self._tell,
+            )
         outcomes = executor.run([self._job(n, digests[n.name]) for n in notebooks])
         faults = [o.message for o in outcomes.values() if not o.ok]
         if faults:
@@ -217,6 +223,9 @@ class Shelf:
             gpus=1,
             fresh=lambda: is_executed(notebook.name, digest, self.outputs),
             environment={"RLREASON_RUNS": str(runs)},
+            writes=tuple(
+                self.outputs / f"{notebook.name}.{kind}" for kind in ("ipynb", "json")
+            ),
         )
 
     def _tell(self, outcome: Outcome) -> None:

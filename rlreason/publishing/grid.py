@@ -28,14 +28,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from rlreason.execution.jobs import Job
 from rlreason.execution.seeds import missing, training_job
 from rlreason.publishing.notebooks import (
     Notebook,
+    choose_parameters,
     is_executed,
     notebook_digest,
     output_folder,
@@ -43,9 +44,11 @@ from rlreason.publishing.notebooks import (
     read_notebook,
     read_record,
 )
+from rlreason.runs.describe import setting_rows
 from rlreason.runs.environment import project_root, results_folder, runs_root
 from rlreason.runs.plans import Plan, folder_of, plan_of
 from rlreason.runs.profiles import load_profile, load_recipe, read_yaml
+from rlreason.runs.recipes import Recipe
 from rlreason.settings import (
     HASH_LENGTH,
     Settings,
@@ -53,6 +56,8 @@ from rlreason.settings import (
     setting,
     unknown_key_message,
 )
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class GridError(ValueError):
@@ -70,7 +75,7 @@ class Runs(Settings):
     parameters: dict[str, Any] = setting(
         dict, "Name to value, or to a list of values.", source="ours"
     )
-    seeds: list[int] | None = setting(None, "In place of the grid's.", source="ours")
+    seeds: list[Seed] | None = setting(None, "In place of the grid's.", source="ours")
     cores: int = setting(1, "CPU cores a job, each one thread.", source="ours", ge=1)
     gpus: int = setting(1, "GPUs a job, where there are any.", source="ours", ge=0)
     memory: int = setting(
@@ -88,7 +93,7 @@ class Grid(Settings):
     """The content of a grid's file."""
 
     profile: str = setting("tiny", "Of all runs that name none.", source="ours")
-    seeds: list[int] = setting(
+    seeds: list[Seed] = setting(
         lambda: [0], "Of all runs that name none.", source="ours", min_length=1
     )
     runs: list[Runs] = setting(..., "What is run.", source="ours", min_length=1)
@@ -193,6 +198,7 @@ class _Maker:
         """All seeds of a step, or a notebook, with the runs that they start from."""
         seeds = self.runs.seeds or self.grid.seeds
         if name in self.runs.steps:
+            _check_paths(name, values, load_recipe(self.profile))
             recipe = load_recipe(self.profile, values)
             plans = {seed: plan_of(name, recipe, seed) for seed in seeds}
             asked = {folder_of(plan).path.name: plan for plan in plans.values()}
@@ -259,10 +265,12 @@ class _Maker:
 
     def _of_notebook(self, notebook: Notebook, given: dict[str, Any]) -> Item:
         profile, name = self.profile, notebook.name
+        scale, label = load_profile(profile), self._label(name, given)
+        own = {**notebook.parameters, **choose_parameters(notebook, scale, {})}
+        # What is given and changes nothing makes no other execution of it
+        given = {n: v for n, v in given.items() if n not in own or v != own[n]}
         results = results_folder(profile)
-        digest = notebook_digest(
-            notebook, load_profile(profile), given, results=results
-        )
+        digest = notebook_digest(notebook, scale, given, results=results)
         key = json.dumps([profile, given], sort_keys=True).encode()
         folder = self.output / f"{name}-{hashlib.sha256(key).hexdigest()[:HASH_LENGTH]}"
         book = runs_root() / "book" / Path(profile).stem / "notebooks"
@@ -284,7 +292,7 @@ class _Maker:
             writes=(folder,),
         )
         return Item(
-            self._label(name, given),
+            label,
             folder,
             digest,
             job=self._placed(job, folder),
@@ -292,6 +300,17 @@ class _Maker:
             result=result,
             given=(notebook, profile, given),
         )
+
+
+def _check_paths(step: str, paths: Iterable[str], recipe: Recipe) -> None:
+    """Refuse paths that a recipe does not have."""
+    known = [row.path for row in setting_rows(None, recipe)]
+    for path in paths:
+        part = path.partition(".")[0]
+        if not any(f"{k}.".startswith(f"{path}.") or path.startswith(k) for k in known):
+            near = [k for k in known if k.startswith(f"{part}.")]
+            parts = list(dict.fromkeys(k.partition(".")[0] for k in known))
+            raise GridError(unknown_key_message(step, [path], near or parts))
 
 
 def _as_text(notebook: Notebook, name: str, value: Any) -> str:
