@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -14,11 +15,7 @@ from pathlib import Path
 import pytest
 
 from rlreason.execution.jobs import Job, JobError
-from rlreason.execution.on_ray import RayExecutor
-
-ray = pytest.importorskip("ray")
-services = pytest.importorskip("ray._private.services")
-Cluster = pytest.importorskip("ray.cluster_utils").Cluster
+from rlreason.execution.on_ray import RayExecutor, carry_out_on_worker, pack, unpack
 
 
 def be_patient(monkeypatch) -> None:
@@ -26,6 +23,7 @@ def be_patient(monkeypatch) -> None:
 
     The dashboard's, which are none here, are written down before it asks.
     """
+    services = pytest.importorskip("ray._private.services")
     start = services.start_raylet
 
     @functools.wraps(start)
@@ -50,12 +48,13 @@ def cluster(monkeypatch):
     """A head that runs no jobs, and two workers."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
     be_patient(monkeypatch)
     # A worker's death is soon noticed
     config = {"health_check_period_ms": 500, "health_check_failure_threshold": 2}
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": config}
     head["runtime_env_agent_port"] = free_port()
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         cluster.add_node(
             num_cpus=1, memory=500 * 2**20, runtime_env_agent_port=free_port()
@@ -133,3 +132,38 @@ def test_a_killed_worker_costs_no_job_and_each_is_counted_once(cluster, tmp_path
     big = job(tmp_path, "big", memory=10**6)
     with pytest.raises(JobError, match="big asks for 1000000 MB"):
         RayExecutor().run([big])
+
+
+def test_where_the_folder_of_runs_is_not_shared_files_travel_with_the_job(tmp_path):
+    plan, need, run = (tmp_path / name for name in ("plan.json", "sft-1", "ppo-2"))
+    plan.write_text("the plan")
+    need.mkdir()
+    (need / "weights").write_text("the weights")
+    program = (
+        "import pathlib, sys\nplan, need, run = map(pathlib.Path, sys.argv[1:])\n"
+        "run.mkdir(); (run / 'lock').touch(); print('begun')\n"
+        "text = plan.read_text() + (need / 'weights').read_text()\n"
+        "(run / 'result').write_text(text)"
+    )
+    there = Job(
+        "ppo",
+        ["python of whoever asked", "-c", program, *map(str, (plan, need, run))],
+        log=tmp_path / "logs" / "log.txt",
+        reads=(plan, need),
+        writes=(run,),
+    )
+    files = pack(there.reads)
+    plan.unlink()
+    shutil.rmtree(need)  # another machine has neither, nor the mark
+    outcome, back, log = carry_out_on_worker(
+        there, files, tmp_path / "mark", "python of whoever asked"
+    )
+    assert outcome.state == "done"
+    assert log == b"begun\n"
+    shutil.rmtree(run)
+    with pytest.raises(JobError, match="ppo-2, which it has not named"):
+        unpack(back, (tmp_path / "ppo",))  # the beginning of a name is not its folder
+    assert not run.exists()
+    unpack(back, there.writes)
+    assert (run / "result").read_text() == "the planthe weights"
+    assert not (run / "lock").exists()

@@ -133,7 +133,7 @@ class _Cluster:
 
     def start(self, job: Job) -> None:
         wanted = self._wanted(job)
-        task = self._ray.remote(_carry_out).options(
+        task = self._ray.remote(carry_out_on_worker).options(
             name=job.name,
             num_cpus=wanted["CPU"],
             num_gpus=wanted["GPU"],
@@ -193,7 +193,7 @@ def _look_around(mark: Path) -> tuple[str, bool, str]:
     return platform.node(), mark.exists(), source_digest()
 
 
-def _carry_out(
+def carry_out_on_worker(
     job: Job, files: bytes, mark: Path, python: str
 ) -> tuple[Outcome, bytes | None, bytes]:
     """Carry out a job on a worker.

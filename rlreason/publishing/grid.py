@@ -304,11 +304,11 @@ class _Maker:
 
 def _check_paths(step: str, paths: Iterable[str], recipe: Recipe) -> None:
     """Refuse paths that a recipe does not have."""
-    known = [row.path for row in setting_rows(None, recipe)]
+    known = [f"{row.path}." for row in setting_rows(None, recipe)]
     for path in paths:
-        part = path.partition(".")[0]
-        if not any(f"{k}.".startswith(f"{path}.") or path.startswith(k) for k in known):
-            near = [k for k in known if k.startswith(f"{part}.")]
+        part, whole = path.partition(".")[0], f"{path}."
+        if not any(k.startswith(whole) or whole.startswith(k) for k in known):
+            near = [k[:-1] for k in known if k.startswith(f"{part}.")]
             parts = list(dict.fromkeys(k.partition(".")[0] for k in known))
             raise GridError(unknown_key_message(step, [path], near or parts))
 
