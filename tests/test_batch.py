@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
-import subprocess
 import sys
 from base64 import b64decode, b64encode
+from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from test_notebook_runner import write_notebook
 from toys import toy_profile
 
 from rlreason.cli import main
+from rlreason.execution.jobs import Job
 from rlreason.publishing.batch import plan_lines, run_batch
-from rlreason.publishing.grid import GridError, read_grid
+from rlreason.publishing.grid import GridError, Item, read_grid
 from rlreason.publishing.notebooks import read_notebook, run_notebook
 from rlreason.runs.plans import folder_of, obtain, plan_of
 from rlreason.runs.profiles import load_recipe
@@ -172,98 +175,145 @@ PICTURE = b64encode(b"a picture").decode()
 SHOWS = f"""
 from IPython.display import display
 display({{"image/png": "{PICTURE}"}}, raw=True)"""
-# Says that it is run, and fails until there is a file of its name
+# Notes that it is run, and fails until it is mended
 COUNTS = """
-import pathlib
-here = pathlib.Path(".")
+import pathlib, sys
+here, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 with (here / f"ran-{name}").open("a") as file:
     file.write("x")
-assert name != "b" or (here / "b").exists(), "there is no <b>"
+if name == "b" and not (here / "mended").exists():
+    sys.exit("rlreason: there is no <b>")
+(here / f"made-{name}").touch()
 """
 
 
-@pytest.fixture
-def three(tmp_path) -> Path:
-    """A grid of a notebook that works, one that fails and one that needs it."""
-    named = "name = '{}'\nseed = 0"
-    write_notebook(tmp_path, "a", COUNTS, SHOWS, parameters=named.format("a"))
-    write_notebook(tmp_path, "b", COUNTS, parameters=named.format("b"))
-    write_notebook(tmp_path, "c", COUNTS, parameters=named.format("c"), needs=("b",))
-    names = [f"{name}.ipynb" for name in "cab"]
-    path = tmp_path / "grid.yaml"
-    path.write_text(
-        yaml.safe_dump({"profile": "smoke", "runs": [{"notebooks": names}]})
-    )
-    return path
+def three(folder: Path, out: Path) -> list[Item]:
+    """A job that works, one that fails until it is mended, and one that needs that."""
+    items = []
+    for name, needs in (("c", ("b",)), ("a", ()), ("b", ())):
+        made, own = folder / f"made-{name}", out / name
+        command = [sys.executable, "-c", COUNTS, str(folder), name]
+        job = Job(name, command, needs, fresh=made.is_file)
+        job = replace(job, log=own / "log.txt", lock=own / "lock")
+        there = partial(lambda path: path if path.is_file() else None, made)
+        items.append(Item(f"{name} (toy)", own, name, job, None, there))
+    return items
 
 
-def times(folder: Path, name: str) -> int:
-    file = folder / f"ran-{name}"
-    return len(file.read_text()) if file.is_file() else 0
+def times(folder: Path) -> list[int]:
+    """How many times each of the three was run."""
+    files = [folder / f"ran-{name}" for name in "abc"]
+    return [len(file.read_text()) if file.is_file() else 0 for file in files]
 
 
 def states(out: Path) -> dict[str, str]:
-    """The first word of each label to its state, of status.json."""
-    jobs = json.loads((out / "status.json").read_text())["jobs"].values()
-    return {job["label"].split()[0]: job["state"] for job in jobs}
+    jobs = json.loads((out / "status.json").read_text())["jobs"]
+    return {name: job["state"] for name, job in jobs.items()}
 
 
-def batch(grid: Path, out: Path, *options: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(["batch", str(grid), "--output", str(out), *options])
-    return caught.value.code
-
-
-def test_a_failure_is_kept_apart_shown_and_tried_again_when_asked(
-    three, tmp_path, capsys
-):
-    out = tmp_path / "out"
-    assert batch(three, out) == 1
+def test_a_failure_is_kept_apart_shown_and_tried_again_when_asked(tmp_path):
+    out, lines = tmp_path / "out", []
+    items = three(tmp_path, out)
+    run_batch(items, out, report=lines.append)
     assert states(out) == {"a": "done", "b": "failed", "c": "blocked"}
-    said = capsys.readouterr()
-    assert "there is no <b>" in said.err
-    assert "1 of 3 jobs are done" in said.out
-    assert any(line.startswith("1/3 ") for line in said.out.splitlines())
+    assert sorted(line.split(" ", 1)[0] for line in lines) == ["1/3", "2/3", "3/3"]
     page = (out / "index.html").read_text()
-    assert "there is no &lt;b&gt;" in page
-    (picture,) = out.glob("a-*/picture.png")
-    assert picture.read_bytes() == b64decode(PICTURE)
-    assert f'src="{picture.parent.name}/picture.png"' in page
-    assert f'href="{picture.parent.name}/a.ipynb"' in page
-    assert f'href="{picture.parent.name}/log.txt"' in page
+    assert "<pre>there is no &lt;b&gt;</pre>" in page
+    assert 'href="b/log.txt"' in page
+    assert (out / "b" / "log.txt").read_text() == "rlreason: there is no <b>\n"
     # What is done, and what failed, is not run again until one asks for it
-    assert batch(three, out) == 1
+    outcomes = run_batch(items, out, report=lines.append)
     assert states(out) == {"a": "fresh", "b": "failed", "c": "blocked"}
-    assert "--retry-failed runs it again" in capsys.readouterr().err
-    assert [times(tmp_path, name) for name in "abc"] == [1, 1, 0]
-    (tmp_path / "b").touch()
-    assert batch(three, out, "--retry-failed") == 0
-    assert [times(tmp_path, name) for name in "abc"] == [1, 2, 1]
-    assert batch(three, out) == 0
+    assert "--retry-failed runs it again" in outcomes["b"].message
+    assert times(tmp_path) == [1, 1, 0]
+    changed = [replace(item, digest="another") for item in items]  # nor is that asked
+    run_batch(changed, out, report=lines.append)
+    assert times(tmp_path) == [1, 2, 0]
+    (tmp_path / "mended").touch()
+    run_batch(items, out, report=lines.append, retry_failed=True)
+    assert times(tmp_path) == [1, 3, 1]
+    run_batch(items, out, report=lines.append)
     assert set(states(out).values()) == {"fresh"}
+    assert times(tmp_path) == [1, 3, 1]
 
 
-def test_two_batches_on_one_folder_run_each_job_once(three, tmp_path):
-    command = [sys.executable, "-m", "rlreason.cli", "batch", str(three)]
-    command += ["--output", str(tmp_path / "out"), "--jobs", "1"]
-    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait() for process in both] == [1, 1]
-    assert [times(tmp_path, name) for name in "abc"] == [1, 1, 0]
-    assert states(tmp_path / "out")["b"] == "failed"
+def test_two_batches_on_one_folder_run_each_job_once(tmp_path):
+    fork, out = multiprocessing.get_context("fork"), tmp_path / "out"
+    both = [
+        fork.Process(target=run_batch, args=(three(tmp_path, out), out))
+        for _ in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert times(tmp_path) == [1, 1, 0]
+    assert states(out)["b"] == "failed"
 
 
-def test_steps_run_after_what_they_need_and_a_terminal_gets_a_table(grid, tmp_path):
-    profile = str(toy_profile(tmp_path))
-    items = grid({"steps": ["ppo"], "profile": profile}, seeds=[0, 1])
-    terminal = StringIO()
-    outcomes = run_batch(items, tmp_path / "out", cores=2, terminal=terminal)
-    assert {outcome.state for outcome in outcomes.values()} == {"done"}
-    assert len(outcomes) == 4
-    assert all(item.result() is not None for item in items)
-    table = terminal.getvalue().split("\x1b[J")[-1].splitlines()
-    assert table[0].startswith("4 done; ")
-    assert [line.split()[0] for line in table[1:]] == ["done"] * 4
-    # Whoever looks in between sees a whole table: each is drawn over the last
-    assert terminal.getvalue().count("\x1b[5F") == terminal.getvalue().count("\x1b[J")
-    again = grid({"steps": ["ppo"], "profile": profile}, seeds=[0, 1, 2])
-    assert "expected unknown" not in "\n".join(plan_lines(again, 2))
+def test_without_locks_two_batches_run_a_job_twice(tmp_path):
+    """The wrong version: each finds the job not done, and starts it."""
+    meet = f"import pathlib, os, time; here = pathlib.Path({str(tmp_path)!r})\n" + (
+        "(here / f'ran-{os.getpid()}').touch()\n"
+        "while len(list(here.glob('ran-*'))) < 2:\n    time.sleep(0.02)"
+    )
+    job = Job("a", [sys.executable, "-c", meet])
+    item = Item("a", tmp_path / "a", "a", job, None, lambda: None)
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=run_batch, args=([item], tmp_path)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert len(list(tmp_path.glob("ran-*"))) == 2
+
+
+def test_a_terminal_gets_a_table_that_is_drawn_over_the_last(tmp_path):
+    (tmp_path / "mended").touch()
+    out, terminal = tmp_path / "out", StringIO()
+    run_batch(three(tmp_path, out), out, terminal=terminal, report=pytest.fail)
+    text = terminal.getvalue()
+    first, last = text.split("\x1b")[0], text.split("\x1b[J")[-1]
+    assert first.splitlines()[0] == "3 waiting; unknown time left"
+    assert first.splitlines()[1].split() == ["waiting", "c", "(toy)"]
+    assert last.startswith("3 done; about 0 min left\ndone ")
+    assert text.count("\x1b[4F\x1b[J") == text.count("\x1b") // 2 == 6
+
+
+def test_an_interruption_leaves_no_job_running(tmp_path):
+    def interrupt(line):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(three(tmp_path, out), out, cores=1, report=interrupt)
+    assert "running" not in states(out).values()
+
+
+@pytest.mark.spread
+def test_a_grid_of_steps_and_a_notebook_from_the_command_line(tmp_path, capsys):
+    profile = toy_profile(tmp_path)
+    write_notebook(tmp_path, "ch", SHOWS, parameters=PARAMETERS)
+    path, out = tmp_path / "grid.yaml", tmp_path / "out"
+    runs = [{"steps": ["ppo"], "profile": "toy.yaml"}, {"notebooks": ["ch.ipynb"]}]
+    path.write_text(yaml.safe_dump({"profile": "smoke", "runs": runs, "seeds": [3]}))
+    with pytest.raises(SystemExit) as caught:
+        main(["batch", str(path), "--output", str(out), "--jobs", "2"])
+    assert caught.value.code == 0
+    assert "3 of 3 jobs are done" in capsys.readouterr().out
+    assert set(states(out).values()) == {"done"}
+    assert folder_of(plan_of("ppo", load_recipe(profile), 3)).done
+    (picture,) = out.glob("ch-*/picture.png")
+    assert picture.read_bytes() == b64decode(PICTURE)
+    page = (out / "index.html").read_text()
+    for name in ("picture.png", "ch.ipynb", "log.txt"):
+        assert f'="{picture.parent.name}/{name}"' in page
+    main(["batch", str(path), "--output", str(out), "--dry-run"])
+    assert "0 of 3 jobs to do" in capsys.readouterr().out
+
+
+def test_the_grid_of_the_book_is_one(tmp_path):
+    book = Path(__file__).parents[1] / "book"
+    items = read_grid(book / "grid.yaml", tmp_path)
+    assert f"{len(items)} jobs" in (book / "batch.md").read_text()

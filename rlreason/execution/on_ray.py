@@ -78,6 +78,7 @@ class _Cluster:
             ray.init(log_to_driver=False, logging_level="ERROR")
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         self._most = _largest(nodes)
+        self._total = ray.cluster_resources()
         self._running: dict[Any, Job] = {}
         self._mark = make_folder(runs_root().absolute()) / f".{secrets.token_hex(8)}"
         self._mark.touch()
@@ -119,11 +120,11 @@ class _Cluster:
         return not apart
 
     def has_room(self, job: Job) -> bool:
-        there, wanted = self._ray.cluster_resources(), self._wanted(job)
+        wanted = self._wanted(job)
         for other in self._running.values():
             for name, amount in self._wanted(other).items():
                 wanted[name] += amount
-        fits = all(wanted[name] <= there.get(name, 0) for name in wanted)
+        fits = all(wanted[name] <= self._total.get(name, 0) for name in wanted)
         return fits or not self._running
 
     def _wanted(self, job: Job) -> dict[str, float]:

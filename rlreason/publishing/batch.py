@@ -79,7 +79,11 @@ def run_batch(
         finished=board.finished,
     )
     jobs = [replace(i.job, fresh=_Fresh(i, retry_failed)) for i in items]
-    return there.run(jobs)
+    try:
+        return there.run(jobs)
+    except BaseException:
+        board.stopped()
+        raise
 
 
 @dataclass(frozen=True)
@@ -144,12 +148,14 @@ class State:
         since: When it came to that, UTC.
         seconds: That it took.
         told: Why it failed.
+        result: Where its run folder, or executed notebook, lies.
     """
 
     state: str = "waiting"
     since: str = ""
     seconds: float = 0.0
     told: str = ""
+    result: str = ""
 
 
 @dataclass
@@ -178,17 +184,25 @@ class Board:
 
     def finished(self, outcome: Outcome) -> None:
         """A job came to its end, and is held until this is written down."""
-        item, failure = self._items[outcome.name], None
+        item = self._items[outcome.name]
         tried = self.states[outcome.name].state == "running"
-        told = "" if outcome.ok else outcome.message
-        self.states[outcome.name] = State(outcome.state, _now(), outcome.seconds, told)
+        told, result = "" if outcome.ok else outcome.message, item.result()
+        self.states[outcome.name] = State(
+            outcome.state, _now(), outcome.seconds, told, str(result or "")
+        )
         if outcome.ok:
             (item.folder / "failed.json").unlink(missing_ok=True)
-            keep_picture(item)
+            keep_picture(result, item.folder / "picture.png")
         elif tried:
             failure = {"digest": item.digest, "told": told, "seconds": outcome.seconds}
             _write_json(item.folder / "failed.json", failure)
         self._progress.finished(replace(outcome, name=item.label))
+        self.show()
+
+    def stopped(self) -> None:
+        """Nothing runs any more: what did, without an outcome, is to be done again."""
+        running = (n for n, s in self.states.items() if s.state == "running")
+        self.states |= {name: State() for name in running}
         self.show()
 
     def show(self) -> None:
@@ -207,7 +221,6 @@ class Board:
                 "label": item.label,
                 **asdict(self.states[name]),
                 "log": str(item.folder / "log.txt"),
-                "result": str(item.result() or ""),
             }
             for name, item in self._items.items()
         }
@@ -252,11 +265,11 @@ class Board:
     def _row(self, item: Item, state: State) -> str:
         picture = item.folder / "picture.png"
         seen = f'<img src="{self._link(picture)}" alt="">' if picture.is_file() else ""
-        links = {"result": item.result(), "log": item.folder / "log.txt"}
+        links = {"result": state.result, "log": item.folder / "log.txt"}
         shown = " ".join(
             f'<a href="{self._link(path)}">{word}</a>'
             for word, path in links.items()
-            if path is not None and path.exists()
+            if path and Path(path).exists()
         )
         why = f"<pre>{escape(state.told)}</pre>" if state.told else ""
         return (
@@ -265,21 +278,19 @@ class Board:
             "</tr>"
         )
 
-    def _link(self, path: Path) -> str:
+    def _link(self, path: Path | str) -> str:
         return escape(Path(relpath(path, self.output)).as_posix())
 
 
-def keep_picture(item: Item) -> None:
-    """Put the first image that a notebook shows beside its log."""
-    found = item.result()
-    if found is None or found.suffix != ".ipynb":
+def keep_picture(notebook: Path | None, picture: Path) -> None:
+    """Write the first image that an executed notebook shows, if it shows one."""
+    if notebook is None or notebook.suffix != ".ipynb":
         return
-    for cell in read_json(found).get("cells", []):
-        for shown in cell.get("outputs", []):
-            if image := shown.get("data", {}).get("image/png"):
-                content = b64decode("".join(image))
-                write_atomically(item.folder / "picture.png", content)
-                return
+    cells = read_json(notebook).get("cells", [])
+    shown = [output for cell in cells for output in cell.get("outputs", [])]
+    images = (output.get("data", {}).get("image/png") for output in shown)
+    if image := next(filter(None, images), None):
+        write_atomically(picture, b64decode("".join(image)))
 
 
 def _now() -> str:
