@@ -310,7 +310,7 @@ def test_a_grid_of_steps_and_a_notebook_from_the_command_line(tmp_path, capsys):
     for name in ("picture.png", "ch.ipynb", "log.txt"):
         assert f'="{picture.parent.name}/{name}"' in page
     main(["batch", str(path), "--output", str(out), "--dry-run"])
-    assert "0 of 3 jobs to do" in capsys.readouterr().out
+    assert "0 of 2 jobs to do" in capsys.readouterr().out
 
 
 def test_the_grid_of_the_book_is_one(tmp_path):
