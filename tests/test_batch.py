@@ -82,9 +82,9 @@ def test_a_notebook_comes_after_those_of_its_own_parameters_that_it_needs(
 ):
     write_notebook(tmp_path, "base", parameters="seed = 0")
     write_notebook(tmp_path, "above", parameters="seed = 0", needs=("base",))
-    items = grid({"notebooks": ["above.ipynb", "base.ipynb"]}, seeds=[3, 4])
+    items = grid({"notebooks": ["above.ipynb", "base.ipynb"]}, seeds=[0, 4])
     by_label = {item.label: item.job for item in items}
-    for seed in (3, 4):
+    for seed in (0, 4):
         needed = by_label[f"base (smoke) seed={seed}"].name
         assert by_label[f"above (smoke) seed={seed}"].needs == (needed,)
 
@@ -128,8 +128,12 @@ def test_all_faults_are_told_at_once_with_what_there_is(grid, tmp_path):
     ("content", "said"),
     [
         ("runs: []", "runs: List should have at least 1 item"),
-        ("runs: [{steps: sft}]", "runs.0.steps: Input should be a valid array"),
+        ("runs: [{steps: sft}]", "runs[0]: Runs: steps: Input should be a valid array"),
         ("runs: [{}]", "name notebooks or steps"),
+        (
+            "runs: [{step: sft}]",
+            "runs[0]: Runs: unknown 'step' (did you mean 'steps'?)",
+        ),
         ("run: [{steps: [sft]}]", "unknown 'run' (did you mean 'runs'?)"),
         ("runs: [{steps: [sft], seeds: [-1]}]", "seed"),
         ("runs: !!python/object/apply:os.getcwd []", "could not determine"),

@@ -134,6 +134,12 @@ def test_a_killed_worker_costs_no_job_and_each_is_counted_once(cluster, tmp_path
         RayExecutor().run([big])
 
 
+def test_without_ray_one_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(JobError, match=r"pip install 'rlreason\[cluster\]'"):
+        RayExecutor().run([])
+
+
 def test_where_the_folder_of_runs_is_not_shared_files_travel_with_the_job(tmp_path):
     plan, need, run = (tmp_path / name for name in ("plan.json", "sft-1", "ppo-2"))
     plan.write_text("the plan")

@@ -145,6 +145,7 @@ class _Cluster:
         if data := os.environ.get("RLREASON_DATA"):
             folders["RLREASON_DATA"] = data
         environment = {**folders, **job.environment}
+        # What only this process can ask or hold stays here
         bare = replace(job, fresh=bool, lock=None, environment=environment)
         reads = () if self._shared else (path for path in job.reads if path.exists())
         reference = task.remote(bare, pack(reads), self._mark, sys.executable)

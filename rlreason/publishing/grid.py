@@ -25,6 +25,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -96,7 +97,9 @@ class Grid(Settings):
     seeds: list[Seed] = setting(
         lambda: [0], "Of all runs that name none.", source="ours", min_length=1
     )
-    runs: list[Runs] = setting(..., "What is run.", source="ours", min_length=1)
+    runs: list[dict[str, Any]] = setting(
+        ..., "What is run, each as in Runs.", source="ours", min_length=1
+    )
 
 
 @dataclass(frozen=True)
@@ -138,16 +141,14 @@ def read_grid(path: Path, output: Path) -> list[Item]:
     grid = load_settings(Grid, read_yaml(path))
     faults: dict[str, None] = {}
     items: dict[str, Item] = {}
-    for number, runs in enumerate(grid.runs):
-        names = [*runs.steps, *runs.notebooks]
-        for name, values in itertools.product(names, _combinations(runs.parameters)):
-            try:
-                made = _Maker(path, output, grid, runs).items(name, values)
-            except ValueError as error:  # ours, of whichever room
-                faults[f"runs[{number}]: {error}"] = None
-            else:
-                for item in made:  # one that is asked for has the better label
-                    old = items.get(item.job.name)
+    for number, part in enumerate(grid.runs):
+        runs = None
+        with _noted(faults, number):
+            runs = load_settings(Runs, part)
+        for name, values in _choices(runs) if runs else ():
+            with _noted(faults, number):
+                for item in _Maker(path, output, grid, runs).items(name, values):
+                    old = items.get(item.job.name)  # that it is asked for, says more
                     if old is None or old.label == old.job.name:
                         items[item.job.name] = item
     if faults:
@@ -155,11 +156,21 @@ def read_grid(path: Path, output: Path) -> list[Item]:
     return [_with_needs(item, list(items.values())) for item in items.values()]
 
 
-def _combinations(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every choice of one value a parameter."""
-    axes = [v if isinstance(v, list) else [v] for v in parameters.values()]
-    for values in itertools.product(*axes):
-        yield dict(zip(parameters, values, strict=True))
+@contextmanager
+def _noted(faults: dict[str, None], number: int) -> Iterator[None]:
+    """Note what is wrong with a part of a grid, once, and go on."""
+    try:
+        yield
+    except ValueError as error:  # ours, of whichever room
+        faults[f"runs[{number}]: {error}"] = None
+
+
+def _choices(runs: Runs) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every notebook and step with every choice of one value a parameter."""
+    axes = [v if isinstance(v, list) else [v] for v in runs.parameters.values()]
+    for name in [*runs.steps, *runs.notebooks]:
+        for values in itertools.product(*axes):
+            yield name, dict(zip(runs.parameters, values, strict=True))
 
 
 def _with_needs(item: Item, items: list[Item]) -> Item:
@@ -268,7 +279,8 @@ class _Maker:
         scale, label = load_profile(profile), self._label(name, given)
         own = {**notebook.parameters, **choose_parameters(notebook, scale, {})}
         # What is given and changes nothing makes no other execution of it
-        given = {n: v for n, v in given.items() if n not in own or v != own[n]}
+        asked = given
+        given = {n: v for n, v in asked.items() if n not in own or v != own[n]}
         results = results_folder(profile)
         digest = notebook_digest(notebook, scale, given, results=results)
         key = json.dumps([profile, given], sort_keys=True).encode()
@@ -298,7 +310,7 @@ class _Maker:
             job=self._placed(job, folder),
             expected=_mean(record.seconds for record in records if record),
             result=result,
-            given=(notebook, profile, given),
+            given=(notebook, profile, asked),
         )
 
 
