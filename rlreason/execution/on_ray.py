@@ -63,7 +63,7 @@ def _ray() -> Any:
         import ray
     except ImportError:
         raise JobError(
-            "Ray is not installed: pip install 'rlreason[cluster]'"
+            "Ray is not installed: `make cluster`, or pip install 'rlreason[cluster]'"
         ) from None
     return ray
 
@@ -161,12 +161,12 @@ class _Cluster:
     def _outcome(self, reference: Any, job: Job) -> Outcome:
         try:
             outcome, files, log = self._ray.get(reference)
-        except self._ray.exceptions.RayError as error:
+            if files is not None:
+                unpack(files, job.writes)
+                if job.log:
+                    job.log.write_bytes(log)
+        except (self._ray.exceptions.RayError, JobError, OSError) as error:
             return Outcome(job.name, "failed", f"Ray: {error}")
-        if files is not None:
-            unpack(files, job.writes)
-            if job.log:
-                job.log.write_bytes(log)
         return outcome
 
     def stop(self) -> None:
