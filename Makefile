@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help book test learning kills lab lint lock clean
+.PHONY: help book test learning kills lab lint lock cluster clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ lock: $(STAMP) ## Make requirements.lock from pyproject.toml, with today's versi
 	  --universal --python-version 3.10 --upgrade --no-header --no-annotate -q; \
 	} > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+
+cluster: $(STAMP) ## Install Ray, for --executor ray: 80 MB
+	@$(BIN)/python -m pip install -qq -c requirements.lock --no-build-isolation -e '.[cluster]'
 
 clean: ## Remove the built book, its runs and caches; other runs and .venv stay
 	rm -rf book/_build runs/book .pytest_cache .ruff_cache .import_linter_cache

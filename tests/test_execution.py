@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from rlreason.execution.jobs import Job, JobError
 from rlreason.execution.local import LocalExecutor, kill_tree, visible_gpus
@@ -221,6 +222,56 @@ def test_an_interruption_ends_all_that_was_started_and_starts_nothing(tmp_path, 
     assert not psutil.Process().children()
     assert not (tmp_path / "started").exists()
     assert signal.getsignal(number) is before
+
+
+KILLED = """
+import sys
+from rlreason.execution.jobs import Job
+from rlreason.execution.local import LocalExecutor
+LocalExecutor(cores=1, gpus=()).run([Job("a", [sys.executable, "-c", sys.argv[1]])])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells of a parent")
+def test_a_job_does_not_outlive_the_process_that_started_it_however_it_ends(tmp_path):
+    program = (
+        f"import os, pathlib, time; file = pathlib.Path({str(tmp_path / 'pid')!r})\n"
+        "file.with_suffix('.partial').write_text(str(os.getpid()))\n"
+        "file.with_suffix('.partial').rename(file); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", KILLED, program])
+    job = wait_for(tmp_path / "pid")
+    process.kill()
+    process.wait()
+    assert ends(job)
+
+
+def test_a_job_whose_lock_another_process_holds_is_asked_for_again_later(tmp_path):
+    lock, held = tmp_path / "lock", FileLock(tmp_path / "lock", thread_local=False)
+    done = tmp_path / "done"
+
+    def finish_elsewhere(outcome):
+        if outcome.name == "b":
+            done.touch()
+            held.release()
+
+    held.acquire()
+    jobs = [python("a", "1 / 0", lock=lock, fresh=done.is_file), python("b")]
+    outcomes = LocalExecutor(cores=1, gpus=(), finished=finish_elsewhere).run(jobs)
+    assert [(o.name, o.state) for o in outcomes.values()] == [
+        ("b", "done"),
+        ("a", "fresh"),
+    ]
+    FileLock(lock).acquire(timeout=0)  # and let go
+
+
+def test_all_that_a_job_prints_is_in_its_log_and_the_end_is_told(tmp_path):
+    log = tmp_path / "log.txt"
+    program = "import sys; print('out', flush=True); sys.exit('rlreason: mend it')"
+    executor = LocalExecutor(cores=1, gpus=())
+    (outcome,) = executor.run([python("a", program, log=log)]).values()
+    assert outcome.message == "mend it"
+    assert log.read_text() == "out\nrlreason: mend it\n"
 
 
 def test_a_killed_tree_is_gone_and_one_that_has_ended_is_no_fault(tmp_path):

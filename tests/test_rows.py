@@ -10,7 +10,7 @@ import pytest
 from toys import toy_profile, toy_recipe
 
 from rlreason import cli
-from rlreason.execution import local, recording
+from rlreason.execution import executors, local, recording
 from rlreason.execution.jobs import Outcome
 from rlreason.experiments import rows as store
 from rlreason.experiments.measures import Context, identity
@@ -235,7 +235,7 @@ def test_a_job_a_run_and_one_a_measured_subject_each_after_what_it_needs(
                 self.finished(outcome)
             return found
 
-    monkeypatch.setattr(recording, "LocalExecutor", Executor)
+    monkeypatch.setattr(executors, "LocalExecutor", Executor)
     profile = toy_profile(tmp_path, seeds=2)
     recorder = recording.recorder(
         str(profile), out=path.parent, measures=["greedy", "samples"]

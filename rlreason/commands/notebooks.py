@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rlreason.commands.options import profile_option
+from rlreason.commands.options import executor_option, profile_option
 
 CELL_LIMIT = 4 * 60 * 60  # seconds; all of profile smol shall take less than one hour
 cell_limit_option = click.option(
@@ -74,6 +74,7 @@ def run(
 
 @click.command()
 @profile_option
+@executor_option
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -83,7 +84,9 @@ def run(
     "--force", is_flag=True, help="Execute, and train, also what has not changed."
 )
 @cell_limit_option
-def book(profile: str, jobs: int | None, force: bool, cell_limit: int) -> None:
+def book(
+    profile: str, executor: str, jobs: int | None, force: bool, cell_limit: int
+) -> None:
     """Execute all notebooks and build the HTML book.
 
     Executes what has changed since the last time, a notebook a core, each after those
@@ -93,7 +96,12 @@ def book(profile: str, jobs: int | None, force: bool, cell_limit: int) -> None:
     from rlreason.publishing.book import build_book
 
     built = build_book(
-        profile, jobs=jobs, force=force, cell_limit=cell_limit, report=click.echo
+        profile,
+        jobs=jobs,
+        force=force,
+        cell_limit=cell_limit,
+        executor=executor,
+        report=click.echo,
     )
     width = max(len(record.notebook) for record in built.records)
     for record in built.records:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rlreason.execution.executors import EXECUTORS
+
 if TYPE_CHECKING:  # the command line answers --help without waiting for torch
     from rlreason.runs.recipes import Recipe
 
@@ -24,6 +26,14 @@ profile_option = click.option(
     callback=_absolute,
     metavar="PROFILE",
     help="smoke, tiny, smol, paper, or the path of a YAML file.",
+)
+
+executor_option = click.option(
+    "--executor",
+    type=click.Choice(EXECUTORS),
+    default="local",
+    show_default=True,
+    help="Processes of this machine, tasks of a Ray cluster, or array jobs of Slurm.",
 )
 
 count_option = partial(click.option, type=click.IntRange(min=1), show_default=True)

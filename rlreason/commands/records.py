@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rlreason.commands.options import profile_option
+from rlreason.commands.options import executor_option, profile_option
 
 
 class RecordCommand(click.Command):
@@ -24,6 +24,7 @@ class RecordCommand(click.Command):
 @profile_option
 @click.option("--seeds", type=click.IntRange(min=1), help="[default: the profile's]")
 @click.option("--list", "only_list", is_flag=True, help="Say what is done, and stop.")
+@executor_option
 @click.option("--jobs", type=click.IntRange(min=1), help="[default: one a core]")
 @click.option(
     "--out",
@@ -47,7 +48,18 @@ class RecordCommand(click.Command):
 @click.option("--seed", type=click.IntRange(min=0), help="Of one seed alone.")
 @click.option("--here", is_flag=True, help="Train and measure in this process.")
 def record(
-    names, profile, seeds, only_list, jobs, out, source, measures, size, seed, here
+    names,
+    profile,
+    seeds,
+    only_list,
+    executor,
+    jobs,
+    out,
+    source,
+    measures,
+    size,
+    seed,
+    here,
 ):
     """Train all seeds, measure them on the test split, and record it.
 
@@ -77,7 +89,7 @@ def record(
     if here:
         recorder.carry_out_here(work, click.echo)
     else:
-        recorder.carry_out(work, cores=jobs, report=click.echo)
+        recorder.carry_out(work, cores=jobs, report=click.echo, executor=executor)
     click.echo(f"{recorder.path} is up to date")
     if Path(profile).stem == "tiny" and out is None:
         click.echo(f"{draw_front(profile)} shows it")

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 from typing import Literal, Protocol
 
 _OURS = re.compile(r"^rlreason: ", re.M)  # how our commands begin what is to be mended
@@ -35,8 +36,15 @@ class Job:
         needs: Names of the jobs that are to be done before.
         cores: CPU cores, which is also the number of threads that it may use.
         gpus: GPUs; it sees no others.
+        memory: Megabytes that it asks for where memory is given out; 0: not said.
         fresh: Whether what it makes is already there; asked when it would be started.
+            JobError: it is not, and is not to be made.
         environment: Variables over those of this process.
+        log: File that takes all that it prints; without one, only the end of its
+            standard error is kept.
+        lock: File; no two processes that name it carry out the job at a time.
+        reads: Files and folders without which it cannot be carried out elsewhere.
+        writes: Those that it makes, where it may be carried out elsewhere.
     """
 
     name: str
@@ -44,8 +52,13 @@ class Job:
     needs: tuple[str, ...] = ()
     cores: int = 1
     gpus: int = 0
+    memory: int = 0
     fresh: Callable[[], bool] = lambda: False
     environment: Mapping[str, str] = field(default_factory=dict)
+    log: Path | None = None
+    lock: Path | None = None
+    reads: tuple[Path, ...] = ()
+    writes: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

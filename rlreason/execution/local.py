@@ -1,32 +1,34 @@
 """Jobs as processes of this machine, each on cores, or GPUs, of its own.
 
-The order is that of the list: of the jobs whose needs are met, the first that finds
-room is started. An interruption (Ctrl-C, or a signal that asks this process to end)
-kills what is running, with all that it has started, and starts nothing more.
+An interruption kills what is running, with all that it has started. On Linux a job
+also ends with the process that started it, however that ends.
 
 What this leaves out: other machines, and a memory limit. Jobs share the memory.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
-import threading
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from tempfile import TemporaryFile
 from typing import IO
 
 import psutil
 
-from rlreason.execution.jobs import Job, Outcome, check_jobs
+from rlreason.execution.jobs import Job, Outcome
+from rlreason.execution.schedule import run_jobs
 from rlreason.runs.environment import cores, gpus
 
-LOOK_EVERY = 0.05  # seconds
 TOLD = 20_000  # characters of a job's standard error that are kept
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def visible_gpus() -> list[str]:
@@ -50,83 +52,51 @@ class LocalExecutor:
 
     cores: int = field(default_factory=cores)
     gpus: Sequence[str] = field(default_factory=visible_gpus)
-    report: Callable[[Job], None] = lambda job: None
-    finished: Callable[[Outcome], None] = lambda outcome: None
+    report: Callable[[Job], object] = lambda job: None
+    finished: Callable[[Outcome], object] = lambda outcome: None
 
     def run(self, jobs: Sequence[Job]) -> dict[str, Outcome]:
         """Carry out jobs, each once, after those that it needs; see ``Executor``."""
-        check_jobs(jobs)
-        waiting = list(jobs)
-        running: list[_Process] = []
-        outcomes: dict[str, Outcome] = {}
+        place = _Here(self.cores, self.gpus)
+        return run_jobs(jobs, place, report=self.report, finished=self.finished)
 
-        def note(outcome: Outcome) -> None:
-            outcomes[outcome.name] = outcome
-            self.finished(outcome)
 
-        with _signals_interrupt():
-            try:
-                while waiting or running:
-                    for outcome in self._start(waiting, running, outcomes):
-                        note(outcome)
-                    ended = [p for p in running if p.popen.poll() is not None]
-                    for process in ended:
-                        running.remove(process)
-                        note(process.outcome())
-                    if not ended and running:
-                        time.sleep(LOOK_EVERY)
-            finally:
-                for process in running:
-                    kill_tree(process.popen.pid)
-                for process in running:
-                    process.popen.wait()
-        return outcomes
+class _Here:
+    """This machine, as a ``Place``."""
 
-    def _start(
-        self,
-        waiting: list[Job],
-        running: list[_Process],
-        outcomes: dict[str, Outcome],
-    ) -> Iterator[Outcome]:
-        """Start what can be; yield what came to its end without being started."""
-        for job in list(waiting):
-            needed = [outcomes.get(name) for name in job.needs]
-            if failed := [n.name for n in needed if n is not None and not n.ok]:
-                waiting.remove(job)
-                yield Outcome(job.name, "blocked", f"it needs {' and '.join(failed)}")
-            elif None in needed:
-                continue
-            elif (known := self._known(job)) is not None:
-                waiting.remove(job)
-                yield known
-            elif (places := self._room(job, running)) is not None:
-                waiting.remove(job)
-                self.report(job)
-                try:
-                    running.append(_Process.start(job, places))
-                except (OSError, ValueError) as error:
-                    yield Outcome(job.name, "failed", f"{job.command[0]}: {error}")
+    def __init__(self, cores: int, gpus: Sequence[str]) -> None:
+        self._cores = cores
+        self._gpus = gpus
+        self._running: list[Process] = []
 
-    def _known(self, job: Job) -> Outcome | None:
-        """What is known of a job before it runs: its output is there, or cannot be."""
-        try:
-            return Outcome(job.name, "fresh") if job.fresh() else None
-        except (OSError, ValueError) as error:  # no other job's fault
-            return Outcome(job.name, "failed", str(error))
+    def has_room(self, job: Job) -> bool:
+        used = sum(process.job.cores for process in self._running)
+        wanted = min(job.gpus, len(self._gpus))
+        fits = used + job.cores <= self._cores and wanted <= len(self._free())
+        return fits or not self._running
 
-    def _room(self, job: Job, running: list[_Process]) -> list[str] | None:
-        """Return free GPUs for a job, None where there is no room for it now."""
-        used = sum(process.job.cores for process in running)
-        taken = {gpu for process in running for gpu in process.gpus}
-        free = [gpu for gpu in self.gpus if gpu not in taken]
-        wanted = min(job.gpus, len(self.gpus))
-        fits = used + job.cores <= self.cores and wanted <= len(free)
-        return free[:wanted] if fits or not running else None
+    def _free(self) -> list[str]:
+        taken = {gpu for process in self._running for gpu in process.gpus}
+        return [gpu for gpu in self._gpus if gpu not in taken]
+
+    def start(self, job: Job) -> None:
+        self._running.append(Process.start(job, self._free()[: job.gpus]))
+
+    def ended(self) -> list[Outcome]:
+        ended = [p for p in self._running if p.popen.poll() is not None]
+        self._running = [p for p in self._running if p not in ended]
+        return [process.outcome() for process in ended]
+
+    def stop(self) -> None:
+        for process in self._running:
+            kill_tree(process.popen.pid)
+        for process in self._running:
+            process.popen.wait()
 
 
 @dataclass(frozen=True)
-class _Process:
-    """A job that is running."""
+class Process:
+    """A job that is running here."""
 
     job: Job
     gpus: list[str]
@@ -135,22 +105,23 @@ class _Process:
     started: float
 
     @classmethod
-    def start(cls, job: Job, places: list[str]) -> _Process:
+    def start(cls, job: Job, gpus: list[str]) -> Process:
         """Start a job in a session of its own, which Ctrl-C does not reach."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(job.cores)}
-        if places:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(places)
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         # A pipe could fill up and block the job; closed by `outcome`
-        errors = TemporaryFile()  # noqa: SIM115
+        errors = job.log.open("w+b") if job.log else TemporaryFile()  # noqa: SIM115
         popen = subprocess.Popen(
             job.command,
             env={**environment, **job.environment},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=errors if job.log else subprocess.DEVNULL,
             stderr=errors,
             start_new_session=True,
+            preexec_fn=_end_with_parent if _LIBC else None,
         )
-        return cls(job, places, popen, errors, time.monotonic())
+        return cls(job, gpus, popen, errors, time.monotonic())
 
     def outcome(self) -> Outcome:
         """What became of it, once it has ended."""
@@ -162,6 +133,11 @@ class _Process:
             told = f"{told}\nended by signal {-code}, {_signal_name(-code)}".strip()
         seconds = time.monotonic() - self.started
         return Outcome(self.job.name, "failed" if code else "done", told, seconds)
+
+
+def _end_with_parent() -> None:
+    """Let the system kill this process when the one that started it is killed."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _signal_name(number: int) -> str:
@@ -188,26 +164,3 @@ def kill_tree(pid: int) -> None:
     for member in family:
         with suppress(psutil.NoSuchProcess):
             member.kill()
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let a request to end this process be an interruption: jobs would outlive it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    names = [n for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    numbers = [getattr(signal, name) for name in names]
-    before = {n: signal.getsignal(n) for n in numbers}
-    ours = [n for n in numbers if before[n] == signal.SIG_DFL]  # not those of nohup
-    for number in ours:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, before[number])

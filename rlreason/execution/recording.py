@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 
+from rlreason.execution.executors import executor_named
 from rlreason.execution.jobs import Job, Outcome
-from rlreason.execution.local import LocalExecutor
-from rlreason.execution.seeds import QUIET, missing, raise_faults, training_job
+from rlreason.execution.seeds import QUIET, missing, plan_files, raise_faults
 from rlreason.experiments.measures import (
     MEASURES,
     Context,
@@ -35,6 +34,7 @@ from rlreason.experiments.rows import (
     write_rows,
 )
 from rlreason.runs.environment import cores as all_cores
+from rlreason.runs.environment import runs_root
 from rlreason.runs.plans import Plan
 from rlreason.runs.profiles import load_recipe
 
@@ -135,23 +135,36 @@ class Recorder:
                 report(f"{' '.join(map(str, row.key))}: {row.measuring:.0f} s")
 
     def carry_out(
-        self, work: Work, *, cores: int | None = None, report: Report = print
+        self,
+        work: Work,
+        *,
+        cores: int | None = None,
+        report: Report = print,
+        executor: str = "local",
     ) -> None:
         """Train and measure by a process a core, or a GPU.
+
+        Args:
+            executor: Who does: local, ray or slurm.
 
         Raises:
             JobError, RuntimeError: See ``seeds.raise_faults``; all else is done before.
         """
-        with TemporaryDirectory() as folder:
-            jobs, kinds = self._jobs(work, Path(folder))
+        with plan_files(work.training) as training:
+            jobs, kinds = self._jobs(work, training)
             progress = Progress(kinds, cores or all_cores(), report)
-            executor = LocalExecutor(
-                **({"cores": cores} if cores else {}), finished=progress.finished
+            there = executor_named(
+                executor,
+                folder=runs_root() / "record",
+                cores=cores,
+                finished=progress.finished,
             )
-            outcomes = executor.run(jobs)
+            outcomes = there.run(jobs)
         raise_faults(outcomes.values())
 
-    def _jobs(self, work: Work, folder: Path) -> tuple[list[Job], dict[str, str]]:
+    def _jobs(
+        self, work: Work, training: Mapping[str, Job]
+    ) -> tuple[list[Job], dict[str, str]]:
         """All jobs, each run measured soon after it is trained; and what kind each is.
 
         Rows shall come early, so that what is stopped leaves something.
@@ -161,9 +174,8 @@ class Recorder:
         for subject, measures in work.subjects:
             needed = missing(plans_needed(self.context, subject, measures))
             for name, plan in needed.items():
-                if name not in jobs:
-                    jobs[name] = training_job(plan, name, folder)
-                    kinds[name] = plan.step
+                jobs.setdefault(name, training[name])
+                kinds.setdefault(name, plan.step)
             name = f"{subject.arm.name} {subject.size} seed {subject.seed}"
             jobs[name] = self._measuring_job(subject, name, tuple(needed))
             kinds[name] = " ".join(["measure", *measures])

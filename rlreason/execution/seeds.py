@@ -12,7 +12,8 @@ job does, here or on another machine.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from rlreason.execution.jobs import Executor, Job, JobError, Outcome
 from rlreason.execution.local import LocalExecutor
 from rlreason.policy.progress import tell
+from rlreason.runs.environment import make_folder, runs_root
 from rlreason.runs.plans import Plan, folder_of, obtain, plan_of
 from rlreason.runs.recipes import Recipe
 from rlreason.settings import canonical_json
@@ -67,11 +69,8 @@ def carry_out(plans: Sequence[Plan], executor: Executor | None = None) -> list[A
             report=lambda job: tell(f"{job.name} is being trained ..."),
             finished=_tell,
         )
-        with TemporaryDirectory() as folder:
-            jobs = [
-                training_job(plan, name, Path(folder)) for name, plan in todo.items()
-            ]
-            outcomes = executor.run(jobs)
+        with plan_files(todo) as jobs:
+            outcomes = executor.run(list(jobs.values()))
         raise_faults(outcomes.values())
     return [obtain(plan) for plan in plans]
 
@@ -87,22 +86,38 @@ def missing(plans: Iterable[Plan]) -> dict[str, Plan]:
     return found
 
 
-def training_job(plan: Plan, name: str, folder: Path) -> Job:
+@contextmanager
+def plan_files(plans: Mapping[str, Plan]) -> Iterator[dict[str, Job]]:
+    """A job for each plan, by its run folder's name, as long as the block lasts.
+
+    The plans are written where run folders lie, which other machines see too.
+    """
+    with TemporaryDirectory(prefix="plans-", dir=make_folder(runs_root())) as folder:
+        jobs = {}
+        for name, plan in plans.items():
+            file = Path(folder).absolute() / f"{name}.json"
+            file.write_text(canonical_json(plan), encoding="utf8")
+            jobs[name] = training_job(plan, name, file)
+        yield jobs
+
+
+def training_job(plan: Plan, name: str, file: Path) -> Job:
     """A process that carries out one plan, on a core, or a GPU.
 
     Args:
         name: Of the plan's run folder.
-        folder: Takes the plan as a file.
+        file: Holds the plan, once the job is started.
     """
-    file = folder / f"{name}.json"
-    file.write_text(canonical_json(plan), encoding="utf8")
+    needs = missing(plan.needs.values())
     return Job(
         name=name,
         command=[sys.executable, "-m", "rlreason.cli", "train", str(file)],
-        needs=tuple(missing(plan.needs.values())),
+        needs=tuple(needs),
         gpus=1,
         fresh=lambda: folder_of(plan).done,
         environment=QUIET,
+        reads=(file, *(folder_of(need).path for need in plan.needs.values())),
+        writes=(folder_of(plan).path,),
     )
 
 

@@ -40,12 +40,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from rlreason.execution.executors import executor_named
 from rlreason.execution.jobs import Executor, Job, Outcome
-from rlreason.execution.local import LocalExecutor
 from rlreason.publishing.notebooks import (
     Notebook,
     Record,
     find_notebooks,
+    is_executed,
     notebook_digest,
     read_record,
     unused_keys,
@@ -95,6 +96,7 @@ def build_book(
     jobs: int | None = None,
     force: bool = False,
     cell_limit: int = 0,
+    executor: str = "local",
     root: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Book:
@@ -106,6 +108,7 @@ def build_book(
             more than one, each runs on a single thread.
         force: Execute, and train, also what has not changed.
         cell_limit: Seconds after which a cell is given up; 0: none is.
+        executor: Who executes them: local, ray or slurm.
         root: The folder that holds ``book/`` and ``notebooks/``; the checkout where
             not given.
         report: Called with one line at a time of what is going on.
@@ -129,7 +132,12 @@ def build_book(
         if force:
             shutil.rmtree(folder, ignore_errors=True)
         shelf = Shelf(
-            profile_name, folder, jobs or cores(), report, cell_limit=cell_limit
+            profile_name,
+            folder,
+            jobs or cores(),
+            report,
+            executor,
+            cell_limit=cell_limit,
         )
         results = results_folder(profile_name)
         digests = {
@@ -172,7 +180,7 @@ class Shelf:
         folder: Holds the outputs and the run folders of the notebooks.
         jobs: Notebooks executed at a time; with more than one, each on one thread.
         report: Called with one line at a time of what is going on.
-        executor: Carries them out; processes of this machine where not given.
+        executor: Carries them out, or the name of one that does.
         cell_limit: Seconds after which a cell is given up; 0: none is.
     """
 
@@ -180,7 +188,7 @@ class Shelf:
     folder: Path
     jobs: int
     report: Callable[[str], None]
-    executor: Executor | None = None
+    executor: Executor | str = "local"
     cell_limit: int = 0
 
     @property
@@ -198,11 +206,15 @@ class Shelf:
         """
         for draft in self.outputs.glob("*.partial.*"):
             draft.unlink()  # of a book that was interrupted
-        executor = self.executor or LocalExecutor(
-            cores=self.jobs if self.jobs > 1 else cores(),
-            report=lambda job: self.report(f"{job.name} ..."),
-            finished=self._tell,
-        )
+        executor = self.executor
+        if isinstance(executor, str):
+            executor = executor_named(
+                executor,
+                folder=self.folder,
+                cores=self.jobs if self.jobs > 1 else cores(),
+                report=lambda job: self.report(f"{job.name} ..."),
+                finished=self._tell,
+            )
         outcomes = executor.run([self._job(n, digests[n.name]) for n in notebooks])
         faults = [o.message for o in outcomes.values() if not o.ok]
         if faults:
@@ -211,12 +223,6 @@ class Shelf:
 
     def _job(self, notebook: Notebook, digest: str) -> Job:
         """Run one notebook as ``rlreason run`` does, on a core, or a GPU of its own."""
-
-        def fresh() -> bool:
-            record = read_record(notebook.name, self.outputs)
-            output = self.outputs / f"{notebook.name}.ipynb"
-            return record is not None and record.digest == digest and output.is_file()
-
         command = [sys.executable, "-m", "rlreason.cli", "run", str(notebook.path)]
         command += ["--profile", self.profile_name, "--output", str(self.outputs)]
         command += ["--cell-limit", str(self.cell_limit)]
@@ -227,8 +233,11 @@ class Shelf:
             needs=notebook.needs,
             cores=1 if self.jobs > 1 else cores(),
             gpus=1,
-            fresh=fresh,
+            fresh=lambda: is_executed(notebook.name, digest, self.outputs),
             environment={"RLREASON_RUNS": str(runs)},
+            writes=tuple(
+                self.outputs / f"{notebook.name}.{kind}" for kind in ("ipynb", "json")
+            ),
         )
 
     def _tell(self, outcome: Outcome) -> None:

@@ -523,6 +523,13 @@ def read_record(name: str, folder: Path) -> Record | None:
         return None
 
 
+def is_executed(name: str, digest: str, folder: Path) -> bool:
+    """Whether a folder holds a notebook's output of this digest, with its record."""
+    record = read_record(name, folder)
+    output = folder / f"{name}.ipynb"
+    return record is not None and record.digest == digest and output.is_file()
+
+
 def _peak_of_children_mb() -> int | None:
     """Return the largest memory that an ended child process had, i.e. the kernel."""
     if os.name == "nt":

@@ -362,7 +362,7 @@ class RunFolder:
         self._started_at = self._saved_at = time.monotonic()
         self._save_took = 0.0
         settings = canonical_json(self.settings).encode() + b"\n"
-        _write_atomically(self.path / "settings.json", settings)
+        write_atomically(self.path / "settings.json", settings)
         sessions = _read_json(self.path / "environment.json") or []
         _write_json(self.path / "environment.json", [*sessions, environment()])
         self._write_status("running")
@@ -551,10 +551,10 @@ def _force_path(path: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file so that a reader sees the old content or the new, never half."""
     draft = path.with_name(path.name + ".partial")
     draft.write_bytes(content)

@@ -1,0 +1,73 @@
+"""``rlreason batch``: a grid of notebooks or training runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from rlreason.commands.options import executor_option
+
+
+@click.command()
+@click.argument("grid", type=click.Path(path_type=Path, dir_okay=False))
+@executor_option
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Cores of this machine in use at a time. [default: all]",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for notebooks, logs and status. [default: runs/batch/GRID]",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
+@click.option("--retry-failed", is_flag=True, help="Run also what failed before.")
+def batch(
+    grid: Path,
+    executor: str,
+    jobs: int | None,
+    output: Path | None,
+    dry_run: bool,
+    retry_failed: bool,
+) -> None:
+    """Run a grid of notebooks or training runs.
+
+    GRID is a YAML file: notebooks or steps, times parameters, times seeds. The whole of
+    it is checked before anything starts. What is done is not done again; a job that
+    fails keeps only those from running that need it. The folder gets a log and the
+    executed notebook of every job, status.json, and index.html, which shows them.
+
+    \b
+    rlreason batch grid.yaml --dry-run
+    rlreason batch grid.yaml --executor slurm
+
+    Exit code 0 when all that the grid names is there, 1 when a job failed.
+    """
+    from rlreason.publishing.batch import plan_lines, run_batch
+    from rlreason.publishing.grid import read_grid
+    from rlreason.runs.environment import cores, make_folder, runs_root
+
+    output = (output or runs_root() / "batch" / grid.stem).absolute()
+    items = read_grid(grid, output)
+    if dry_run:
+        for line in plan_lines(items, jobs or cores()):
+            click.echo(line)
+        return
+    outcomes = run_batch(
+        items,
+        make_folder(output),
+        executor=executor,
+        cores=jobs,
+        retry_failed=retry_failed,
+        report=click.echo,
+        terminal=sys.stdout if sys.stdout.isatty() else None,
+    )
+    failed = [outcome for outcome in outcomes.values() if not outcome.ok]
+    for outcome in failed:
+        click.echo(f"\n{outcome.name}: {outcome.message}", err=True)
+    click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} jobs are done")
+    click.echo(output / "index.html")
+    sys.exit(1 if failed else 0)

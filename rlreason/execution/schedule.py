@@ -1,0 +1,160 @@
+"""The order of jobs, the same wherever they run: needs first, failures kept apart.
+
+``run_jobs`` asks each job whether there is anything to do, and gives those that there
+is room for to a ``Place``: processes of this machine, tasks of a Ray cluster, array
+jobs of Slurm. The order is that of the list: of the jobs whose needs are met, the first
+that finds room is started. An interruption (Ctrl-C, or a signal that asks this process
+to end) stops the place and starts nothing more.
+
+Two processes may carry out the same jobs: a job that says where its lock lies is
+carried out by the one that holds it, and the other asks again when it is let go.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from filelock import FileLock, Timeout
+
+from rlreason.execution.jobs import Job, Outcome, check_jobs
+
+LOOK_EVERY = 0.05  # seconds
+
+
+class Place(Protocol):
+    """Where jobs run."""
+
+    def has_room(self, job: Job) -> bool:
+        """Whether a job could be started now."""
+        ...
+
+    def start(self, job: Job) -> None:
+        """Start a job and return; OSError or ValueError where it cannot be."""
+        ...
+
+    def ended(self) -> list[Outcome]:
+        """Those that came to their end since this was last asked; does not wait."""
+        ...
+
+    def stop(self) -> None:
+        """End all that is running, and leave."""
+        ...
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    place: Place,
+    *,
+    report: Callable[[Job], object],
+    finished: Callable[[Outcome], object],
+) -> dict[str, Outcome]:
+    """Carry out jobs at a place; see ``Executor.run``.
+
+    Args:
+        report: Called with each job when it is started.
+        finished: Called with each outcome when it is there, before the job is let go.
+    """
+    check_jobs(jobs)
+    queue = _Queue(place, report, finished, list(jobs))
+    with _signals_interrupt():
+        try:
+            while queue.waiting or queue.held:
+                if not queue.move():
+                    time.sleep(LOOK_EVERY)
+        finally:
+            place.stop()
+            for name in list(queue.held):
+                queue.let_go(name)
+    return queue.outcomes
+
+
+@dataclass
+class _Queue:
+    """Jobs on their way.
+
+    Attributes:
+        held: Those that are running, each with its lock where it has one.
+    """
+
+    place: Place
+    report: Callable[[Job], object]
+    finished: Callable[[Outcome], object]
+    waiting: list[Job]
+    held: dict[str, FileLock | None] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def move(self) -> bool:
+        """Start what can be, and note what has ended; whether anything happened."""
+        before = len(self.waiting), len(self.outcomes)
+        for job in list(self.waiting):
+            needed = [self.outcomes.get(name) for name in job.needs]
+            if failed := [n.name for n in needed if n is not None and not n.ok]:
+                self.waiting.remove(job)
+                told = f"it needs {' and '.join(failed)}"
+                self._note(Outcome(job.name, "blocked", told))
+            elif None not in needed and self.place.has_room(job) and self._take(job):
+                self._start(job)
+        for outcome in self.place.ended():
+            self._note(outcome)
+        return before != (len(self.waiting), len(self.outcomes))
+
+    def _take(self, job: Job) -> bool:
+        """Hold a job; False where another process holds it."""
+        lock = FileLock(job.lock) if job.lock else None
+        try:
+            if lock:
+                lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        self.waiting.remove(job)
+        self.held[job.name] = lock
+        return True
+
+    def _start(self, job: Job) -> None:
+        try:
+            if job.fresh():
+                self._note(Outcome(job.name, "fresh"))
+            else:
+                self.report(job)
+                self.place.start(job)
+        except (OSError, ValueError) as error:  # no other job's fault
+            self._note(Outcome(job.name, "failed", str(error)))
+
+    def _note(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.name] = outcome
+        self.finished(outcome)
+        self.let_go(outcome.name)
+
+    def let_go(self, name: str) -> None:
+        """Let another process ask for a job."""
+        if lock := self.held.pop(name, None):
+            lock.release()
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let a request to end this process be an interruption: jobs would outlive it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    names = [n for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    numbers = [getattr(signal, name) for name in names]
+    before = {n: signal.getsignal(n) for n in numbers}
+    ours = [n for n in numbers if before[n] == signal.SIG_DFL]  # not those of nohup
+    for number in ours:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])

@@ -1,0 +1,357 @@
+"""A grid: notebooks or steps, times parameters, times seeds, as a YAML file.
+
+::
+
+    profile: tiny
+    seeds: [0, 1, 2]
+    runs:
+      - steps: [expert-iteration, ppo]
+        parameters: {start: [sft, base], ppo.kl.coef: 0.02}
+      - notebooks: [05_expert_iteration]
+        parameters: {k_by_hand: [4, 8]}
+
+A parameter is a value, or a list of values, each of which is run (one that is a list
+itself stands in a list of its own). Those of a step are paths of the profile's recipe,
+as in ``rlreason train --set``; those of a notebook are in its parameters cell.
+
+``read_grid`` expands the whole file, and refuses it with all its faults before anything
+is started. What is asked for twice is one job, and so is a run that others start from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from rlreason.execution.jobs import Job
+from rlreason.execution.seeds import missing, training_job
+from rlreason.publishing.notebooks import (
+    Notebook,
+    choose_parameters,
+    is_executed,
+    notebook_digest,
+    output_folder,
+    parse_value,
+    read_notebook,
+    read_record,
+)
+from rlreason.runs.describe import setting_rows
+from rlreason.runs.environment import project_root, results_folder, runs_root
+from rlreason.runs.plans import Plan, folder_of, plan_of
+from rlreason.runs.profiles import load_profile, load_recipe, read_yaml
+from rlreason.runs.recipes import Recipe
+from rlreason.settings import (
+    HASH_LENGTH,
+    Settings,
+    load_settings,
+    setting,
+    unknown_key_message,
+)
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class GridError(ValueError):
+    """A grid that cannot be run as it stands; names all its faults."""
+
+
+class Runs(Settings):
+    """Notebooks or steps that are run with the same parameters."""
+
+    notebooks: list[str] = setting(
+        list, "Names in notebooks/, or paths from the grid's file.", source="ours"
+    )
+    steps: list[str] = setting(list, "As in `rlreason train`.", source="ours")
+    profile: str | None = setting(None, "In place of the grid's.", source="ours")
+    parameters: dict[str, Any] = setting(
+        dict, "Name to value, or to a list of values.", source="ours"
+    )
+    seeds: list[Seed] | None = setting(None, "In place of the grid's.", source="ours")
+    cores: int = setting(1, "CPU cores a job, each one thread.", source="ours", ge=1)
+    gpus: int = setting(1, "GPUs a job, where there are any.", source="ours", ge=0)
+    memory: int = setting(
+        0, "Megabytes a job, asked of Ray and Slurm; 0: not said.", source="ours", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Runs:
+        if not self.notebooks and not self.steps:
+            raise ValueError("name notebooks or steps")
+        return self
+
+
+class Grid(Settings):
+    """The content of a grid's file."""
+
+    profile: str = setting("tiny", "Of all runs that name none.", source="ours")
+    seeds: list[Seed] = setting(
+        lambda: [0], "Of all runs that name none.", source="ours", min_length=1
+    )
+    runs: list[dict[str, Any]] = setting(
+        ..., "What is run, each as in Runs.", source="ours", min_length=1
+    )
+
+
+@dataclass(frozen=True)
+class Item:
+    """A job of a grid, with what is shown of it.
+
+    Attributes:
+        label: What is run, for people; of a run that others need, its folder's name.
+        folder: Takes its log, its output where it is a notebook, and its failure.
+        digest: Of all that decides its result.
+        job: Its ``fresh`` says whether it is done.
+        expected: Seconds that it takes, by earlier runs of its kind; None: not known.
+        result: Where its run folder, or executed notebook, lies; None where it is not.
+        plan: Of a step.
+        given: Of a notebook, its name, profile and parameters.
+    """
+
+    label: str
+    folder: Path
+    digest: str
+    job: Job
+    expected: float | None
+    result: Callable[[], Path | None]
+    plan: Plan | None = None
+    given: tuple[Notebook, str, dict[str, Any]] | None = None
+
+
+def read_grid(path: Path, output: Path) -> list[Item]:
+    """Expand a grid's file; each job once. Writes nothing.
+
+    Args:
+        output: Folder that is to take a folder for each job.
+
+    Raises:
+        SettingsError: The file is no grid.
+        GridError: A notebook, step, parameter or profile is unknown, or a value does
+            not fit; names all of them, with what there is.
+    """
+    grid = load_settings(Grid, read_yaml(path))
+    faults: dict[str, None] = {}
+    items: dict[str, Item] = {}
+    for number, part in enumerate(grid.runs):
+        runs = None
+        with _noted(faults, number):
+            runs = load_settings(Runs, part)
+        for name, values in _choices(runs) if runs else ():
+            with _noted(faults, number):
+                for item in _Maker(path, output, grid, runs).items(name, values):
+                    old = items.get(item.job.name)  # that it is asked for, says more
+                    if old is None or old.label == old.job.name:
+                        items[item.job.name] = item
+    if faults:
+        raise GridError("\n  ".join([f"{path} cannot be run:", *faults]))
+    return [_with_needs(item, list(items.values())) for item in items.values()]
+
+
+@contextmanager
+def _noted(faults: dict[str, None], number: int) -> Iterator[None]:
+    """Note what is wrong with a part of a grid, once, and go on."""
+    try:
+        yield
+    except ValueError as error:  # ours, of whichever room
+        faults[f"runs[{number}]: {error}"] = None
+
+
+def _choices(runs: Runs) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every notebook and step with every choice of one value a parameter."""
+    axes = [v if isinstance(v, list) else [v] for v in runs.parameters.values()]
+    for name in [*runs.steps, *runs.notebooks]:
+        for values in itertools.product(*axes):
+            yield name, dict(zip(runs.parameters, values, strict=True))
+
+
+def _with_needs(item: Item, items: list[Item]) -> Item:
+    """A notebook after those of the grid that it needs, where they fit together."""
+    if item.given is None:
+        return item
+    notebook, profile, given = item.given
+    needs = [
+        other.job.name
+        for other in items
+        if other.given is not None
+        and other.given[0].name in notebook.needs
+        and other.given[1] == profile
+        and all(given.get(name, v) == v for name, v in other.given[2].items())
+    ]
+    return replace(item, job=replace(item.job, needs=tuple(needs)))
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes items of one part of a grid."""
+
+    path: Path
+    output: Path
+    grid: Grid
+    runs: Runs
+
+    @property
+    def profile(self) -> str:
+        """One that is a file is seen from the grid's file."""
+        name = self.runs.profile or self.grid.profile
+        is_file = Path(name).suffix in (".yaml", ".yml")
+        return str((self.path.parent / name).resolve()) if is_file else name
+
+    def items(self, name: str, values: dict[str, Any]) -> list[Item]:
+        """All seeds of a step, or a notebook, with the runs that they start from."""
+        seeds = self.runs.seeds or self.grid.seeds
+        if name in self.runs.steps:
+            _check_paths(name, values, load_recipe(self.profile))
+            recipe = load_recipe(self.profile, values)
+            plans = {seed: plan_of(name, recipe, seed) for seed in seeds}
+            asked = {folder_of(plan).path.name: plan for plan in plans.values()}
+            labels = {
+                folder_of(plan).path.name: self._label(name, values | {"seed": seed})
+                for seed, plan in plans.items()
+            }
+            return [
+                self._of_step(plan, run, labels.get(run, run))
+                for run, plan in (missing(asked.values()) | asked).items()
+            ]
+        notebook = self._notebook(name)
+        if "seed" in notebook.parameters and "seed" not in values:
+            given = [values | {"seed": seed} for seed in seeds]
+            return [self._of_notebook(notebook, each) for each in given]
+        if self.runs.seeds:
+            raise GridError(f"{name} takes no seeds: leave them out")
+        return [self._of_notebook(notebook, values)]
+
+    def _label(self, name: str, values: dict[str, Any]) -> str:
+        words = [f"{n}={json.dumps(v).strip(chr(34))}" for n, v in values.items()]
+        return " ".join([name, f"({Path(self.profile).stem})", *words])
+
+    def _placed(self, job: Job, folder: Path) -> Job:
+        """A job with what the grid gives it; its log and lock lie in its folder."""
+        return replace(
+            job,
+            cores=self.runs.cores,
+            gpus=self.runs.gpus,
+            memory=self.runs.memory,
+            log=folder / "log.txt",
+            lock=folder / "lock",
+        )
+
+    # Steps
+
+    def _of_step(self, plan: Plan, name: str, label: str) -> Item:
+        def result() -> Path | None:
+            run = folder_of(plan)
+            return run.path if run.done else None
+
+        folder = self.output / name
+        return Item(
+            label,
+            folder,
+            digest=name,
+            job=self._placed(training_job(plan, name, folder / "plan.json"), folder),
+            expected=_mean(_seconds_of_runs(plan)),
+            result=result,
+            plan=plan,
+        )
+
+    # Notebooks
+
+    def _notebook(self, name: str) -> Notebook:
+        """By its name in the project, or by its path from the grid's file."""
+        if name.endswith(".ipynb"):
+            return read_notebook((self.path.parent / name).resolve())
+        folder = project_root() / "notebooks"
+        known = sorted(file.stem for file in folder.glob("*.ipynb"))
+        if name not in known:
+            raise GridError(unknown_key_message("notebooks", [name], known))
+        return read_notebook(folder / f"{name}.ipynb")
+
+    def _of_notebook(self, notebook: Notebook, given: dict[str, Any]) -> Item:
+        profile, name = self.profile, notebook.name
+        scale, label = load_profile(profile), self._label(name, given)
+        own = {**notebook.parameters, **choose_parameters(notebook, scale, {})}
+        # What is given and changes nothing makes no other execution of it
+        asked = given
+        given = {n: v for n, v in asked.items() if n not in own or v != own[n]}
+        results = results_folder(profile)
+        digest = notebook_digest(notebook, scale, given, results=results)
+        key = json.dumps([profile, given], sort_keys=True).encode()
+        folder = self.output / f"{name}-{hashlib.sha256(key).hexdigest()[:HASH_LENGTH]}"
+        book = runs_root() / "book" / Path(profile).stem / "notebooks"
+        places = (folder, output_folder(profile), book)
+
+        def result() -> Path | None:
+            there = (place for place in places if is_executed(name, digest, place))
+            return next((place / f"{name}.ipynb" for place in there), None)
+
+        command = [sys.executable, "-m", "rlreason.cli", "run", str(notebook.path)]
+        command += ["--profile", profile, "--output", str(folder)]
+        for parameter, value in given.items():
+            command += ["-p", parameter, _as_text(notebook, parameter, value)]
+        records = (read_record(name, place) for place in places)
+        job = Job(
+            folder.name,
+            command,
+            fresh=lambda: result() is not None,
+            writes=(folder,),
+        )
+        return Item(
+            label,
+            folder,
+            digest,
+            job=self._placed(job, folder),
+            expected=_mean(record.seconds for record in records if record),
+            result=result,
+            given=(notebook, profile, asked),
+        )
+
+
+def _check_paths(step: str, paths: Iterable[str], recipe: Recipe) -> None:
+    """Refuse paths that a recipe does not have."""
+    known = [f"{row.path}." for row in setting_rows(None, recipe)]
+    for path in paths:
+        part, whole = path.partition(".")[0], f"{path}."
+        if not any(k.startswith(whole) or whole.startswith(k) for k in known):
+            near = [k[:-1] for k in known if k.startswith(f"{part}.")]
+            parts = list(dict.fromkeys(k.partition(".")[0] for k in known))
+            raise GridError(unknown_key_message(step, [path], near or parts))
+
+
+def _as_text(notebook: Notebook, name: str, value: Any) -> str:
+    """A parameter as ``rlreason run -p`` reads it."""
+    default = notebook.parameters[name]
+    text = value if isinstance(default, str) else repr(value)
+    if isinstance(text, str) and parse_value(text, default) == value:
+        return text
+    raise GridError(f"{notebook.name}: {name} cannot be {value!r}")
+
+
+def _seconds_of_runs(plan: Plan) -> Iterator[float]:
+    """Seconds of the runs that are done of the same step from the same base."""
+    for path in runs_root().glob(f"{plan.step}-*"):
+        status = read_json(path / "status.json")
+        same = read_json(path / "settings.json").get("policy") == plan.policy
+        if same and status.get("status") == "done":
+            yield status["seconds"]
+
+
+def _mean(seconds: Iterable[float]) -> float | None:
+    known = list(seconds)
+    return fmean(known) if known else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; nothing where it is not there, or no JSON."""
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

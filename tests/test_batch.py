@@ -1,0 +1,323 @@
+"""A grid: checked as a whole, each job once, failures kept apart and shown."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+import sys
+from base64 import b64decode, b64encode
+from dataclasses import replace
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import yaml
+from test_notebook_runner import write_notebook
+from toys import toy_profile
+
+from rlreason.cli import main
+from rlreason.execution.jobs import Job
+from rlreason.publishing.batch import plan_lines, run_batch
+from rlreason.publishing.grid import GridError, Item, read_grid
+from rlreason.publishing.notebooks import read_notebook, run_notebook
+from rlreason.runs.plans import folder_of, obtain, plan_of
+from rlreason.runs.profiles import load_recipe
+from rlreason.settings import SettingsError
+
+PARAMETERS = "seed = 0\nk = 4\nwords = 'a'"
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Writes a grid's file, and reads it."""
+
+    def read(*runs: dict, **more):
+        path = tmp_path / "grid.yaml"
+        path.write_text(yaml.safe_dump({"profile": "smoke", "runs": runs, **more}))
+        return read_grid(path, tmp_path / "out")
+
+    return read
+
+
+def labels(items) -> list[str]:
+    return [item.label for item in items]
+
+
+# Reading
+
+
+def test_a_grid_is_every_choice_of_values_and_seeds_once(grid, tmp_path):
+    write_notebook(tmp_path, "ch", "k", parameters=PARAMETERS)
+    write_notebook(tmp_path, "fixed", "1")
+    ours = {"notebooks": ["ch.ipynb"], "parameters": {"k": [4, 8], "words": "b"}}
+    items = grid(ours, ours, {"notebooks": ["fixed.ipynb"]}, seeds=[0, 1])
+    assert labels(items) == [
+        *(f"ch (smoke) k={k} words=b seed={s}" for k in (4, 8) for s in (0, 1)),
+        "fixed (smoke)",  # which takes no seed
+    ]
+    assert len({item.folder for item in items}) == 5
+    assert not (tmp_path / "out").exists()
+    told = " ".join(items[3].job.command)
+    assert told.endswith("-p k 8 -p words b -p seed 1")
+
+
+def test_a_steps_needs_are_jobs_and_what_is_asked_for_has_its_label(grid, tmp_path):
+    profile = str(toy_profile(tmp_path))
+    runs = {"profile": profile, "parameters": {"ppo.kl.coef": [0.1, 0.2]}}
+    items = grid({"steps": ["ppo"], **runs}, {"steps": ["sft"], "profile": profile})
+    name = Path(profile).stem
+    assert sorted(labels(items)) == [
+        f"ppo ({name}) ppo.kl.coef=0.1 seed=0",
+        f"ppo ({name}) ppo.kl.coef=0.2 seed=0",
+        f"sft ({name}) seed=0",
+    ]
+    (sft,) = (item for item in items if item.label.startswith("sft"))
+    assert all(i.job.needs == (sft.job.name,) for i in items if i is not sft)
+
+
+def test_a_notebook_comes_after_those_of_its_own_parameters_that_it_needs(
+    grid, tmp_path
+):
+    write_notebook(tmp_path, "base", parameters="seed = 0")
+    write_notebook(tmp_path, "above", parameters="seed = 0", needs=("base",))
+    items = grid({"notebooks": ["above.ipynb", "base.ipynb"]}, seeds=[0, 4])
+    by_label = {item.label: item.job for item in items}
+    for seed in (0, 4):
+        needed = by_label[f"base (smoke) seed={seed}"].name
+        assert by_label[f"above (smoke) seed={seed}"].needs == (needed,)
+
+
+def test_all_faults_are_told_at_once_with_what_there_is(grid, tmp_path):
+    write_notebook(tmp_path, "ch", parameters=PARAMETERS)
+    write_notebook(tmp_path, "fixed")
+    with pytest.raises(GridError) as caught:
+        grid(
+            {"notebooks": ["00_toor"]},
+            {"steps": ["pppo"]},
+            {"notebooks": ["ch.ipynb"], "parameters": {"kk": 1}},
+            {"notebooks": ["ch.ipynb"], "parameters": {"k": "many"}},
+            {"steps": ["sft"], "parameters": {"sft.epoch": 1}},
+            {"steps": ["sft"], "parameters": {"sft.epochs": "two"}},
+            {"steps": ["sft"], "profile": "tinny"},
+            {"notebooks": ["fixed.ipynb"], "seeds": [1]},
+            {"notebooks": ["ch.ipynb"], "parameters": {"k": [4, 8]}},  # in order
+        )
+    told = str(caught.value).splitlines()
+    assert len(told) == 9
+    for line, said in zip(
+        told[1:],
+        [
+            "runs[0]: notebooks: unknown '00_toor' (did you mean '00_tour'?); known",
+            "runs[1]: steps: unknown 'pppo' (did you mean 'ppo'?); known are: sft",
+            "runs[2]: ch, parameters from -p: unknown 'kk' (did you mean 'k'?)",
+            "runs[3]: ch: k is 'many', not of type int",
+            "runs[4]: sft: unknown 'sft.epoch' (did you mean 'sft.epochs'?)",
+            "runs[5]: Recipe: sft.epochs: Input should be a valid integer",
+            "runs[6]: no profile 'tinny': give smoke, tiny",
+            "runs[7]: fixed.ipynb takes no seeds: leave them out",
+        ],
+        strict=True,
+    ):
+        assert said in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("runs: []", "runs: List should have at least 1 item"),
+        ("runs: [{steps: sft}]", "runs[0]: Runs: steps: Input should be a valid array"),
+        ("runs: [{}]", "name notebooks or steps"),
+        (
+            "runs: [{step: sft}]",
+            "runs[0]: Runs: unknown 'step' (did you mean 'steps'?)",
+        ),
+        ("run: [{steps: [sft]}]", "unknown 'run' (did you mean 'runs'?)"),
+        ("runs: [{steps: [sft], seeds: [-1]}]", "seed"),
+        ("runs: !!python/object/apply:os.getcwd []", "could not determine"),
+    ],
+)
+def test_a_file_that_is_no_grid_is_refused(tmp_path, content, said):
+    path = tmp_path / "grid.yaml"
+    path.write_text(content)
+    with pytest.raises((SettingsError, GridError)) as caught:
+        read_grid(path, tmp_path)
+    assert said in str(caught.value)
+
+
+# What is done
+
+
+def test_what_is_done_is_known_by_its_identity_wherever_it_was_done(grid, tmp_path):
+    notebook = write_notebook(tmp_path, "ch", "k", parameters=PARAMETERS)
+    profile = str(toy_profile(tmp_path))
+    plan = plan_of("sft", load_recipe(profile), 0)
+    runs = (
+        {"steps": ["sft"], "profile": profile},
+        {"notebooks": ["ch.ipynb"], "parameters": {"k": [4, 5]}, "seeds": [0]},
+    )
+    assert not any(item.job.fresh() for item in grid(*runs))
+    assert list(plan_lines(grid(*runs), 2))[-1].endswith("of 3 jobs it is not known")
+    obtain(plan)
+    run_notebook(read_notebook(notebook), profile_name="smoke", given={"k": 5})
+    items = grid(*runs)
+    assert [item.job.fresh() for item in items] == [True, False, True]
+    assert items[0].result() == folder_of(plan).path
+    lines = list(plan_lines(items, 2))
+    assert lines[0].endswith("  done")
+    assert re.search(r" to do, expected \d+ s$", lines[1])  # as with k=5
+    assert lines[3] == "1 of 3 jobs to do"
+    notebook.write_text(notebook.read_text().replace('"k"', '"k + 1"'))
+    assert [item.job.fresh() for item in grid(*runs)] == [True, False, False]
+
+
+# Running
+
+PICTURE = b64encode(b"a picture").decode()
+SHOWS = f"""
+from IPython.display import display
+display({{"image/png": "{PICTURE}"}}, raw=True)"""
+# Notes that it is run, and fails until it is mended
+COUNTS = """
+import pathlib, sys
+here, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+with (here / f"ran-{name}").open("a") as file:
+    file.write("x")
+if name == "b" and not (here / "mended").exists():
+    sys.exit("rlreason: there is no <b>")
+(here / f"made-{name}").touch()
+"""
+
+
+def three(folder: Path, out: Path) -> list[Item]:
+    """A job that works, one that fails until it is mended, and one that needs that."""
+    items = []
+    for name, needs in (("c", ("b",)), ("a", ()), ("b", ())):
+        made, own = folder / f"made-{name}", out / name
+        command = [sys.executable, "-c", COUNTS, str(folder), name]
+        job = Job(name, command, needs, fresh=made.is_file)
+        job = replace(job, log=own / "log.txt", lock=own / "lock")
+        there = partial(lambda path: path if path.is_file() else None, made)
+        items.append(Item(f"{name} (toy)", own, name, job, None, there))
+    return items
+
+
+def times(folder: Path) -> list[int]:
+    """How many times each of the three was run."""
+    files = [folder / f"ran-{name}" for name in "abc"]
+    return [len(file.read_text()) if file.is_file() else 0 for file in files]
+
+
+def states(out: Path) -> dict[str, str]:
+    jobs = json.loads((out / "status.json").read_text())["jobs"]
+    return {name: job["state"] for name, job in jobs.items()}
+
+
+def test_a_failure_is_kept_apart_shown_and_tried_again_when_asked(tmp_path):
+    out, lines = tmp_path / "out", []
+    items = three(tmp_path, out)
+    run_batch(items, out, report=lines.append)
+    assert states(out) == {"a": "done", "b": "failed", "c": "blocked"}
+    assert sorted(line.split(" ", 1)[0] for line in lines) == ["1/3", "2/3", "3/3"]
+    page = (out / "index.html").read_text()
+    assert "<pre>there is no &lt;b&gt;</pre>" in page
+    assert 'href="b/log.txt"' in page
+    assert (out / "b" / "log.txt").read_text() == "rlreason: there is no <b>\n"
+    # What is done, and what failed, is not run again until one asks for it
+    outcomes = run_batch(items, out, report=lines.append)
+    assert states(out) == {"a": "fresh", "b": "failed", "c": "blocked"}
+    assert "--retry-failed runs it again" in outcomes["b"].message
+    assert times(tmp_path) == [1, 1, 0]
+    changed = [replace(item, digest="another") for item in items]  # nor is that asked
+    run_batch(changed, out, report=lines.append)
+    assert times(tmp_path) == [1, 2, 0]
+    (tmp_path / "mended").touch()
+    run_batch(items, out, report=lines.append, retry_failed=True)
+    assert times(tmp_path) == [1, 3, 1]
+    run_batch(items, out, report=lines.append)
+    assert set(states(out).values()) == {"fresh"}
+    assert times(tmp_path) == [1, 3, 1]
+
+
+def test_two_batches_on_one_folder_run_each_job_once(tmp_path):
+    fork, out = multiprocessing.get_context("fork"), tmp_path / "out"
+    both = [
+        fork.Process(target=run_batch, args=(three(tmp_path, out), out))
+        for _ in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert times(tmp_path) == [1, 1, 0]
+    assert states(out)["b"] == "failed"
+
+
+def test_without_locks_two_batches_run_a_job_twice(tmp_path):
+    """The wrong version: each finds the job not done, and starts it."""
+    meet = f"import pathlib, os, time; here = pathlib.Path({str(tmp_path)!r})\n" + (
+        "(here / f'ran-{os.getpid()}').touch()\n"
+        "while len(list(here.glob('ran-*'))) < 2:\n    time.sleep(0.02)"
+    )
+    job = Job("a", [sys.executable, "-c", meet])
+    item = Item("a", tmp_path / "a", "a", job, None, lambda: None)
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=run_batch, args=([item], tmp_path)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert len(list(tmp_path.glob("ran-*"))) == 2
+
+
+def test_a_terminal_gets_a_table_that_is_drawn_over_the_last(tmp_path):
+    (tmp_path / "mended").touch()
+    out, terminal = tmp_path / "out", StringIO()
+    run_batch(three(tmp_path, out), out, terminal=terminal, report=pytest.fail)
+    text = terminal.getvalue()
+    first, last = text.split("\x1b")[0], text.split("\x1b[J")[-1]
+    assert first.splitlines()[0] == "3 waiting; unknown time left"
+    assert first.splitlines()[1].split() == ["waiting", "c", "(toy)"]
+    assert last.startswith("3 done; about 0 min left\ndone ")
+    assert text.count("\x1b[4F\x1b[J") == text.count("\x1b") // 2 == 6
+
+
+def test_an_interruption_leaves_no_job_running(tmp_path):
+    def interrupt(line):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(three(tmp_path, out), out, cores=1, report=interrupt)
+    assert "running" not in states(out).values()
+
+
+@pytest.mark.spread
+def test_a_grid_of_steps_and_a_notebook_from_the_command_line(tmp_path, capsys):
+    profile = toy_profile(tmp_path)
+    write_notebook(tmp_path, "ch", SHOWS, parameters=PARAMETERS)
+    path, out = tmp_path / "grid.yaml", tmp_path / "out"
+    runs = [{"steps": ["ppo"], "profile": "toy.yaml"}, {"notebooks": ["ch.ipynb"]}]
+    path.write_text(yaml.safe_dump({"profile": "smoke", "runs": runs, "seeds": [3]}))
+    with pytest.raises(SystemExit) as caught:
+        main(["batch", str(path), "--output", str(out), "--jobs", "2"])
+    assert caught.value.code == 0
+    assert "3 of 3 jobs are done" in capsys.readouterr().out
+    assert set(states(out).values()) == {"done"}
+    assert folder_of(plan_of("ppo", load_recipe(profile), 3)).done
+    (picture,) = out.glob("ch-*/picture.png")
+    assert picture.read_bytes() == b64decode(PICTURE)
+    page = (out / "index.html").read_text()
+    for name in ("picture.png", "ch.ipynb", "log.txt"):
+        assert f'="{picture.parent.name}/{name}"' in page
+    main(["batch", str(path), "--output", str(out), "--dry-run"])
+    assert "0 of 2 jobs to do" in capsys.readouterr().out
+
+
+def test_the_grid_of_the_book_is_one(tmp_path):
+    book = Path(__file__).parents[1] / "book"
+    items = read_grid(book / "grid.yaml", tmp_path)
+    assert f"{len(items)} jobs" in (book / "batch.md").read_text()
