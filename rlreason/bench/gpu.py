@@ -170,7 +170,7 @@ def decoding(check: Check, policy: Policy, *, rows: int, tokens: int, k: int) ->
 def fine_tuning(
     check: Check, policy: Policy, *, updates: int, micro_tokens: int, lora: bool
 ) -> float:
-    """Percent of the card's arithmetic that SFT uses, of examples as long as GSM8K's."""
+    """Percent of the card's arithmetic that SFT uses; examples as long as GSM8K's."""
     peak = matrix_products(check)
     if lora:
         policy = with_lora(policy, rank=16, alpha=16.0, targets="all-linear")
@@ -216,34 +216,28 @@ def matrix_products(check: Check) -> float:
 def made_up_examples(policy: Policy, count: int, *, length: int) -> list[Example]:
     """Examples of random tokens; prompt and response have 1/2 to 3/2 of the length."""
     generator = torch.Generator().manual_seed(0)
+    span, rows = (length // 2, 3 * length // 2 + 1), vocabulary_rows(policy.model)
 
     def tokens() -> tuple[int, ...]:
-        long = int(
-            torch.randint(length // 2, 3 * length // 2 + 1, (), generator=generator)
-        )
-        rows = vocabulary_rows(policy.model)
+        long = int(torch.randint(*span, (), generator=generator))
         return tuple(torch.randint(3, rows, (long,), generator=generator).tolist())
 
     return [Example(tokens(), tokens()) for _ in range(count)]
 
 
 def operations(policy: Policy, examples: Sequence[Example], *, trained: bool) -> float:
-    """Floating-point operations that an update on all examples needs; see the module."""
+    """Floating-point operations that updates on all examples need; see the module."""
     config = policy.model.config
     head = vocabulary_rows(policy.model) * config.hidden_size
     embeddings = head if config.tie_word_embeddings else 2 * head
-    every = sum(
-        w.numel() for n, w in policy.model.named_parameters() if "lora_" not in n
-    )
-    lengths = [len(e.prompt_tokens) + len(e.tokens) for e in examples]
-    met = (every - embeddings) * sum(lengths) + head * sum(
-        len(e.tokens) for e in examples
-    )
-    width = config.num_attention_heads * (
-        config.hidden_size // config.num_attention_heads
-    )
+    named = policy.model.named_parameters()
+    every = sum(weight.numel() for name, weight in named if "lora_" not in name)
+    lengths = [len(example) for example in examples]
+    answered = sum(len(example.tokens) for example in examples)
+    met = (every - embeddings) * sum(lengths) + head * answered
     # Scores and sums of values with half of the other tokens: twice L^2 / 2 each
-    attention = config.num_hidden_layers * width * sum(length**2 for length in lengths)
+    squares = sum(length**2 for length in lengths)
+    attention = config.num_hidden_layers * config.hidden_size * squares
     passes = 3 if trained else 2
     return passes * 2 * met + 3 * 2 * attention
 

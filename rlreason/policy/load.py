@@ -486,8 +486,8 @@ def _diagnose(name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     return (
         f"Cannot load the policy {name!r}: {reason} "
-        "-- It may be a bundled policy (nano, nano-xs), a folder, a .gguf file, a model "
-        f"on the hub, or what `rlreason models import {name}` brings here. For a hub "
-        "model: check the spelling and the network, unset HF_HUB_OFFLINE, run `hf auth login` if it is gated, and make sure "
-        "that it has safetensors weights."
+        "-- It may be a bundled policy (nano, nano-xs), a folder, a .gguf file, a "
+        f"model on the hub, or what `rlreason models import {name}` brings here. For "
+        "a hub model: check the spelling and the network, unset HF_HUB_OFFLINE, run "
+        "`hf auth login` if it is gated, and make sure that it has safetensors weights."
     )
