@@ -82,7 +82,6 @@ def record(
     rlreason record --from rows
     """
     from rlreason.execution import recording
-    from rlreason.publishing.front import draw_front
 
     recorder = recording.recorder(profile, seeds=seeds, out=out, measures=measures)
     if source is not None:
@@ -104,6 +103,8 @@ def record(
         sys.exit(TIME_IS_UP)
     click.echo(f"{recorder.path} is up to date")
     if Path(profile).stem == "tiny" and out is None:
+        from rlreason.publishing.front import draw_front
+
         click.echo(f"{draw_front(profile)} shows it")
 
 
