@@ -7,10 +7,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help book test learning kills lab lint lock cluster clean
+.PHONY: help book test learning kills lab lint lock cluster clean gpu-check gpu-smol
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 book: $(STAMP) ## Execute the notebooks and build the HTML book (profile tiny)
 	$(BIN)/rlreason book --profile tiny
@@ -35,6 +35,16 @@ lint: $(STAMP) ## Check style and layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+# A machine with a GPU may have no network: these take the environment that is there.
+# scripts/gpu-wheels.txt says what it needs.
+THERE = $(or $(wildcard $(BIN)/python),$(PYTHON))
+
+gpu-check: ## Measure a GPU: make gpu-check [MODEL=folder] [SIZE=0.01]
+	$(THERE) -m rlreason.cli bench gpu $(if $(MODEL),--model $(MODEL)) --size $(or $(SIZE),1)
+
+gpu-smol: ## Record smol on a GPU: make gpu-smol MODEL=folder MINUTES=n
+	PYTHON=$(THERE) sh scripts/gpu_smol.sh $(MODEL) $(MINUTES) $(PROFILE)
 
 lock: $(STAMP) ## Make requirements.lock from pyproject.toml, with today's versions
 	$(BIN)/python -m pip install -q uv

@@ -22,12 +22,13 @@ import click
 from rlreason import __version__
 from rlreason.commands.batch import batch
 from rlreason.commands.bench import bench, doctor
+from rlreason.commands.models import models
 from rlreason.commands.notebooks import book, run
 from rlreason.commands.records import claims, record
 from rlreason.commands.training import evaluate, settings_command, train
 from rlreason.runs.environment import PACKAGE
 
-FOLDERS = ("RLREASON_RUNS", "RLREASON_DATA")
+FOLDERS = ("RLREASON_RUNS", "RLREASON_DATA", "RLREASON_MODELS")
 
 
 @click.group(
@@ -42,6 +43,7 @@ def app() -> None:
 
     \b
     rlreason doctor                       what can this machine run?
+    rlreason models import NAME           bring a pretrained model here
     rlreason run notebooks/00_tour.ipynb  one notebook
     rlreason book                         all notebooks, and the HTML book
     rlreason batch grid.yaml              notebooks or runs x parameters x seeds
@@ -58,9 +60,10 @@ def app() -> None:
     RLREASON_DATA   folder with gsm8k/ and svamp/ in the formats of their release;
                     without it they come from the Hugging Face hub
     RLREASON_RUNS   folder for runs and executed notebooks, ./runs if not set
+    RLREASON_MODELS folder for imported models, ~/.cache/rlreason if not set
 
-    Exit codes: 0 done, 1 a fault of the program, 2 something to mend, which is named,
-    130 interrupted.
+    Exit codes: 0 done, 1 a fault of the program, 2 something to mend, which is named, 3
+    stopped by its time limit, 130 interrupted.
     """
     for name in FOLDERS:
         if folder := os.environ.get(name):
@@ -68,16 +71,8 @@ def app() -> None:
 
 
 COMMANDS = (
-    run,
-    book,
-    batch,
-    doctor,
-    train,
-    settings_command,
-    evaluate,
-    record,
-    claims,
-    bench,
+    *(run, book, batch, doctor, models, train, settings_command),
+    *(evaluate, record, claims, bench),
 )
 for _command in COMMANDS:
     app.add_command(_command)

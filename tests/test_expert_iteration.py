@@ -334,6 +334,16 @@ def test_shots_stand_in_the_prompt_of_round_1_and_training_never_sees_them(seen)
         assert {e.prompt_tokens for e in examples} <= zero_shot
 
 
+def test_the_first_round_may_have_a_number_of_samples_of_its_own(seen):
+    recorder = Memory()
+    run(recorder, first_round_k=2)
+    whole = [len(TOY_PROBLEMS) * k for k in (2, 4)]
+    assert [len(rollouts) for rollouts in seen["sampled"]] == whole
+    counted = [row["rollouts"] for row in rounds(recorder)]
+    assert counted == [whole[0], sum(whole)]
+    assert counted != [whole[0], 2 * whole[1]]  # wrong: all rounds as large as the last
+
+
 def test_what_on_round_returns_is_logged():
     recorder = Memory()
     run(recorder, on_round=lambda number, policy: {"validation": number / 10})

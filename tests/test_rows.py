@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import signal
+import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +27,7 @@ from rlreason.experiments.rows import (
     write_rows,
 )
 from rlreason.runs.environment import project_root
+from rlreason.runs.folder import RunFolder
 from rlreason.runs.profiles import load_recipe
 
 ROW = Row(
@@ -207,6 +212,7 @@ def test_rows_are_made_elsewhere_resumed_and_taken_over(
     assert run(*alone, "--list", *out)[1] == "rloo  1 of 2 rows recorded"
     run(*alone, "--here", *out)
     assert [row.values for row in read_rows(path)] == [row.values for row in rows]
+    rows = read_rows(path)
     # Those of the plans here are taken over, others are refused by name
     write_rows([rows[0].model_copy(update={"seed": 7})], path)
     code, fault = run("--from", str(path.parent))
@@ -220,6 +226,147 @@ def test_rows_are_made_elsewhere_resumed_and_taken_over(
     assert "2 of 2 rows" in run("--from", str(path.parent))[-1]
     assert run("--from", str(tmp_path))[0] == "2"
     assert "no experiment 'sftt' (did you mean 'sft'" in run("sftt")[-1]
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch, capsys):
+    """``rlreason record`` of the toy: exit code, and the lines that it writes."""
+    monkeypatch.setattr(store, "results_folder", lambda name: tmp_path / "results")
+    profile = toy_profile(tmp_path, seeds=1)
+
+    def run(*arguments: str) -> tuple[int, list[str]]:
+        code = 0
+        try:
+            cli.main(["record", *arguments, "--profile", str(profile)])
+        except SystemExit as exit_:
+            code = exit_.code
+        out, err = capsys.readouterr()
+        return code, [*out.splitlines(), *err.splitlines()]
+
+    return run
+
+
+def test_a_recording_in_stages_makes_the_rows_of_one_at_a_stretch(
+    tmp_path, monkeypatch, record
+):
+    def rows_of(folder):
+        return [(row.identity, row.values) for row in read_rows(folder / "rows.jsonl")]
+
+    work = ("ppo", "--here", "--measure", "greedy", "--minutes", "60", "--out")
+    assert record(*work, str(tmp_path / "whole"))[0] == 0
+    monkeypatch.setenv("RLREASON_RUNS", str(tmp_path / "other runs"))
+    logged, log, stages = 0, RunFolder.log, 0
+
+    def limited(self, kind, **metrics):  # time is up in the middle of every run
+        nonlocal logged
+        logged += 1
+        if logged % 4 == 0:
+            raise recording.TimeIsUpError
+        log(self, kind, **metrics)
+
+    monkeypatch.setattr(RunFolder, "log", limited)
+    monkeypatch.setattr(RunFolder, "due", lambda self: True)
+    while True:
+        code, said = record(*work, str(tmp_path / "staged"))
+        if code != 3:
+            break
+        stages += 1
+        assert "stopped after 60 minutes; the same command goes on" in said
+    assert code == 0
+    assert stages > 1
+    assert rows_of(tmp_path / "staged") == rows_of(tmp_path / "whole") != []
+
+
+def test_a_measurement_that_time_is_too_short_for_is_not_begun(
+    tmp_path, monkeypatch, record
+):
+    out = ("--measure", "greedy", "--here", "--out", str(tmp_path))
+    assert record("sft", *out)[0] == 0
+    file = tmp_path / "rows.jsonl"
+    (row,) = read_rows(file)
+    write_rows([row.model_copy(update={"measuring": 7200.0})], file)
+    begun = []
+    monkeypatch.setattr(recording, "measure", lambda *_: begun.append(1) or [])
+    assert record("ppo", *out, "--minutes", "60")[0] == 3
+    assert begun == []
+    assert record("ppo", *out, "--minutes", "180")[0] == 0
+    assert begun == [1]
+
+
+def test_a_failure_leaves_the_others_their_turn(tmp_path, monkeypatch, record):
+    whole = recording.measure
+
+    def failing(context, subject, measures):
+        if subject.arm.name == "sft":
+            raise RuntimeError("out of memory")
+        return whole(context, subject, measures)
+
+    monkeypatch.setattr(recording, "measure", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        record("rloo", "--here", "--measure", "greedy", "--out", str(tmp_path))
+    assert [row.arm for row in read_rows(tmp_path / "rows.jsonl")] == ["rloo"]
+
+
+def test_time_that_is_up_ends_what_no_handler_of_errors_catches():
+    before = signal.getsignal(signal.SIGALRM)
+
+    def work():
+        with recording.time_limit(0.001):
+            while True:
+                with contextlib.suppress(Exception):
+                    sum(range(1000))
+
+    with pytest.raises(recording.TimeIsUpError):
+        work()
+    assert signal.getsignal(signal.SIGALRM) == before
+    with recording.time_limit(None) as until:
+        assert until == float("inf")
+
+
+def archive(path, members: dict[str, bytes], **changes):
+    """A .tgz; ``changes`` are of each member's header."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            for field, value in changes.items():
+                setattr(member, field, value)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_rows_come_from_an_archive_and_nothing_else_does(tmp_path, record):
+    assert (
+        record("sft", "--measure", "greedy", "--here", "--out", str(tmp_path))[0] == 0
+    )
+    content = (tmp_path / "rows.jsonl").read_bytes()
+    good = archive(tmp_path / "good.tgz", {"rows.jsonl": content, "log.txt": b"log"})
+    assert record("--from", str(good))[0] == 0
+    results = tmp_path / "results"
+    assert (results / "rows.jsonl").read_bytes() == content
+    assert [path.name for path in results.iterdir()] == ["rows.jsonl"]
+    plan = read_rows(tmp_path / "rows.jsonl")[0].plan.encode()
+    stale = {"rows.jsonl": content.replace(plan, b"0" * len(plan))}
+    code, said = record("--from", str(archive(tmp_path / "stale.tgz", stale)))
+    assert (code, "1 of 1 rows" in said[-1], "refused" in said[-1]) == (2, True, True)
+    rows = {"rows.jsonl": content}
+    (tmp_path / "cut.tgz").write_bytes(good.read_bytes()[:-30])
+    for bad in (
+        archive(tmp_path / "up.tgz", {"../rows.jsonl": content}),
+        archive(tmp_path / "root.tgz", {"/tmp/rows.jsonl": content}),
+        archive(tmp_path / "deep.tgz", {"results/rows.jsonl": content}),
+        archive(
+            tmp_path / "link.tgz", rows, type=tarfile.SYMTYPE, linkname="/etc/hosts"
+        ),
+        archive(tmp_path / "many.tgz", {f"{i}": b"" for i in range(9)} | rows),
+        archive(tmp_path / "none.tgz", {"log.txt": b""}),
+        tmp_path / "cut.tgz",
+        tmp_path / "rows.jsonl",
+    ):
+        code, said = record("--from", str(bad))
+        assert code == 2, bad
+        assert bad.name in said[-1]
+    assert (results / "rows.jsonl").read_bytes() == content
 
 
 def test_a_job_a_run_and_one_a_measured_subject_each_after_what_it_needs(

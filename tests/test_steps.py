@@ -132,14 +132,17 @@ def handed(monkeypatch) -> list[SimpleNamespace]:
 # Where a run starts
 
 
-def test_expert_iteration_from_the_base_may_have_more_rounds(folder):
-    recipe = toy_recipe(folder, shots=2, rounds_from_base=5)
+def test_expert_iteration_from_the_base_may_have_more_rounds_and_a_first_of_its_own(
+    folder,
+):
+    recipe = toy_recipe(folder, shots=2, rounds_from_base=5, first_k_from_base=2)
     plans = [
         plan_of("expert-iteration", recipe.changed({"start": s}))
         for s in ("base", "sft")
     ]
     rounds = [plan.algorithm.rounds for plan in plans]
     assert rounds == [5, recipe.expert_iteration.rounds]
+    assert [plan.algorithm.first_round_k for plan in plans] == [2, None]
     # Wrong: from the base as from SFT
     same = plan_of("expert-iteration", toy_recipe(folder, shots=2, start="base"))
     assert same.algorithm.rounds == recipe.expert_iteration.rounds != 5

@@ -82,6 +82,14 @@ class ExpertIterationSettings(Settings):
     first_round_shots: int = setting(
         0, "Solved examples in the prompt of round 1.", source="paper", neutral=0, ge=0
     )
+    first_round_k: int | None = setting(
+        None,
+        "Samples a question in round 1 (the paper's figures: 16 from the base); None: "
+        "k.",
+        source="paper",
+        neutral=None,
+        ge=1,
+    )
     orm_threshold: float | None = setting(
         None,
         "ORM-EI: least score to be kept; None: no ORM.",
@@ -286,9 +294,10 @@ def _explore(
     policy, problems, dataset, settings, *, tally, round_, shots, orm, recorder
 ) -> tuple[list[Solution], Tally, dict[str, Any]]:
     """Sample, filter, de-duplicate, grow: D_i, the tally, the round's metrics so far"""
-    counts = [settings.k] * len(problems)
+    k = settings.k if round_ else settings.first_round_k or settings.k
+    counts = [k] * len(problems)
     if settings.allocation == "rare":
-        counts = allocate(tally.rates(), settings.k * len(problems))
+        counts = allocate(tally.rates(), k * len(problems))
     with recorder.clock("sampling"):
         rollouts = _sample(policy, problems, counts, settings, round_, shots)
     rewards = passed = sparse_rewards(rollouts, problems)
@@ -299,14 +308,15 @@ def _explore(
     metrics = _round_metrics(rollouts, rewards, grown, len(dataset), len(problems))
     if orm is not None:
         metrics["orm_kept"] = _share_kept(rollouts, rewards, passed)
-    metrics["rollouts"] = (round_ + 1) * len(rollouts)
+    tally = tally.after(problems, rollouts, rewards)
+    metrics["rollouts"] = sum(tally.asked)
     if not grown:
         raise ValueError(
             f"round {round_ + 1} found no right solution among "
             f"{metrics['rollouts']} rollouts, so there is nothing to learn from; "
             f"start from SFT, raise k or max_new_tokens, or set first_round_shots"
         )
-    return grown, tally.after(problems, rollouts, rewards), metrics
+    return grown, tally, metrics
 
 
 def _sample(policy, problems, counts, settings, round_, shots) -> list[Rollout]:

@@ -96,7 +96,7 @@ def finetune(
         raise ValueError("nothing to fine-tune on: the list of examples is empty")
     fit(
         policy.model,
-        new_adamw(policy.model.parameters(), settings),
+        new_adamw((w for w in policy.model.parameters() if w.requires_grad), settings),
         examples,
         settings,
         recorder or NullRecorder(),

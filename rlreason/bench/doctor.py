@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,7 @@ MEMORY_FOR_PAPER = 75 * GB
 BUNDLED = ("nano", "nano-xs")
 HUB_DATA = {"gsm8k": "openai/gsm8k", "svamp": "ChilleD/SVAMP"}
 HUB_MODELS = {
-    "smol": "HuggingFaceTB/SmolLM2-135M",
+    "smol": "SmolLM2-135M-Instruct",
     "paper": "meta-llama/Llama-2-7b-hf",
 }
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -183,7 +184,12 @@ def _model(profile: str, repo: str) -> Finding:
     label = f"policy for {profile}"
     if _in_hub_cache(f"models--{repo.replace('/', '--')}"):
         return Finding(label, f"{repo} in the Hugging Face cache")
-    remedy = f"`hf download {repo}`, or give the folder of another model"
+    with suppress(ImportError, OSError):  # of torch, which is told above
+        from rlreason.policy.load import policy_path
+
+        if (path := policy_path(repo)).is_dir():
+            return Finding(label, str(path))
+    remedy = f"`rlreason models import {repo}`, or give the folder of another model"
     return Finding(label, f"{repo} is not on this machine", False, remedy=remedy)
 
 

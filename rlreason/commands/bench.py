@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
@@ -101,6 +102,47 @@ def bench_ppo_command(profile: str, phases: int) -> None:
     from rlreason.bench.ppo import bench_ppo, format_ppo_benchmark
 
     click.echo(format_ppo_benchmark(bench_ppo(profile=profile, phases=phases)))
+
+
+@bench.command("gpu")
+@click.option("--model", help="Folder of a policy of 135M. [default: random weights]")
+@click.option(
+    "--size",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Less shrinks models and work, e.g. 0.01 on a CPU.",
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=8.0,
+    show_default=True,
+    help="After which nothing more is begun.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("."),
+    help="Folder for gpu-check.md and gpu-check.json. [default: here]",
+)
+def bench_gpu_command(model: str | None, size: float, minutes: float, out: Path):
+    """How near a GPU comes to what is asked of it.
+
+    Tokens a second of sampling, the share of the card's arithmetic that SFT uses,
+    seconds of a phase of PPO: target and measured, of 135M and 7B weights. Needs no
+    network.
+    """
+    from rlreason.bench.gpu import check_gpu, table, write_check
+
+    lines = check_gpu(
+        model=model,
+        size=size,
+        minutes=minutes,
+        report=lambda line: click.echo(line, err=True),
+    )
+    write_check(lines, out, size=size)
+    click.echo(table(lines, size=size))
 
 
 @bench.command("base")

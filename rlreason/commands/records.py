@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
 from rlreason.commands.options import executor_option, profile_option
+
+TIME_IS_UP = 3  # the exit code of what its time limit stopped
 
 
 class RecordCommand(click.Command):
@@ -34,8 +37,8 @@ class RecordCommand(click.Command):
 @click.option(
     "--from",
     "source",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Take over the rows of such a folder, and stop.",
+    type=click.Path(path_type=Path, exists=True),
+    help="Take over the rows of such a folder, or of a .tgz of it, and stop.",
 )
 @click.option(
     "--measure",
@@ -47,6 +50,11 @@ class RecordCommand(click.Command):
 @click.option("--size", help="Of one base alone.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of one seed alone.")
 @click.option("--here", is_flag=True, help="Train and measure in this process.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Stop after so many, with exit code 3; the same command goes on from there.",
+)
 def record(
     names,
     profile,
@@ -60,6 +68,7 @@ def record(
     size,
     seed,
     here,
+    minutes,
 ):
     """Train all seeds, measure them on the test split, and record it.
 
@@ -71,11 +80,10 @@ def record(
     On another machine, and back:
 
     \b
-    rlreason record table-1 --out rows
+    rlreason record table-1 --out rows --minutes 8
     rlreason record --from rows
     """
     from rlreason.execution import recording
-    from rlreason.publishing.front import draw_front
 
     recorder = recording.recorder(profile, seeds=seeds, out=out, measures=measures)
     if source is not None:
@@ -86,12 +94,21 @@ def record(
         click.echo(line)
     if only_list:
         return
-    if here:
-        recorder.carry_out_here(work, click.echo)
-    else:
-        recorder.carry_out(work, cores=jobs, report=click.echo, executor=executor)
+    try:
+        with recording.time_limit(minutes) as until:
+            if here:
+                recorder.carry_out_here(work, click.echo, until=until)
+            else:
+                recorder.carry_out(
+                    work, cores=jobs, report=click.echo, executor=executor
+                )
+    except recording.TimeIsUpError:
+        click.echo(f"stopped after {minutes:g} minutes; the same command goes on")
+        sys.exit(TIME_IS_UP)
     click.echo(f"{recorder.path} is up to date")
     if Path(profile).stem == "tiny" and out is None:
+        from rlreason.publishing.front import draw_front
+
         click.echo(f"{draw_front(profile)} shows it")
 
 

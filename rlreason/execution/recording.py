@@ -8,9 +8,14 @@ being measured that need it.
 
 from __future__ import annotations
 
+import signal
 import sys
+import tarfile
+import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -39,6 +44,46 @@ from rlreason.runs.plans import Plan
 from rlreason.runs.profiles import load_recipe
 
 Report = Callable[[str], object]
+ARCHIVE_LIMIT = 8, 64_000_000  # files, and bytes of each, in an archive of rows
+
+
+class TimeIsUpError(BaseException):
+    """The minutes of a recording are over. No fault, so nothing but it catches it."""
+
+
+@contextmanager
+def time_limit(minutes: float | None) -> Iterator[float]:
+    """End the block after some minutes of real time, wherever it is.
+
+    A checkpoint and a file of rows are there wholly or not at all, so this loses no
+    more than a kill would: what came after the last checkpoint.
+
+    Args:
+        minutes: None: no limit.
+
+    Yields:
+        When time is up, by ``time.monotonic``.
+
+    Raises:
+        TimeIsUpError: It is.
+        RecordError: The system has no alarms (Windows).
+    """
+    if minutes is None:
+        yield float("inf")
+        return
+    if not hasattr(signal, "SIGALRM"):
+        raise RecordError("a time limit needs a system with alarms, Linux or macOS")
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeIsUpError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield time.monotonic() + 60 * minutes
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)
@@ -127,12 +172,36 @@ class Recorder:
                 plans += plans_needed(self.context, subject, lacking)
         return Work(found, recorded, missing(plans))
 
-    def carry_out_here(self, work: Work, report: Report) -> None:
-        """Train and measure in this process, one after the other."""
+    def carry_out_here(
+        self, work: Work, report: Report, *, until: float = float("inf")
+    ) -> None:
+        """Train and measure in this process, one after the other.
+
+        What fails is told and left; the first fault is raised when all had their turn.
+
+        Args:
+            until: No measurement is begun that took longer, of another run, than there
+                is time till then, by ``time.monotonic``: what is cut is lost.
+
+        Raises:
+            TimeIsUpError: There is too little time left.
+        """
+        took = {row.measure: row.measuring for row in read_rows(self.path)}
+        faults: list[Exception] = []
         for subject, measures in work.subjects:
-            for row in measure(self.context, subject, measures):
-                write_rows([row], self.path)
-                report(f"{' '.join(map(str, row.key))}: {row.measuring:.0f} s")
+            try:
+                for name in measures:
+                    if time.monotonic() + took.get(name, 0.0) > until:
+                        raise TimeIsUpError
+                    for row in measure(self.context, subject, [name]):
+                        write_rows([row], self.path)
+                        took[name] = row.measuring
+                        report(f"{' '.join(map(str, row.key))}: {row.measuring:.0f} s")
+            except Exception as fault:
+                report(f"{subject.arm.name} seed {subject.seed} failed: {fault}")
+                faults.append(fault)
+        if faults:
+            raise faults[0]
 
     def carry_out(
         self,
@@ -194,17 +263,23 @@ class Recorder:
             environment=QUIET,
         )
 
-    def take_over(self, folder: Path) -> str:
-        """Put the rows of a folder into the file, and say how many there were.
+    def take_over(self, source: Path) -> str:
+        """Put rows from elsewhere into the file, and say how many there were.
+
+        Args:
+            source: Folder of ``--out``, or a .tgz of it.
 
         Raises:
             RecordError: Rows of other plans than those of the recipe here; the others
                 are taken over before.
         """
-        source = folder / FILE
-        rows = read_rows(source)
+        with TemporaryDirectory() as scratch:
+            folder = source if source.is_dir() else unpack(source, Path(scratch))
+            rows = read_rows(folder / FILE)
         if not rows:
-            raise RecordError(f"{source} holds no rows; give the folder of --out")
+            raise RecordError(
+                f"{source} holds no rows; give the folder of --out, or a .tgz of it"
+            )
         arms = [row.arm for row in rows if row.arm in self.context.catalogue.arms]
         current = {
             identity(self.context, subject, name)
@@ -222,6 +297,35 @@ class Recorder:
                 f"the others are in {self.path}"
             )
         return f"{len(good)} rows are in {self.path}"
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Put the rows of a .tgz into a folder, and nothing else of it; returns the folder.
+
+    The archive may come from anywhere: only plain files without a path are accepted, a
+    few of bounded size, and what is written is named here.
+
+    Raises:
+        RecordError: It is no such archive, or holds something else.
+    """
+    most, largest = ARCHIVE_LIMIT
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for number, member in enumerate(tar):
+                plain = member.isfile() and Path(member.name).name == member.name
+                if not plain or member.size > largest or number >= most:
+                    raise RecordError(
+                        f"{archive} is refused for {member.name!r}: an archive of rows "
+                        f"holds up to {most} plain files of up to {largest:,} bytes, "
+                        "without folders; make it with `make gpu-smol`"
+                    )
+                if member.name == FILE:
+                    (folder / FILE).write_bytes(tar.extractfile(member).read())
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise RecordError(
+            f"{archive} is no whole .tgz ({error}): fetch it anew"
+        ) from None
+    return folder
 
 
 def recorder(

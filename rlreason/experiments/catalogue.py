@@ -314,7 +314,12 @@ OWN_VALUE = {
 }
 PASS_AT_4 = {"ppo.credit": {"kind": "rloo", "k": 4}, "ppo.n": 8}
 # Of the appendix: one round, one sample, and labels of whole solutions
-MINIMAL = {"start": "base", "expert_iteration.k": 1, "rounds_from_base": 1}
+MINIMAL = {
+    "start": "base",
+    "expert_iteration.k": 1,
+    "first_k_from_base": None,
+    "rounds_from_base": 1,
+}
 
 
 def from_minimal(ratio: float) -> Arm:

@@ -1,8 +1,9 @@
 """Loading a policy: a causal language model with its tokenizer.
 
 ``load_policy`` takes the weights that come with the package (``"nano"``,
-``"nano-xs"``), a local folder, the name of a model on the hub, or a GGUF file, whose
-quantised weights are expanded to ordinary ones. Weights are read from safetensors or
+``"nano-xs"``), the name of a policy that ``rlreason models import`` put aside, a local
+folder, the name of a model on the hub, or a GGUF file, whose quantised weights are
+expanded to ordinary ones. Weights are read from safetensors or
 GGUF alone, never from pickles, and code that a repository brings along runs only if
 ``trust_remote_code=True`` says so. A policy is what it says: weights that are missing,
 or that the architecture has no place for, are refused and not made up or dropped.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import struct
 import threading
 from collections.abc import Collection, Iterator, Sequence
@@ -200,12 +202,13 @@ def load_policy(
     """Load a policy, ready for sampling and training.
 
     Args:
-        name_or_path: ``"nano"`` or ``"nano-xs"`` (bundled), a folder with
-            ``config.json``, weights and tokenizer, a GGUF file (also
+        name_or_path: ``"nano"`` or ``"nano-xs"`` (bundled), an imported policy's name,
+            a folder with ``config.json``, weights and tokenizer, a GGUF file (also
             ``"owner/repository/file.gguf"`` on the hub), or a name on the hub.
         device: Where to put it. By default the GPU if there is one.
-        dtype: Number format of the weights, e.g. ``"bfloat16"``. By default float32,
-            and for models other than the bundled ones bfloat16 on a GPU.
+        dtype: Number format of the weights, e.g. ``"bfloat16"``; ``"auto"``: as they
+            are stored. By default float32, and for models other than the bundled ones
+            bfloat16 on a GPU.
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
@@ -217,7 +220,7 @@ def load_policy(
     if dtype is None:
         small = device.type != "cuda" or name in BUNDLED
         dtype = torch.float32 if small else torch.bfloat16
-    elif isinstance(dtype, str):
+    elif isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     options["trust_remote_code"] = trust_remote_code
     try:
@@ -238,8 +241,10 @@ def load_policy(
     except (*CANNOT_LOAD, SafetensorError, struct.error) as error:
         raise PolicyError(_diagnose(name, error)) from error
     _check_weights(name, found)
-    if "gguf_file" in options and getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)  # it was expanded
+    if "gguf_file" in options:
+        _tell_ends(tokenizer, model)
+        if getattr(model, "hf_quantizer", None) is not None:
+            model.hf_quantizer.remove_quantization_config(model)  # it was expanded
     return make_policy(model.to(device), tokenizer, name=name)
 
 
@@ -345,9 +350,36 @@ def _opening_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return bos_id if bos_id is not None and ids[:1] == [bos_id] else None
 
 
+def _tell_ends(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Let a GGUF's tokenizer end a text as the file says.
+
+    The configuration has it from the file. Some versions of transformers (5.17) take
+    the tokenizer's from elsewhere.
+    """
+    for role in ("eos", "pad"):
+        token_id = getattr(model.config, f"{role}_token_id", None)
+        if isinstance(token_id, int) and 0 <= token_id < len(tokenizer):
+            token = tokenizer.convert_ids_to_tokens(token_id)
+            setattr(tokenizer, f"{role}_token", token)
+
+
+def models_folder() -> Path:
+    """Return the folder of imported policies: ``RLREASON_MODELS``, else a cache's."""
+    return Path(os.environ.get("RLREASON_MODELS") or "~/.cache/rlreason").expanduser()
+
+
+def policy_path(name: str) -> Path:
+    """The file or folder that a name means; one that is not there may be the hub's."""
+    if name in BUNDLED:
+        return ASSETS / name
+    path = Path(name).expanduser()
+    imported = models_folder() / name
+    return imported if name == path.name and imported.is_dir() else path
+
+
 def _locate(name: str) -> tuple[str, dict[str, object]]:
     """Where transformers shall load from, and with which options."""
-    path = ASSETS / name if name in BUNDLED else Path(name).expanduser()
+    path = policy_path(name)
     if path.suffix == ".gguf":
         if path.is_file():
             return str(path.parent), {"gguf_file": path.name}
@@ -454,8 +486,8 @@ def _diagnose(name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     return (
         f"Cannot load the policy {name!r}: {reason} "
-        "-- It may be a bundled policy (nano, nano-xs), a folder, a .gguf file, or a "
-        "model on the hub. For a hub model: check the spelling and the network, "
-        "unset HF_HUB_OFFLINE, run `hf auth login` if it is gated, and make sure "
-        "that it has safetensors weights."
+        "-- It may be a bundled policy (nano, nano-xs), a folder, a .gguf file, a "
+        f"model on the hub, or what `rlreason models import {name}` brings here. For "
+        "a hub model: check the spelling and the network, unset HF_HUB_OFFLINE, run "
+        "`hf auth login` if it is gated, and make sure that it has safetensors weights."
     )

@@ -9,7 +9,7 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-from rlreason.policy.load import ASSETS, BUNDLED
+from rlreason.policy.load import policy_path
 from rlreason.rewards.own import split_spec
 from rlreason.settings import HASH_LENGTH, Settings, setting
 from rlreason.tasks import task_digest
@@ -37,7 +37,7 @@ class Contents(Settings):
 
 def policy_digest(name: str) -> str:
     """Name what a policy holds: by its files, or by its revision on the hub."""
-    path = ASSETS / name if name in BUNDLED else Path(name).expanduser()
+    path = policy_path(name)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _MODEL_FILES)
         parts = [f"{file.name} {file_digest(file)}" for file in files]

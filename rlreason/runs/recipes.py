@@ -206,12 +206,24 @@ class Recipe(Settings):
         source="paper",
         ge=1,
     )
+    first_k_from_base: int | None = setting(
+        None,
+        "Samples a question in the first of these rounds; None: expert_iteration.k.",
+        source="paper",
+        ge=1,
+    )
     ppo_temperature_from_base: float | None = setting(
         None,
         "PPO's temperature where it starts from the prompted base; None: "
         "ppo.temperature.",
         source="paper",
         gt=0,
+    )
+    ppo_phases_from_base: int | None = setting(
+        None,
+        "Phases of PPO where it starts from the prompted base; None: ppo.phases.",
+        source="paper",
+        ge=1,
     )
     validate_every: int = setting(
         10, "Phases of PPO from one validation to the next.", source="ours", ge=1

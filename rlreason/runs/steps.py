@@ -149,6 +149,7 @@ class ExpertIterationPlan(Plan):
         if from_base:
             update |= {"reference_solutions": False, "first_round_shots": recipe.shots}
             update |= {"rounds": recipe.rounds_from_base or recipe.expert_iteration.rounds}
+            update |= {"first_round_k": recipe.first_k_from_base}
         filtered = recipe.expert_iteration.orm_threshold is not None
         unfiltered = recipe.changed(
             {
@@ -282,8 +283,11 @@ class PpoPlan(Plan):
         """From the base, the shots stand in every prompt."""
         from_base = recipe.start == "base"
         update = {"seed": seed, "max_new_tokens": recipe.max_new_tokens}
-        if from_base and recipe.ppo_temperature_from_base is not None:
-            update["temperature"] = recipe.ppo_temperature_from_base
+        if from_base:
+            update |= _present(
+                temperature=recipe.ppo_temperature_from_base,
+                phases=recipe.ppo_phases_from_base,
+            )
         learned = recipe.reward.learned
         contents = contents_of(recipe.policy, recipe.task, recipe.reward.function)
         return cls(
@@ -413,8 +417,8 @@ class RcrlPlan(Plan):
         )
 
 
-def _present(**plans: Plan | None) -> dict[str, Plan]:
-    return {name: plan for name, plan in plans.items() if plan is not None}
+def _present(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 # --- Rewards -------------------------------------------------------------------------
