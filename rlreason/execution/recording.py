@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 
 from rlreason.execution.executors import executor_named
 from rlreason.execution.jobs import Job, Outcome
