@@ -43,7 +43,6 @@ from rlreason.algorithms.credit import (
     response_advantages,
     whiten,
 )
-from rlreason.algorithms.experience import lessons_of, pack_lessons
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.ppo import DivergedError, Learner, ppo
 from rlreason.algorithms.ppo_settings import (
@@ -764,11 +763,11 @@ def test_epochs_of_v_alone_bring_v_nearer_and_leave_the_policy_to_the_bit(kind, 
     assert not same_bits(weights(learner.policy), before)
 
 
-def test_each_token_of_a_lesson_is_taught_its_own_return(scored):
+def test_v_alone_is_taught_each_token_s_own_return(scored):
     learner, experience, _ = scored
-    lessons, function = lessons_of(experience), learner.value_function
-    assert len(list(learner._parts(lessons))) > 1
-    learner.accumulate_values(lessons)
+    function, rows = learner.value_function, list(range(len(experience.rollouts)))
+    assert len(list(learner._parts(experience.rollouts))) > 1
+    learner.accumulate_values(experience, rows)
     found = function.weight.grad.clone()
     learner.optimizer.zero_grad()
 
@@ -784,17 +783,6 @@ def test_each_token_of_a_lesson_is_taught_its_own_return(scored):
     assert torch.allclose(found, by(experience.returns), atol=1e-5)
     # Wrong: the returns of another response
     assert not torch.allclose(found, by(experience.returns.roll(1, 0)), atol=1e-3)
-
-
-def test_v_draws_from_the_last_phases_alone():
-    credit = GaeSettings(lam=1.0, value=HEAD, value_epochs=1, value_memory=2)
-    learner = Learner(toy_policy(), TOY_PROBLEMS, quick(credit=credit))
-    asked = []
-    for phase in range(3):
-        asked.append(learner.ask(phase))
-        learner.learn(credited(learner, asked[-1]), phase)
-    known = [(each.prompt_tokens, each.tokens) for each in learner.lessons]
-    assert known == [(r.prompt_tokens, r.tokens) for r in asked[1] + asked[2]]
 
 
 def test_what_v_is_to_become_has_a_lambda_of_its_own(scored):
@@ -1007,7 +995,6 @@ EVERYTHING = quick(
         value_warmup=1,
         value_lr_scale=2.0,
         value_epochs=1,
-        value_memory=2,
         value_lam=1.0,
     ),
     kl=KlSettings(coef=0.1, target=0.5, horizon=50),
@@ -1039,9 +1026,9 @@ def killed() -> Memory:
     return recorder
 
 
-@pytest.mark.parametrize("lost", [None, "value.", "adamw.", "kl_coef", "lessons."])
+@pytest.mark.parametrize("lost", [None, "value.", "adamw.", "kl_coef"])
 def test_p47_what_a_checkpoint_must_hold(lost, killed):
-    """Forgetting value function, lessons, optimiser or KL coefficient: another run."""
+    """Forgetting value function, optimiser or KL coefficient: another run."""
     tensors, state, rows = killed.saved
     fresh = Learner(toy_policy(), TOY_PROBLEMS, EVERYTHING)
     if lost == "value.":
@@ -1049,8 +1036,6 @@ def test_p47_what_a_checkpoint_must_hold(lost, killed):
         tensors = tensors | own
     elif lost == "adamw.":
         tensors = {k: v for k, v in tensors.items() if not k.startswith("adamw.")}
-    elif lost == "lessons.":
-        tensors = tensors | pack_lessons([])
     elif lost == "kl_coef":
         state = state.replace('"kl_coef": ', '"kl_coef": 0.1, "was": ')
     recorder = Memory()

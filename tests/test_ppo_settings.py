@@ -731,7 +731,6 @@ WITHIN = {
             "value_lr_scale": 9.0,
             "value_warmup": 1,
             "value_epochs": 1,
-            "value_memory": 2,
             "value_lam": 0.3,
             "bootstrap": True,
         },

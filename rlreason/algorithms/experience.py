@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from rlreason.algorithms.credit import explained_variance
 from rlreason.algorithms.losses import kl_estimate
-from rlreason.algorithms.recorder import pack_lists, unpack_lists
 from rlreason.policy.rollout import Rollout
 
 
@@ -46,49 +44,6 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     totals: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What V learns from one response by itself.
-
-    Attributes:
-        prompt_tokens: Ids of the prompt.
-        tokens: Ids of the response.
-        returns: What V before each of them is to become, as many.
-    """
-
-    prompt_tokens: tuple[int, ...]
-    tokens: tuple[int, ...]
-    returns: tuple[float, ...]
-
-
-def lessons_of(experience: Experience) -> list[Lesson]:
-    """A phase's responses with their returns."""
-    return [
-        Lesson(r.prompt_tokens, r.tokens, tuple(row[: len(r.tokens)]))
-        for r, row in zip(experience.rollouts, experience.returns.tolist(), strict=True)
-    ]
-
-
-def pack_lessons(lessons: Sequence[Lesson]) -> dict[str, Tensor]:
-    """Lessons as tensors of a checkpoint, to the bit: ``unpack_lessons`` undoes it."""
-    return {
-        **pack_lists("lessons.prompts", [each.prompt_tokens for each in lessons]),
-        **pack_lists("lessons.tokens", [each.tokens for each in lessons]),
-        **pack_lists(
-            "lessons.returns",
-            [each.returns for each in lessons],
-            dtype=torch.float32,
-        ),
-    }
-
-
-def unpack_lessons(tensors: Mapping[str, Tensor]) -> list[Lesson]:
-    """The lessons that ``pack_lessons`` packed."""
-    parts = ("prompts", "tokens", "returns")
-    columns = (unpack_lists(f"lessons.{part}", tensors) for part in parts)
-    return [Lesson(*row) for row in zip(*columns, strict=True)]
 
 
 def phase_metrics(

@@ -25,7 +25,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -42,11 +41,7 @@ from rlreason.algorithms.credit import (
 from rlreason.algorithms.curriculum import QuestionSampler, best_k_of_n, learning_scores
 from rlreason.algorithms.experience import (
     Experience,
-    Lesson,
-    lessons_of,
-    pack_lessons,
     phase_metrics,
-    unpack_lessons,
 )
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.optim import (
@@ -99,7 +94,6 @@ class Learner:
         reference: None where nothing asks for the KL.
         trained: Weights of the policy, and of the value function where there is one.
         reward: What the task pays; what it remembers is kept with the rest.
-        lessons: What V's own epochs draw from.
         kl_coef: Beta of the next ``pay``.
     """
 
@@ -122,7 +116,6 @@ class Learner:
             self.policy, problems, settings.curriculum, seed=settings.seed, shots=shots
         )
         self.reference = self.value_function = None
-        self.lessons: list[Lesson] = []
         if settings.measures_kl:
             self.reference = Reference(start, self.policy, settings.kl.reference)
         parts = {self.policy.model: 1.0}
@@ -296,28 +289,23 @@ class Learner:
         settings, chosen = self.settings, self.settings.gae
         if chosen is None or not chosen.value_epochs:
             return
-        known = [*self.lessons, *lessons_of(experience)]
-        self.lessons = known[-chosen.value_memory * settings.rollouts :]
-        rows = list(range(len(self.lessons)))
-        updates = math.ceil(settings.rollouts / settings.batch_size)
-        for epoch in range(settings.epochs, settings.epochs + chosen.value_epochs):
-            batches = _mini_batches(rows, settings, phase, range(epoch, epoch + 1))
-            for mb_rows in islice(batches, updates):
-                self.accumulate_values([self.lessons[row] for row in mb_rows])
-                if math.isfinite(self._clip_gradients()):
-                    self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+        rows = list(range(len(experience.rollouts)))
+        epochs = range(settings.epochs, settings.epochs + chosen.value_epochs)
+        for mb_rows in _mini_batches(rows, settings, phase, epochs):
+            self.accumulate_values(experience, mb_rows)
+            if math.isfinite(self._clip_gradients()):
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
-    @fewer_tokens_at_once
-    def accumulate_values(self, batch: Sequence[Lesson]) -> None:
+    def accumulate_values(self, experience: Experience, mb_rows: list[int]) -> None:
         """Add the gradient of half the mean squared error of V, which is not clipped"""
-        count = sum(len(lesson.tokens) for lesson in batch)
-        for part, prompts, responses in self._parts(batch):
+        rollouts = experience.rollouts
+        count = sum(len(rollouts[row].tokens) for row in mb_rows)
+        for rows, prompts, responses in self._parts(rollouts, mb_rows):
             values, mask = score_values(
                 self.policy, prompts, responses, self.value_function
             )  # (b, t), (b, t)
-            own = values.new_tensor([x for i in part for x in batch[i].returns])
-            returns = torch.zeros_like(values).masked_scatter(mask, own)
+            returns = experience.returns[rows, : values.shape[1]]
             (value_loss(values, values, returns, mask, None) / count).backward()
 
     def kept(self, experience: Experience) -> list[int]:
@@ -380,7 +368,6 @@ class Learner:
             state = self.value_function.state_dict()
             tensors |= {f"value.{name}": t for name, t in state.items()}
         tensors |= optimizer_tensors(self.optimizer, "adamw")
-        tensors |= pack_lessons(self.lessons)
         state = {"kl_coef": self.kl_coef, "questions": self.questions.state()}
         if isinstance(self.reward, RememberingReward):
             state["reward"] = self.reward.state()
@@ -403,7 +390,6 @@ class Learner:
         if self.value_function is not None:
             self.value_function.load_state_dict(named("value."))
         load_optimizer_tensors(self.optimizer, "adamw", saved.tensors)
-        self.lessons = unpack_lessons(saved.tensors)
         self.kl_coef = saved.state["kl_coef"]
         self.questions.restore(saved.state["questions"])
         if isinstance(self.reward, RememberingReward):

@@ -41,14 +41,6 @@ class GaeSettings(Settings):
         neutral=0,
         ge=0,
     )
-    value_memory: int = ours(
-        1,
-        "Phases, this one included, among whose responses V's own epochs draw as many "
-        "as one phase has (Cobbe et al. 2021): returns of questions asked long ago "
-        "keep V from taking the last few for all.",
-        neutral=1,
-        ge=1,
-    )
     value_lam: float | None = ours(
         None,
         "Lambda of what V is to become; None: lam. At 1 V learns from what was paid, "
