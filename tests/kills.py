@@ -314,6 +314,7 @@ TRAIN = {
 }
 WORKERS = 2
 SMALL = 10  # kills, in the suite
+MOST = 30  # kills of a batch
 
 
 def batch(recipe, root: Path, steps: Iterable[str]) -> dict[str, Any]:
@@ -372,7 +373,12 @@ def random_kills(
     while report["kills"] < kills:
         root = folder / f"batch-{report['batches']}"
         report["kills"] += _disturbed(
-            lambda root=root: batch(recipe, root, steps), root, rng, length, killed_in
+            lambda root=root: batch(recipe, root, steps),
+            root,
+            rng,
+            length,
+            killed_in,
+            most=min(kills - report["kills"], MOST),
         )
         report.update(compare(result(recipe, root, steps), expected))
         report["batches"] += 1
@@ -388,6 +394,7 @@ def _disturbed(
     rng: random.Random,
     length: float,
     killed_in: Counter,
+    most: int,
 ) -> int:
     """Let workers do the same work until one comes to its end; return the kills."""
     kills, workers = 0, []
@@ -396,7 +403,7 @@ def _disturbed(
             workers.append(start(work))
         time.sleep(rng.uniform(0, length / 4))
         ended = [os.waitpid(pid, os.WNOHANG) for pid in workers]
-        if any(pid for pid, _ in ended):
+        if any(pid for pid, _ in ended) or kills == most:
             break
         victim = workers.pop(rng.randrange(WORKERS))
         os.kill(victim, signal.SIGKILL)
