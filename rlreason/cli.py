@@ -22,6 +22,7 @@ import click
 from rlreason import __version__
 from rlreason.commands.bench import bench, doctor
 from rlreason.commands.notebooks import book, run
+from rlreason.commands.plan import plan
 from rlreason.commands.records import claims, record
 from rlreason.commands.training import evaluate, settings_command, train
 from rlreason.runs.environment import PACKAGE
@@ -43,6 +44,7 @@ def app() -> None:
     rlreason doctor                       what can this machine run?
     rlreason run notebooks/00_tour.ipynb  one notebook
     rlreason book                         all notebooks, and the HTML book
+    rlreason plan paper --gpus 8          memory, tokens and hours, before it is run
     rlreason train expert-iteration       one training run, into a run folder
     rlreason evaluate runs/sft-1f0c9a...  maj@1, maj@k, pass@k of what it trained
     rlreason record table-1               train, measure and record a table
@@ -65,7 +67,18 @@ def app() -> None:
             os.environ[name] = str(Path(folder).absolute())
 
 
-COMMANDS = (run, book, doctor, train, settings_command, evaluate, record, claims, bench)
+COMMANDS = (
+    run,
+    book,
+    doctor,
+    train,
+    settings_command,
+    evaluate,
+    record,
+    claims,
+    bench,
+    plan,
+)
 for _command in COMMANDS:
     app.add_command(_command)
 

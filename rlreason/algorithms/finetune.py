@@ -39,6 +39,12 @@ from rlreason.algorithms.optim import (
 from rlreason.algorithms.recorder import NullRecorder, Recorder
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import micro_batches, token_logprobs
+from rlreason.policy.lora import (
+    LoraSettings,
+    merge_adapters,
+    trainable_weights,
+    with_lora,
+)
 from rlreason.policy.progress import progress_bar
 from rlreason.settings import Settings, setting
 
@@ -68,6 +74,12 @@ class FinetuneSettings(Settings):
     micro_tokens: int = setting(
         1024, "Tokens in the model at once.", source="ours", placement=True, ge=1
     )
+    lora: LoraSettings | None = setting(
+        None,
+        "Adapters, merged into the weights at the end; None: all weights.",
+        source="ours",
+        neutral=None,
+    )
     seed: int = setting(0, "Seed of the order of the examples.", source="ours", ge=0)
 
 
@@ -88,15 +100,41 @@ def finetune(
     """
     if not examples:
         raise ValueError("nothing to fine-tune on: the list of examples is empty")
+    return fit_policy(policy, examples, settings, recorder or NullRecorder(), loss=nll)
+
+
+def fit_policy(
+    policy: Policy,
+    examples: Sequence[AnyExample],
+    settings: FinetuneSettings,
+    recorder: Recorder,
+    *,
+    loss: Callable[[Policy, list[AnyExample]], Tensor],
+    count: Callable[[Sequence[AnyExample]], int] = response_token_count,
+    new_tokens: Sequence[int] = (),
+) -> Policy:
+    """``fit`` all weights of a policy, or adapters that are merged into them.
+
+    Args:
+        loss: Of a policy and a micro-batch; the rest as in ``fit``.
+        new_tokens: Whose rows of the embedding learn beside adapters.
+    """
+    learner = policy
+    if settings.lora is not None:
+        adapters = settings.lora.model_dump()
+        learner = with_lora(
+            policy, **adapters, new_tokens=new_tokens, seed=settings.seed
+        )
     fit(
-        policy.model,
-        new_adamw(policy.model.parameters(), settings),
+        learner.model,
+        new_adamw(trainable_weights(learner.model), settings),
         examples,
         settings,
-        recorder or NullRecorder(),
-        loss=partial(nll, policy),
+        recorder,
+        loss=partial(loss, learner),
+        count=count,
     )
-    return policy
+    return merge_adapters(learner)
 
 
 def fit(

@@ -39,6 +39,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -91,6 +92,12 @@ class OrmSettings(FinetuneSettings):
     head_lr_scale: float = setting(
         10.0, "Learning rate of the head, as a multiple of lr.", source="ours", gt=0
     )
+
+    @model_validator(mode="after")
+    def _learns_whole(self) -> OrmSettings:
+        if self.lora is not None:
+            raise ValueError("a reward model learns all weights: leave lora at null")
+        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ from rlreason.policy.streams import next_uniforms, stream_key
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt
 
-_PREFILL_TOKENS = 8192  # prompt tokens in one forward pass, bounds its activations
+PREFILL_TOKENS = 8192  # prompt tokens in one forward pass, bounds its activations
 _REFILL_BELOW = 0.5  # admit a new cohort when fewer rows than this share are in flight
 
 
@@ -211,7 +211,7 @@ def _sample_groups(
     checked = check_model(policy, max(map(len, tokens)) + max_new_tokens - 1)
     engine = _Engine(
         policy,
-        costs=_Costs.of(checked, max_new_tokens),
+        costs=Costs.of(checked, max_new_tokens),
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         byte_budget=byte_budget,
@@ -242,7 +242,7 @@ class _Engine:
         self,
         policy: Policy,
         *,
-        costs: _Costs,
+        costs: Costs,
         temperature: float,
         max_new_tokens: int,
         byte_budget: int | None,
@@ -311,7 +311,7 @@ class _Engine:
     def prefill(self, cohort: Cohort) -> None:
         """Compute the prompts and draw every sample's first token."""
         store = cohort.store
-        stride = max(1, _PREFILL_TOKENS // store.width)
+        stride = max(1, PREFILL_TOKENS // store.width)
         parts = []
         for start in range(0, len(cohort.requests), stride):
             prompts = [r.prompt for r in cohort.requests[start : start + stride]]
@@ -423,7 +423,7 @@ def draw_tokens(
 
 
 @dataclass(frozen=True)
-class _Costs:
+class Costs:
     """What rows and prompts take of the budget, in bytes."""
 
     token: int  # keys and values of one token in all layers
@@ -431,7 +431,7 @@ class _Costs:
     score: int  # attention of a row to one token, in the layer at work
 
     @classmethod
-    def of(cls, model: Checked, max_new_tokens: int) -> _Costs:
+    def of(cls, model: Checked, max_new_tokens: int) -> Costs:
         # Logits as the model gives them, in float32, divided by the temperature, their
         # softmax, and its cumulative sum in float64.
         logits = model.logits * (4 + 4 + 4 + 4 + 8)
