@@ -45,6 +45,7 @@ from rlreason.policy.lora import (
     trainable_weights,
     with_lora,
 )
+from rlreason.policy.parallel import my_share, sum_gradients, summed
 from rlreason.policy.progress import progress_bar
 from rlreason.settings import Settings, setting
 
@@ -190,6 +191,7 @@ def fit(
             tokens = count(batch)
             with recorder.clock("learning"):
                 mean = accumulate(loss, batch, tokens, max_tokens=settings.micro_tokens)
+                sum_gradients(model.parameters())
                 norm = clip_gradients(model, settings.max_grad_norm)
                 check(update, loss=mean, grad_norm=norm)
                 optimizer.step()
@@ -270,15 +272,18 @@ def accumulate(
 ) -> float:
     """Add the gradient of ``loss`` over ``count``, however the batch is cut.
 
+    Of several processes each adds that of its share.
+
     Returns:
         The summed loss of the batch, divided by ``count``.
     """
     total = 0.0
-    for mb in micro_batches(batch, max_tokens=max_tokens):
+    share = my_share(sorted(batch, key=len, reverse=True))
+    for mb in micro_batches(share, max_tokens=max_tokens):
         mb_loss = loss(mb) / count
         mb_loss.backward()
         total += mb_loss.item()
-    return total
+    return summed({"loss": total})["loss"]
 
 
 def new_adamw(

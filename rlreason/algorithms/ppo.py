@@ -16,7 +16,7 @@ scored and trained: no text is tokenised again, and temperature is one number. E
 are in ``credit`` and ``losses``, settings in ``ppo_settings``.
 
 Left out against the paper: choosing the checkpoint on a validation set (each phase can
-be validated through ``on_phase``, the last one is returned), and several processes.
+be validated through ``on_phase``, the last one is returned).
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ from rlreason.policy.lora import (
     trainable_tensors,
     with_lora,
 )
+from rlreason.policy.parallel import my_share, sum_gradients, sum_tensors, summed
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
@@ -182,6 +183,7 @@ class Learner:
             if scores.values is not None:
                 values[rows, :width] = scores.values
                 last_values[rows] = scores.last_values
+        sum_tensors(logprobs, values, last_values)  # each process has its share
         ref_logprobs = logprobs  # where neither penalty nor limit asks for another's
         if self.reference is not None:
             ref_logprobs = zeros.clone()
@@ -189,6 +191,7 @@ class Learner:
                 for rows, scores in self._scores(rollouts, policy=reference):
                     width = scores.logprobs.shape[1]
                     ref_logprobs[rows, :width] = scores.logprobs
+            sum_tensors(ref_logprobs)
         return Experience(
             tuple(rollouts),
             response_mask=places < lengths[:, None],
@@ -355,7 +358,7 @@ class Learner:
             (loss / count).backward()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / count
-        return totals
+        return summed(totals)
 
     def adapt_kl(self, kl: float) -> None:
         """Move beta towards the KL that is wanted (Ziegler et al. 2019, eq. 2.2)."""
@@ -438,13 +441,18 @@ class Learner:
             )
 
     def _parts(self, rollouts, rows=None) -> Iterator[tuple[Tensor, list, list]]:
-        """Places, prompts and responses that go through the model at once."""
+        """Places, prompts and responses that go through the model at once.
+
+        Of several processes each has its share.
+        """
 
         def size(i: int) -> int:
             return len(rollouts[i].prompt_tokens) + len(rollouts[i].tokens)
 
-        rows, budget = rows or range(len(rollouts)), self.settings.micro_tokens
-        for mb in micro_batches(list(rows), max_tokens=budget, size=size):
+        rows = range(len(rollouts)) if rows is None else rows
+        rows = my_share(sorted(rows, key=size, reverse=True))
+        budget = self.settings.micro_tokens
+        for mb in micro_batches(rows, max_tokens=budget, size=size):
             yield (
                 torch.tensor(mb, device=self.policy.device),
                 [rollouts[i].prompt_tokens for i in mb],
@@ -452,7 +460,8 @@ class Learner:
             )
 
     def _clip_gradients(self) -> float:
-        """Clip policy and value function each for itself; the policy's norm before."""
+        """Sum over processes; clip policy and V each for itself; the policy's norm."""
+        sum_gradients(weight for weights in self.trained for weight in weights)
         clip, most = nn.utils.clip_grad_norm_, self.settings.max_grad_norm
         norms = [float(clip(weights, most)) for weights in self.trained]
         return norms[0] if math.isfinite(sum(norms)) else math.nan

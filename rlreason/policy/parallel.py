@@ -22,7 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlreason.policy.load import Policy
+from rlreason.policy.rollout import Prompt, Rollout
+
 Item = TypeVar("Item")
+Group = tuple[int, list[Rollout]]
 
 
 @contextmanager
@@ -83,7 +87,9 @@ def gathered_tensors(tensor: Tensor) -> list[Tensor]:
     """Every rank's tensor (N, ...), on the CPU; N may differ."""
     if ranks() == 1:
         return [tensor]
-    sizes = [torch.zeros(1, dtype=torch.int64, device=_device()) for _ in range(ranks())]
+    sizes = [
+        torch.zeros(1, dtype=torch.int64, device=_device()) for _ in range(ranks())
+    ]
     dist.all_gather(sizes, torch.tensor([len(tensor)], device=_device()))
     lengths = [int(size) for size in sizes]
     padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]), device=_device())
@@ -128,6 +134,74 @@ def sum_gradients(weights: Iterable[nn.Parameter]) -> None:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
             dist.all_reduce(weight.grad)
+
+
+def collected(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All ranks' tensors by name, on the CPU of the first rank; elsewhere nothing."""
+    if ranks() == 1:
+        return dict(tensors)
+    described = {
+        name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+        for name, tensor in tensors.items()
+    }
+    found = {}
+    for owner, part in enumerate(gathered(described)):
+        for name, (shape, dtype) in part.items():
+            if owner == rank():
+                tensor = tensors[name].to(_device())
+            else:
+                tensor = torch.empty(
+                    shape, dtype=getattr(torch, dtype), device=_device()
+                )
+            dist.broadcast(tensor, owner)
+            if rank() == 0:
+                found[name] = tensor.cpu()
+    return found
+
+
+def joined_groups(
+    policy: Policy, prompts: Sequence[Prompt], groups: Iterable[Group]
+) -> Iterator[Group]:
+    """All ranks' groups of rollouts, given each rank's own.
+
+    Args:
+        policy: Whose tokens they are.
+        prompts: All prompts, the same on all ranks.
+        groups: Each an index in ``prompts``, and its rollouts.
+    """
+    if ranks() == 1:
+        yield from groups
+        return
+    own = [(index, rollout) for index, group in groups for rollout in group]
+    head = [[i, r.sample, len(r.tokens), r.finished] for i, r in own]
+    tensors = (
+        torch.tensor(head, dtype=torch.int64).view(-1, 4),
+        torch.tensor([t for _, r in own for t in r.tokens], dtype=torch.int64),
+        torch.tensor([x for _, r in own for x in r.logprobs], dtype=torch.float32),
+    )
+    found: dict[int, list[Rollout]] = {}
+    for part in zip(*map(gathered_tensors, tensors), strict=True):
+        heads, lengths = part[0].tolist(), part[0][:, 2].tolist()
+        tokens, logprobs = (tuple(map(_tuple, x.split(lengths))) for x in part[1:])
+        texts = policy.decode_batch([policy.without_eos(ids) for ids in tokens])
+        for row, ids, logps, text in zip(heads, tokens, logprobs, texts, strict=True):
+            index, number, _, finished = row
+            prompt = prompts[index]
+            rollout = Rollout(
+                problem_id=prompt.problem_id,
+                sample=number,
+                prompt_tokens=tuple(prompt.tokens),
+                tokens=ids,
+                logprobs=logps,
+                text=text,
+                finished=bool(finished),
+            )
+            found.setdefault(index, []).append(rollout)
+    yield from found.items()
+
+
+def _tuple(tensor: Tensor) -> tuple:
+    return tuple(tensor.tolist())
 
 
 def _device() -> torch.device:

@@ -42,6 +42,7 @@ from transformers import PreTrainedModel
 
 from rlreason.policy.cohort import Answer, Cohort, Request
 from rlreason.policy.load import Policy, vocabulary_rows
+from rlreason.policy.parallel import joined_groups, my_share
 from rlreason.policy.passes import (
     Checked,
     borrowed,
@@ -193,6 +194,15 @@ def _in_order(groups: Iterator[tuple[int, list[Rollout]]]) -> list[Rollout]:
 
 
 def _sample_groups(
+    policy: Policy, prompts: Sequence[Prompt], **options
+) -> Iterator[tuple[int, list[Rollout]]]:
+    """Of several processes each samples its share of the prompts, and all get all."""
+    own = my_share(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens)))
+    groups = _sample_own(policy, [prompts[i] for i in own], **options)
+    yield from joined_groups(policy, prompts, ((own[i], group) for i, group in groups))
+
+
+def _sample_own(
     policy: Policy,
     prompts: Sequence[Prompt],
     *,
@@ -217,7 +227,7 @@ def _sample_groups(
         byte_budget=byte_budget,
         stop_ids=stop_ids,
     )
-    for index in sorted(range(len(prompts)), key=lambda i: -len(tokens[i])):
+    for index in range(len(prompts)):  # the longest first
         stream = prompts[index].problem_id + prompts[index].stream
         keys = [stream_key(seed, stream, j) for j in range(k)]
         engine.ask(index, tokens[index], keys)
