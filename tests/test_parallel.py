@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import PROBLEMS, tiny_policy
-from toys import TOY_PROBLEMS, examples_of, toy_recipe, toy_solutions
+from toys import TOY_PROBLEMS, UPDATE, examples_of, toy_recipe, toy_solutions
 
 from rlreason.algorithms.batching import Example, response_token_count
 from rlreason.algorithms.finetune import (
@@ -207,8 +207,13 @@ def reward_model() -> Any:
 
 
 def runs() -> Any:
-    """Whole runs on disk, from SFT on."""
-    recipe = toy_recipe(Path(os.environ["TOY"]))
+    """Whole runs on disk, from SFT on; expert iteration and RCRL learn adapters."""
+    update = {**UPDATE, "lora": {"rank": 4, "alpha": 8.0}}
+    recipe = toy_recipe(
+        Path(os.environ["TOY"]),
+        expert_iteration={"k": 4, "rounds": 2, "finetune": update},
+        rcrl={"samples": 3, "k": 2, "finetune": update},
+    )
     found = {}
     for step in ("ppo", "rcrl"):
         trained = obtain(plan_of(step, recipe))
