@@ -114,13 +114,11 @@ def test_attention_keeps_no_matrix_of_scores(folder):
 def test_what_grows_by_the_layer_is_measured_at_two_depths(folder):
     models = Models(recipe_of(folder), CPU, WORK)
     settings = models.recipe.sft
-    shallow = models.fine_tuning(settings, held=0)
+    shallow = models.fine_tuning(settings)
     models.by_depth = lambda measure: list(
         measure(weightless(models.config, models.dtype))
     )
-    assert shallow == pytest.approx(
-        models.fine_tuning(models.recipe.sft, held=0), rel=1e-6
-    )
+    assert shallow == pytest.approx(models.fine_tuning(models.recipe.sft), rel=1e-6)
 
 
 def test_masters_and_moments_are_shared_and_gradients_are_not(folder):
@@ -129,7 +127,7 @@ def test_masters_and_moments_are_shared_and_gradients_are_not(folder):
     def update(gpus: int) -> int:
         # As many examples a device, whatever the number of devices
         settings = recipe.sft.model_copy(update={"batch_size": 16 * gpus})
-        return Models(recipe, Machine(gpus, 80e9), WORK).fine_tuning(settings, held=0)
+        return Models(recipe, Machine(gpus, 80e9), WORK).fine_tuning(settings)
 
     parameters = Models(recipe, Machine(1, 80e9), WORK).parameters
     saved = update(1) - update(4)
@@ -143,9 +141,9 @@ def test_adapters_need_no_moments_of_the_weights_under_them(folder):
     recipe = recipe_of(folder, **few)
     models = Models(recipe, Machine(1, 80e9), WORK)
     adapted = recipe_of(folder, **few, sft__lora={"rank": 4, "alpha": 4.0}).sft
-    whole = models.fine_tuning(recipe.sft, held=0)
+    whole = models.fine_tuning(recipe.sft)
     # Neither a gradient, nor a master and moments
-    saved = whole - models.fine_tuning(adapted, held=0)
+    saved = whole - models.fine_tuning(adapted)
     assert saved == pytest.approx((2 + 12) * models.parameters, rel=0.2)
 
 
@@ -183,7 +181,7 @@ def test_peak_of_sampling_is_within_a_fifth(folder, measured):
 
 def test_peak_of_an_update_is_within_a_fifth(folder, measured):
     models = Models(recipe_of(folder), CPU, WORK)
-    expected = models.fine_tuning(models.recipe.sft, held=0)
+    expected = models.fine_tuning(models.recipe.sft)
     assert expected == pytest.approx(measured["update"], rel=0.2)
     wrong = 4 * models.weights  # weights, gradient, moments, and no activations
     assert wrong != pytest.approx(measured["update"], rel=0.2)

@@ -49,6 +49,7 @@ from rlreason.policy.labels import BAD, GOOD
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import token_logprobs
 from rlreason.policy.progress import progress_bar
+from rlreason.policy.reference import set_aside
 from rlreason.policy.rollout import Prompt, Rollout
 from rlreason.policy.sampler import sample, sample_prompts
 from rlreason.policy.vocabulary import add_tokens, token_id
@@ -187,15 +188,16 @@ def rcrl(
             progress.update(data.labelled - progress.done, good_steps=good)
     student = add_tokens(base, [GOOD, BAD])
     seed = settings.finetune.seed + 1000 * settings.seed
-    return fit_policy(
-        student,
-        [conditioned_example(student, s, problems) for s in data.solutions],
-        settings.finetune.model_copy(update={"seed": seed}),
-        NestedRecorder(recorder, saved=saved, **_packed(data)),
-        loss=conditional_nll,
-        count=step_token_count,
-        new_tokens=[token_id(student, name) for name in (GOOD, BAD)],
-    )
+    with set_aside(expert, base):
+        return fit_policy(
+            student,
+            [conditioned_example(student, s, problems) for s in data.solutions],
+            settings.finetune.model_copy(update={"seed": seed}),
+            NestedRecorder(recorder, saved=saved, **_packed(data)),
+            loss=conditional_nll,
+            count=step_token_count,
+            new_tokens=[token_id(student, name) for name in (GOOD, BAD)],
+        )
 
 
 # --- 1 and 2: sample and balance ---------------------------------------------------

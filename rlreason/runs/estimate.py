@@ -6,8 +6,8 @@ sampling follows from the sampler's own costs. A model is measured at two small 
 what it takes grows by the same amount with every layer.
 
 Memory is that of one device, of several that hold weights and gradients each and share
-masters and moments (ZeRO-1). *Waiting* models are those that a step holds beside the
-one that works: the base, the start, the policy of the last round.
+masters and moments (ZeRO-1). Counted with the model that works are those that a step
+holds beside it: the base, the start, the policy of the last round.
 
 Assumed, since only a run can tell: how long texts are, how many solutions expert
 iteration keeps (``Work``), that a solution has four steps, and that reading a token
@@ -180,13 +180,13 @@ def estimate(
 def _sft(models: Models, recipe: Recipe, work: Work) -> Need:
     return Need(
         models.weights,
-        update=models.fine_tuning(recipe.sft, held=0),
+        update=models.fine_tuning(recipe.sft),
         trained=work.solved * work.whole * recipe.sft.epochs,
     )
 
 
 def _expert_iteration(models: Models, recipe: Recipe, work: Work) -> Need:
-    """Base, start and the last round's policy wait while a student learns."""
+    """Base, start and the last round's policy leave the device while a student learns."""
     settings, from_base = recipe.expert_iteration, recipe.start == "base"
     rounds = (recipe.rounds_from_base if from_base else None) or settings.rounds
     first = models.weights * (1 if from_base else 2)
@@ -195,7 +195,7 @@ def _expert_iteration(models: Models, recipe: Recipe, work: Work) -> Need:
     return Need(
         first,
         sampling=models.sampling(held, work.asked, settings.k),
-        update=models.fine_tuning(settings.finetune, held=held),
+        update=models.fine_tuning(settings.finetune),
         sampled=rounds * work.asked * settings.k * work.response,
         trained=rounds * learned * settings.finetune.epochs,
     )
@@ -238,14 +238,14 @@ def _ppo(models: Models, recipe: Recipe, work: Work) -> Need:
 
 
 def _rcrl(models: Models, recipe: Recipe, work: Work) -> Need:
-    """The expert and the base wait. To label a step takes half a response, K times."""
+    """To label a step takes half a response, K times."""
     settings, held = recipe.rcrl, 2 * models.weights
     solutions = work.asked * settings.samples
     labels = solutions * (STEPS_OF_A_SOLUTION - 1) * settings.k / 2
     return Need(
         held,
         sampling=models.sampling(held, work.asked, settings.samples),
-        update=models.fine_tuning(settings.finetune, held=held),
+        update=models.fine_tuning(settings.finetune),
         sampled=round((solutions + labels) * work.response),
         trained=solutions * work.whole * settings.finetune.epochs,
     )
@@ -380,15 +380,15 @@ class Models:
         most = max(groups * group, costs.token * width * groups + prefill)
         return held + int(most), max(1, int(groups * k))
 
-    def fine_tuning(self, settings: FinetuneSettings, *, held: int) -> int:
-        """Peak of an update of all weights, or of adapters, beside what is held."""
+    def fine_tuning(self, settings: FinetuneSettings) -> int:
+        """Peak of an update of all weights, or of adapters; who waits is set aside."""
 
         def learns(policy: WeightlessPolicy) -> tuple[nn.Module, Callable]:
             if settings.lora is not None:
                 policy = with_lora(policy, **settings.lora.model_dump())
             return policy.model, partial(nll, policy)
 
-        return held + self._update(settings, learns, Example)[1]
+        return self._update(settings, learns, Example)[1]
 
     def reward_model(self) -> tuple[int, int]:
         """Of the reward model: itself with its optimiser, and the peak of an update."""
