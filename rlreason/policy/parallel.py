@@ -129,11 +129,14 @@ def sum_gradients(weights: Iterable[nn.Parameter]) -> None:
     flags = [float(weight.grad is not None) for weight in weights]
     known = torch.tensor(flags, device=_device())
     dist.all_reduce(known)
+    sent = []
     for weight, owners in zip(weights, known.tolist(), strict=True):
         if owners:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-            dist.all_reduce(weight.grad)
+            sent.append(dist.all_reduce(weight.grad, async_op=True))
+    for each in sent:
+        each.wait()
 
 
 def collected(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
