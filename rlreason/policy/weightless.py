@@ -152,10 +152,14 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         """Called by PyTorch for every operator."""
-        is_number = function is torch.ops.aten._local_scalar_dense.default
-        if is_number and args[0].device.type == "meta":
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if function is aten._local_scalar_dense.default and args[0].is_meta:
             return 1
-        out = function(*args, **(kwargs or {}))
+        to = kwargs.get("device")
+        if function is aten._to_copy.default and args[0].is_meta and str(to) == "cpu":
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype"))  # to be read
+        out = function(*args, **kwargs)
         self.hold(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
 
