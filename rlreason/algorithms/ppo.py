@@ -15,8 +15,7 @@ of response tokens of the mini-batch, however it is cut. What was sampled is wha
 scored and trained: no text is tokenised again, and temperature is one number. Equations
 are in ``credit`` and ``losses``, settings in ``ppo_settings``.
 
-Left out against the paper: choosing the checkpoint on a validation set (each phase can
-be validated through ``on_phase``, the last one is returned).
+Left out against the paper: choosing the checkpoint on a validation set.
 """
 
 from __future__ import annotations
@@ -441,18 +440,12 @@ class Learner:
             )
 
     def _parts(self, rollouts, rows=None) -> Iterator[tuple[Tensor, list, list]]:
-        """Places, prompts and responses that go through the model at once.
-
-        Of several processes each has its share.
-        """
-
-        def size(i: int) -> int:
-            return len(rollouts[i].prompt_tokens) + len(rollouts[i].tokens)
-
+        """Places, prompts, responses: what goes through the model at once, my share."""
+        sizes = [len(r.prompt_tokens) + len(r.tokens) for r in rollouts]
         rows = range(len(rollouts)) if rows is None else rows
-        rows = my_share(sorted(rows, key=size, reverse=True))
+        share = my_share(sorted(rows, key=sizes.__getitem__, reverse=True))
         budget = self.settings.micro_tokens
-        for mb in micro_batches(rows, max_tokens=budget, size=size):
+        for mb in micro_batches(share, max_tokens=budget, size=sizes.__getitem__):
             yield (
                 torch.tensor(mb, device=self.policy.device),
                 [rollouts[i].prompt_tokens for i in mb],
