@@ -55,6 +55,7 @@ from rlreason.algorithms.recorder import (
     unpack_lists,
 )
 from rlreason.policy.load import Policy
+from rlreason.policy.reference import set_aside
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
 from rlreason.rewards.orm import OutcomeRewardModel, score_tokens
@@ -181,15 +182,16 @@ def train_orm(
             metrics = _held_out_metrics(orm, data.held_out, evaluator)
         recorder.log("held_out", epoch=epoch, **metrics)
 
-    fit(
-        orm.network,
-        optimizer,
-        data.train,
-        settings,
-        inner,
-        loss=partial(classification_loss, orm),
-        after_epoch=log_held_out,
-    )
+    with set_aside(policy):
+        fit(
+            orm.network,
+            optimizer,
+            data.train,
+            settings,
+            inner,
+            loss=partial(classification_loss, orm),
+            after_epoch=log_held_out,
+        )
     return orm
 
 

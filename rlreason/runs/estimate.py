@@ -202,14 +202,14 @@ def _expert_iteration(models: Models, recipe: Recipe, work: Work) -> Need:
 
 
 def _orm(models: Models, recipe: Recipe, work: Work) -> Need:
-    """The base and whoever samples wait; half of the samples are left by balancing."""
+    """The base is there, and whoever samples; balancing leaves half of the samples."""
     settings, held = recipe.orm, 2 * models.weights
     idle, update = models.reward_model()
     samples = work.asked * settings.k
     return Need(
         held,
         sampling=models.sampling(held + idle, work.asked, settings.k),
-        update=held + update,
+        update=models.weights + update,
         sampled=samples * work.response,
         trained=samples // 2 * work.whole * settings.epochs,
     )
