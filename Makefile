@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help book test learning lab lint lock clean
+.PHONY: help book test learning kills lab lint lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: $(STAMP) ## Run the tests
 
 learning: $(STAMP) ## Run the tests that train with the plainest arithmetic of PyTorch
 	ATEN_CPU_CAPABILITY=default $(PYTEST) -m learning
+
+kills: $(STAMP) ## Kill short runs 200 times, and at each write: minutes
+	$(BIN)/python tests/kills.py --kills 200 --writes
 
 lab: $(STAMP) ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir notebooks

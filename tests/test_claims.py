@@ -17,6 +17,7 @@ from rlreason.experiments.claims import (
     BELOW_0,
     CLAIMS,
     NO_HIGHER,
+    UNKNOWN,
     Effect,
     arms,
     by_size,
@@ -78,6 +79,7 @@ def test_a_claim_stands_where_all_its_effects_do_and_falls_with_one():
     assert verdict(ppo=BETTER, rloo=WORSE) == "contradicted"
     (judged,) = judge_claims(Records([], "nano"), [claim])
     assert judged.verdict == "inconclusive"
+    assert judged.said == UNKNOWN  # which is not what a wide interval says
     assert "not recorded" in str(judged)
 
 

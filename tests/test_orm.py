@@ -43,6 +43,7 @@ from rlreason.evaluation.evaluate import evaluate
 from rlreason.mdp import discounted_returns, step_spans
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import token_logprobs
+from rlreason.policy.packing import pad
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
 from rlreason.rewards.orm import (
@@ -133,7 +134,8 @@ def test_p36_the_score_of_the_last_column_would_be_the_score_of_padding():
     orm, rollouts = random_orm(policy), rollouts_of(policy)
     logits, batch = orm.logits(rollouts)
     assert len(logits) == sum(len(r.tokens) for r in rollouts)
-    last_column = orm.network(batch.input_ids, {})[:, -1].sigmoid().tolist()
+    everywhere = orm.network(pad(batch.input_ids), {}).view(batch.input_ids.shape)
+    last_column = everywhere[:, -1].sigmoid().tolist()
     at_the_end = score_responses(orm, rollouts)
     pairs = zip(last_column, at_the_end, strict=True)
     assert max(abs(wrong - right) for wrong, right in pairs) > 0.1

@@ -20,6 +20,7 @@ from rlreason.experiments.records import (
     Cell,
     Records,
     contrasts,
+    in_points,
     load_records,
     measured_table,
     metric_of,
@@ -27,6 +28,7 @@ from rlreason.experiments.records import (
     recorded_panels,
     recorded_table,
     table_page,
+    told,
     unbroken,
     verdict,
 )
@@ -215,8 +217,7 @@ def test_arms_are_shown_beside_what_they_are_compared_with(write):
 
 def test_a_table_says_what_when_and_where(write):
     assert recorded_table("tiny", "credit") == (
-        "Nothing is recorded for profile tiny yet; `rlreason record credit --profile "
-        "tiny` does it. Until then one seed is an anecdote."
+        "Not recorded yet: `credit` (`rlreason record credit`)."
     )
     write(
         greedy("sft", BEFORE_),
@@ -231,8 +232,21 @@ def test_a_table_says_what_when_and_where(write):
     assert second == f"| `orm` | {AUC} |  | 0.80 | [0.80, 0.80] |  |"  # no verdict
     assert note == (
         "Recorded 2026-11-23 at commit 536e288 on a CPU, profile tiny, 3 seeds, 40 "
-        "test problems. Differences of percentages are in points."
+        "test problems. Differences of percentages are in points. Not recorded yet: "
+        "`reinforce`, `rloo`, `grpo` (`rlreason record reinforce rloo grpo`)."
     )
+
+
+def test_a_sentence_tells_what_is_recorded_and_then_what_is_not(write):
+    names = {"ppo": "PPO", "rcrl": "RCRL"}
+    assert told(recorded("tiny"), names) == "not recorded yet (PPO, RCRL)"
+    write(greedy("sft", BEFORE_), greedy("ppo", AFTER))
+    found = recorded("tiny")
+    (ppo,) = found
+    rise = f"PPO {in_points(ppo.interval)} (a rise)"
+    assert told(found, names) == f"{rise}; not recorded yet (RCRL)"
+    assert told(found, {"ppo": "PPO"}, against="sft") == rise
+    assert told(found, {"ppo": "PPO"}, against="ppo") == "not recorded yet (PPO)"
 
 
 def test_a_table_says_where_a_chapters_run_is_of_other_settings(write, tmp_path):
@@ -268,7 +282,10 @@ def test_a_figure_has_a_panel_an_arm_and_column_and_a_line_a_seed(write):
 
 
 def test_a_page_sets_the_measured_table_beside_the_reported_one(write):
-    assert "Nothing is recorded" in table_page("tiny", "table-1")
+    command = "rlreason record table-1"
+    assert f"Not recorded yet: `table-1` (`{command}`)." in table_page(
+        "tiny", "table-1"
+    )
     total = Spent(seconds=1.0, rollouts=904, tokens=None)
     records = write(
         greedy("sft", BEFORE_, spent=Spent(seconds=1.0, rollouts=0, tokens=0)),
@@ -277,10 +294,12 @@ def test_a_page_sets_the_measured_table_beside_the_reported_one(write):
         rows_of("expert-iteration", "samples", [SAMPLES] * 3),
     )
     page = table_page("tiny", "table-1")
+    assert "Not recorded yet: `expert-iteration-orm`, `rcrl`" in page
+    assert f"`ppo-dense-orm` (`{command}`)." in page  # every column has something
     lines = [line for line in page.splitlines() if line.startswith("|")]
     assert lines[0].split(" | ")[2:6] == ["maj@1", "maj@4", "rerank@4", "pass@4"]
     _, _, sft, small, large = (line.split(" | ") for line in lines[:5])
-    assert sft[0] == "| supervised fine-tuning (`sft`)"
+    assert sft[0] == "| SFT (`sft`)"
     assert [small[1], large[1]] == ["nano-xs", "nano"]
     # Value, samples that are missing, no pair with a start, rollouts in all, tokens
     whole = hierarchical_interval(AFTER)
@@ -288,12 +307,12 @@ def test_a_page_sets_the_measured_table_beside_the_reported_one(write):
     assert large[2] == unbroken(
         f"{100 * whole.mean:.1f} [0.0, 100.0]"  # a share has bounds, a t interval none
     )
-    assert small[3] == "" != large[3]
+    assert small[3] == "not yet" != large[3]
     assert small[6] == ""
     assert large[6].startswith("+7.5\xa0[")
     assert (small[7], large[7]) == ("904", "4,096 (5,000)")
     assert (small[8], large[8]) == ("not kept |", "300,000 |")
-    assert "As the paper's Table 1 reports it (unverified transcription):" in page
+    assert "The paper's Table 1 (unverified transcription), in shares:" in page
     assert "| expert iteration | 7B | *0.48* |" in page
     assert "Table 6 are not known" in table_page("tiny", "table-6")
     one = CATALOGUE.table("credit")  # the main base alone
@@ -302,4 +321,11 @@ def test_a_page_sets_the_measured_table_beside_the_reported_one(write):
 
 @pytest.mark.parametrize("name", [table.name for table in CATALOGUE.tables])
 def test_every_table_of_the_catalogue_has_a_page(name, write):
-    assert table_page("tiny", name).startswith("## ")
+    assert f"rlreason record {name}`" in table_page("tiny", name)
+
+
+def test_a_table_leaves_out_a_column_without_records_and_names_it(write):
+    write(greedy("sft", BEFORE_), greedy("expert-iteration", AFTER))
+    page = table_page("tiny", "table-1")
+    assert page.startswith("|  | base | maj@1 | maj@1 against its start | rollouts |")
+    assert "maj@K, rerank@K, pass@K (`rlreason record table-1" in page

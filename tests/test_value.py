@@ -160,6 +160,7 @@ def test_values_alone_are_those_of_the_score_and_teach_nothing_to_the_trunk(
 def test_a_score_and_its_gradient_take_one_pass_of_the_trunk(kind, chunk):
     policy = tiny_policy()
     function = kind and value_function(policy, kind, detach=False)
+    score(policy, PROMPTS, RESPONSES)  # the first asks whether the model packs
     calls = []
     for layer in trunk_of(policy.model).layers:
         layer.register_forward_hook(lambda *_: calls.append(1))

@@ -8,10 +8,17 @@ divided by the number of response tokens of the whole batch (never a mean of mea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+AnyExample = TypeVar("AnyExample", bound="Example")
+# What a pass keeps on a CPU: more than leaves its caches, and more gains nothing
+CPU_ROOM = 128 * 2**20
+GPU_SHARE = 0.5  # of the free memory: gradients and what is not kept need room too
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +56,40 @@ def shuffled_batches(
 def response_token_count(batch: Sequence[Example]) -> int:
     """The number of tokens a loss of this batch is divided by."""
     return sum(len(example.tokens) for example in batch)
+
+
+def tokens_that_fit(
+    loss: Callable[[list[AnyExample]], Tensor], examples: Sequence[AnyExample]
+) -> int:
+    """How many tokens a micro-batch may have, by what the longest example keeps.
+
+    What is kept for the backward pass grows with the tokens, so it is measured on one
+    example: weights, which are there anyway, do not count. On a CPU the answer depends
+    on model and example alone, so a resumed run cuts as before.
+
+    Args:
+        loss: Of a micro-batch.
+        examples: Of which the longest is tried; no gradient is added.
+    """
+    longest = max(examples, key=len)
+    kept: dict[int, int] = {}
+    room = CPU_ROOM
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal room
+        if tensor.is_cuda:
+            room = GPU_SHARE * _free_bytes(tensor.device)
+        if not tensor.is_leaf:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss([longest])
+    return max(1, int(room * len(longest) / max(1, sum(kept.values()))))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nothing holds, torch's own reserve included."""
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve

@@ -16,15 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlreason.algorithms.batching import (
+    AnyExample,
     Example,
     response_token_count,
     shuffled_batches,
+    tokens_that_fit,
 )
 from rlreason.algorithms.optim import (
     adamw,
@@ -45,11 +47,11 @@ from rlreason.policy.lora import (
     trainable_weights,
     with_lora,
 )
+from rlreason.policy.memory import within_memory
 from rlreason.policy.parallel import my_share, sum_gradients, summed
 from rlreason.policy.progress import progress_bar
 from rlreason.settings import Settings, setting
 
-AnyExample = TypeVar("AnyExample", bound=Example)
 LossSum = Callable[[list[AnyExample]], Tensor]
 
 
@@ -72,8 +74,12 @@ class FinetuneSettings(Settings):
     max_grad_norm: float = setting(
         1.0, "Clip the gradient to this norm.", source="ours", gt=0
     )
-    micro_tokens: int = setting(
-        1024, "Tokens in the model at once.", source="ours", placement=True, ge=1
+    micro_tokens: int | None = setting(
+        None,
+        "Tokens in the model at once; None: as many as fit, which is measured.",
+        source="ours",
+        placement=True,
+        ge=1,
     )
     lora: LoraSettings | None = setting(
         None,
@@ -173,6 +179,7 @@ def fit(
     start = saved = restore_training(recorder, model, optimizer)
     was_training = model.training
     model.eval()  # dropout stays off: what is scored is what is sampled
+    max_tokens = settings.micro_tokens or tokens_that_fit(loss, examples)
 
     def check(update: int, **numbers: float) -> None:
         kept = (
@@ -190,7 +197,11 @@ def fit(
             set_lr(optimizer, lr)
             tokens = count(batch)
             with recorder.clock("learning"):
-                mean = accumulate(loss, batch, tokens, max_tokens=settings.micro_tokens)
+                mean, max_tokens = within_memory(
+                    partial(accumulate, loss, batch, tokens),
+                    max_tokens,
+                    undo=optimizer.zero_grad,
+                )
                 sum_gradients(model.parameters())
                 norm = clip_gradients(model, settings.max_grad_norm)
                 check(update, loss=mean, grad_norm=norm)
@@ -256,7 +267,7 @@ def nll(policy: Policy, batch: Sequence[Example]) -> Tensor:
 
 
 def accumulate_gradients(
-    policy: Policy, batch: Sequence[Example], max_tokens: int
+    policy: Policy, batch: Sequence[Example], max_tokens: int | None = None
 ) -> float:
     """Add the gradient of a batch's mean token loss, micro-batch by micro-batch.
 
@@ -268,22 +279,31 @@ def accumulate_gradients(
 
 
 def accumulate(
-    loss: LossSum, batch: Sequence[AnyExample], count: int, *, max_tokens: int
+    loss: LossSum, batch: Sequence[AnyExample], count: int, *, max_tokens: int | None
 ) -> float:
     """Add the gradient of ``loss`` over ``count``, however the batch is cut.
 
-    Of several processes each adds that of its share.
+    Of several processes each adds that of its share. A GPU is waited for once, at the
+    end.
+
+    Args:
+        loss: Summed over the tokens of a micro-batch.
+        batch: Examples of one update.
+        count: What the sum is divided by.
+        max_tokens: Of a micro-batch; None: measured here.
 
     Returns:
         The summed loss of the batch, divided by ``count``.
     """
-    total = 0.0
+    losses = []
+    max_tokens = max_tokens or tokens_that_fit(loss, batch)
     share = my_share(sorted(batch, key=len, reverse=True))
     for mb in micro_batches(share, max_tokens=max_tokens):
         mb_loss = loss(mb) / count
         mb_loss.backward()
-        total += mb_loss.item()
-    return summed({"loss": total})["loss"]
+        losses.append(mb_loss.detach())
+    own = sum(torch.stack(losses).tolist()) if losses else 0.0
+    return summed({"loss": own})["loss"]
 
 
 def new_adamw(

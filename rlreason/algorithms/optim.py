@@ -105,11 +105,17 @@ class MasterAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self) -> None:
         """One update from the gradients of the model's own weights."""
-        for weight, master in self._rounded:
-            master.grad = None if weight.grad is None else weight.grad.float()
+        learning = [pair for pair in self._rounded if pair[0].grad is not None]
+        if not learning:
+            return super().step()
+        weights, masters = zip(*learning, strict=True)
+        for master in masters:
+            master.grad = torch.empty_like(master)
+        gradients = [master.grad for master in masters]
+        torch._foreach_copy_(gradients, [weight.grad for weight in weights])
         super().step()
-        for weight, master in self._rounded:
-            weight.copy_(master)
+        torch._foreach_copy_(weights, masters)
+        for master in masters:
             master.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -175,7 +181,8 @@ def load_optimizer_tensors(
 
 def largest_weight(model: nn.Module) -> float:
     """The largest absolute weight of a model; NaN where a weight is."""
-    largest = [p.detach().abs().max().float().cpu() for p in model.parameters()]
+    weights = [weight.detach() for weight in model.parameters()]
+    largest = torch._foreach_norm(weights, math.inf, dtype=torch.float32)
     return float(torch.stack(largest).max())  # Python's max passes NaN over
 
 

@@ -73,6 +73,7 @@ from rlreason.policy.lora import (
     trainable_tensors,
     with_lora,
 )
+from rlreason.policy.memory import fewer_tokens_at_once
 from rlreason.policy.parallel import my_share, sum_gradients, sum_tensors, summed
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.reference import Reference
@@ -167,6 +168,7 @@ class Learner:
 
     # 2. Score
 
+    @fewer_tokens_at_once
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> Experience:
         """One pass of policy and value function, one of the reference."""
@@ -182,7 +184,6 @@ class Learner:
             if scores.values is not None:
                 values[rows, :width] = scores.values
                 last_values[rows] = scores.last_values
-        sum_tensors(logprobs, values, last_values)  # each process has its share
         ref_logprobs = logprobs  # where neither penalty nor limit asks for another's
         if self.reference is not None:
             ref_logprobs = zeros.clone()
@@ -190,7 +191,7 @@ class Learner:
                 for rows, scores in self._scores(rollouts, policy=reference):
                     width = scores.logprobs.shape[1]
                     ref_logprobs[rows, :width] = scores.logprobs
-            sum_tensors(ref_logprobs)
+        sum_tensors(logprobs, ref_logprobs, values, last_values)  # 0 outside my share
         return Experience(
             tuple(rollouts),
             response_mask=places < lengths[:, None],
@@ -308,6 +309,7 @@ class Learner:
                     self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
 
+    @fewer_tokens_at_once
     def accumulate_values(self, batch: Sequence[Lesson]) -> None:
         """Add the gradient of half the mean squared error of V, which is not clipped"""
         count = sum(len(lesson.tokens) for lesson in batch)
@@ -331,13 +333,13 @@ class Learner:
         groups = [row // self.settings.n for row in rows]
         return best_k_of_n(experience.totals, groups, self.settings.keep)
 
-    def accumulate(
-        self, experience: Experience, mb_rows: list[int]
-    ) -> dict[str, float]:
+    @fewer_tokens_at_once
+    def accumulate(self, experience: Experience, mb_rows: list[int]) -> dict:
         """Add the gradient of one mini-batch's loss, micro-batch by micro-batch."""
         settings = self.settings
-        count = int(experience.response_mask[mb_rows].sum())  # of the whole mini-batch
-        totals: dict[str, float] = {}
+        # Of the whole mini-batch; from lengths, so that no GPU is waited for
+        count = sum(len(experience.rollouts[row].tokens) for row in mb_rows)
+        parts: list[dict[str, Tensor]] = []
         for rows, new in self._scores(experience.rollouts, mb_rows, entropy=True):
             mask = new.response_mask  # (b, t)
             cut = {
@@ -355,9 +357,15 @@ class Learner:
                 )
                 loss = loss + chosen.value_coef * metrics["value_loss"]
             (loss / count).backward()
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value.detach()) / count
-        return summed(totals)
+            parts.append({name: value.detach() for name, value in metrics.items()})
+        if not parts:  # the share of a process may be empty
+            return summed({})
+        sums = torch.stack([torch.stack([*part.values()]) for part in parts]).tolist()
+        own = {
+            name: sum(value / count for value in values)
+            for name, values in zip(parts[0], zip(*sums, strict=True), strict=True)
+        }
+        return summed(own)
 
     def adapt_kl(self, kl: float) -> None:
         """Move beta towards the KL that is wanted (Ziegler et al. 2019, eq. 2.2)."""

@@ -8,6 +8,16 @@ import click
 
 from rlreason.commands.options import profile_option
 
+CELL_LIMIT = 4 * 60 * 60  # seconds; all of profile smol shall take less than one hour
+cell_limit_option = click.option(
+    "--cell-limit",
+    type=click.IntRange(min=0),
+    default=CELL_LIMIT,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up on a cell that runs longer. 0: on none.",
+)
+
 
 @click.command()
 @click.argument("notebook", type=click.Path(path_type=Path))
@@ -26,11 +36,13 @@ from rlreason.commands.options import profile_option
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for the executed notebook. [default: runs/notebooks/PROFILE]",
 )
+@cell_limit_option
 def run(
     notebook: Path,
     profile: str,
     given: tuple[tuple[str, str], ...],
     output: Path | None,
+    cell_limit: int,
 ) -> None:
     """Execute one notebook and keep it with its outputs.
 
@@ -55,6 +67,7 @@ def run(
         profile_name=profile,
         given={n: parse_value(v, source.parameters.get(n)) for n, v in given},
         folder=folder,
+        cell_limit=cell_limit,
     )
     click.echo(f"{folder / notebook.name} took {record.seconds:.0f} s")
 
@@ -69,7 +82,8 @@ def run(
 @click.option(
     "--force", is_flag=True, help="Execute, and train, also what has not changed."
 )
-def book(profile: str, jobs: int | None, force: bool) -> None:
+@cell_limit_option
+def book(profile: str, jobs: int | None, force: bool, cell_limit: int) -> None:
     """Execute all notebooks and build the HTML book.
 
     Executes what has changed since the last time, a notebook a core, each after those
@@ -78,7 +92,9 @@ def book(profile: str, jobs: int | None, force: bool) -> None:
     """
     from rlreason.publishing.book import build_book
 
-    built = build_book(profile, jobs=jobs, force=force, report=click.echo)
+    built = build_book(
+        profile, jobs=jobs, force=force, cell_limit=cell_limit, report=click.echo
+    )
     width = max(len(record.notebook) for record in built.records)
     for record in built.records:
         fresh = "" if record.notebook in built.executed else "  (unchanged)"

@@ -13,6 +13,7 @@ recipe is a function of the recipe.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,11 @@ class Arm:
     start: str = "sft"
     against: str = ""
     measures: tuple[str, ...] = GREEDY
+
+    @property
+    def called(self) -> str:
+        """The method by name, where it is one of the paper's, else what it is."""
+        return METHODS.get(re.sub("-base$|-shifted$", "", self.name), self.text)
 
     @property
     def compared(self) -> str:
@@ -270,6 +276,15 @@ def best_half(recipe: Recipe) -> Mapping[str, Any]:
     return {"ppo.keep": n // 2, "ppo.batch_size": batch // 2}
 
 
+def two_epochs(recipe: Recipe) -> Mapping[str, Any]:
+    """More updates, which the clip holds together, from more questions.
+
+    The rate ends at half, so that the last phases still have something to clip.
+    """
+    changes = {"ppo.n": 2, "ppo.epochs": 2, "ppo.clip": 0.1}
+    return {**changes, "ppo.lr_floor": recipe.ppo.lr / 2}
+
+
 def weak_reward_model(recipe: Recipe) -> Mapping[str, Any]:
     """A head alone, which learns slowly, from samples of SFT; and no KL penalty."""
     return {
@@ -287,7 +302,6 @@ def weak_reward_model(recipe: Recipe) -> Mapping[str, Any]:
 NO_KL = {"ppo.kl.coef": 0.0, "ppo.kl.target": None}
 # A network beside the policy, passes of its own, and its target what was paid
 OWN_VALUE = {
-    "ppo.epochs": 2,
     "ppo.credit": {
         "kind": "gae",
         "lam": 0.99,
@@ -307,7 +321,7 @@ def from_minimal(ratio: float) -> Arm:
     """Return-conditioned RL on solutions of the least expert iteration."""
     return Arm(
         f"rcrl-minimal-{ratio:g}",
-        f"{ratio:g} right to a wrong one",
+        f"RCRL, {ratio:g} right to a wrong one",
         "rcrl",
         {**MINIMAL, "rcrl.k": 0, "rcrl.positive_ratio": ratio},
         start="base",
@@ -347,7 +361,7 @@ ENTRIES = (
     EI,
     EI_ORM,
     replace(
-        relabelled("rcrl", "labels from rollouts", {}, ("samples",)),
+        relabelled("rcrl", "RCRL, labels from rollouts", {}, ("samples",)),
         against="sft",
     ),
     relabelled("rcrl-orm", "labels from the reward model", BY_MODEL, ("samples",)),
@@ -357,12 +371,18 @@ ENTRIES = (
     DENSE_ORM,
     *NO_SFT,
     *SHIFTED,
-    Arm("sft-light", "half of the epochs", "sft", start="", **LIGHT),
-    Arm("ppo-light", "PPO from there", "ppo", start="sft-light", **LIGHT),
-    Arm("ei-minimal", "one round, K = 1", "expert-iteration", MINIMAL, start="base"),
+    Arm("sft-light", "SFT, half of the epochs", "sft", start="", **LIGHT),
+    Arm("ppo-light", "PPO from light SFT", "ppo", start="sft-light", **LIGHT),
+    Arm(
+        "ei-minimal",
+        "expert iteration, one round, K = 1",
+        "expert-iteration",
+        MINIMAL,
+        start="base",
+    ),
     *map(from_minimal, (100.0, 10.0, 1.0)),
-    curriculum("backtracking", "start inside reference solutions"),
-    curriculum("replay", "ask again what had large advantages"),
+    curriculum("backtracking", "PPO, starts inside reference solutions"),
+    curriculum("replay", "PPO, asks again what had large advantages"),
     # Beside the paper's tables
     baseline("reinforce", "the mean of the batch as the baseline"),
     baseline("rloo", "the mean of the question's other responses"),
@@ -391,7 +411,17 @@ ENTRIES = (
         {"expert_iteration.start_from": "current"},
         against="expert-iteration",
     ),
-    ppo("ppo-network", "a value function of its own that learns more often", OWN_VALUE),
+    ppo(
+        "ppo-network",
+        "two epochs, and a value function of its own that learns more often",
+        together(two_epochs, OWN_VALUE),
+    ),
+    ppo(
+        "reinforce-two-epochs",
+        "two epochs, and the mean of the batch as the baseline",
+        together(two_epochs, {"ppo.credit": {"kind": "reinforce"}}),
+        against="ppo-network",
+    ),
     # Beyond the paper: ways to explore
     ppo(
         "ppo-novel",
@@ -434,8 +464,8 @@ METHODS = {
 
 def table_of_paper(number: str, title: str, arms: Sequence[str], **more: Any) -> Table:
     """One of the paper's tables; its columns are those of K samples unless given."""
-    known = {arm: arm.removesuffix("-base").removesuffix("-shifted") for arm in arms}
-    methods = {arm: METHODS[n] for arm, n in known.items() if n in METHODS}
+    known = {arm.name: arm.called for arm in ENTRIES if arm.name in arms}
+    methods = {arm: m for arm, m in known.items() if m in METHODS.values()}
     defaults = {"metrics": K_COLUMNS, "methods": methods}
     return Table(
         f"table-{number}", title, tuple(arms), reported=number, **defaults | more
@@ -504,7 +534,11 @@ CATALOGUE = Catalogue(
             "return-conditioned RL, by how steps are labelled",
             ("rcrl", "rcrl-orm", "rcrl-10", "rcrl-100"),
         ),
-        Table("value", "PPO, by what V is", ("ppo", "ppo-network")),
+        Table(
+            "value",
+            "PPO, by what V is",
+            ("ppo", "ppo-network", "reinforce-two-epochs"),
+        ),
         Table(
             "ways",
             "ways to explore that are not the paper's",

@@ -44,6 +44,7 @@ Range = tuple[float, float]
 MARGIN = 0.02  # two points
 ABOVE_0, BELOW_0 = (0.0, inf), (-inf, 0.0)
 NO_HIGHER, NO_LOWER = (-inf, MARGIN), (-MARGIN, inf)
+UNKNOWN = "not recorded yet"
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,12 @@ class Judged:
         if "contradicted" in verdicts:
             return "contradicted"
         return "supported" if verdicts == {"supported"} else "inconclusive"
+
+    @property
+    def said(self) -> str:
+        """The verdict; that nothing is recorded where nothing is."""
+        known = any(effect.interval is not None for effect in self.effects)
+        return self.verdict if known else UNKNOWN
 
     def __str__(self) -> str:
         """The claim on one line, below it its effects, and what it rests on."""

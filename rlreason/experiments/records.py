@@ -303,30 +303,72 @@ def recorded_table(
             where the record is of other settings.
     """
     names = [names] if isinstance(names, str) else list(names)
-    found = recorded(profile, *names)
+    found, arms = recorded(profile, *names), CATALOGUE.find(names)
     if not found:
-        return _nothing(profile, names)
+        return _missing(profile, names)
     lines = [
         "| comparison | measured | before | after | difference, 95% | verdict |",
         "|---|---|--:|--:|---|---|",
         *map(_table_line, found, [None, *found]),
     ]
     rows = [row for record in found for row in record.rows]
-    first = CATALOGUE.find(names)[0].name
+    first = arms[0].name
     plans = {row.plan for row in rows if row.arm == first}
     note = ""
     if run is not None and plans and settings_hash(run.settings) not in plans:
         note = f" `{first}` was recorded with other settings than the run above."
     counts = {record.problems for record in found}
-    return "\n".join(lines) + f"\n\n{_provenance(profile, rows, counts)}{note}"
+    shown = {record.comparison for record in found}
+    missing = _missing(profile, [arm.name for arm in arms if arm.name not in shown])
+    told = f"{_provenance(profile, rows, counts)}{note} {missing}".strip()
+    return "\n".join(lines) + f"\n\n{told}"
 
 
-def _nothing(profile: str | Path, names: Sequence[str]) -> str:
-    return (
-        f"Nothing is recorded for profile {Path(profile).stem} yet; `rlreason record "
-        f"{' '.join(names)} --profile {profile}` does it. Until then one seed is "
-        "an anecdote."
-    )
+def _missing(
+    profile: str | Path,
+    names: Sequence[str],
+    metrics: Sequence[str] = (),
+    table: str = "",
+) -> str:
+    """One line on what is not recorded, and what records it; empty where all is.
+
+    Args:
+        table: The table that they are of, to be recorded as a whole.
+    """
+    if not (names or metrics):
+        return ""
+    what = ", ".join([*(f"`{name}`" for name in names), *metrics])
+    of = "" if profile == "tiny" else f" --profile {profile}"  # the default
+    command = f"rlreason record {table or ' '.join(names)}{of}"
+    return f"Not recorded yet: {what} (`{command}`)."
+
+
+def told(
+    found: Sequence[Record],
+    names: Mapping[str, str],
+    *,
+    metric: str = "maj@1",
+    against: str = "",
+) -> str:
+    """Differences as part of a sentence: those that are recorded, then the others.
+
+    Args:
+        names: Arm to what the sentence calls it.
+        metric, against: Of the records that are meant, or how these begin.
+    """
+    known = {
+        each.comparison: f"{in_points(each.interval)} "
+        f"({verdict(each.interval, 'a rise', 'a fall')})"
+        for each in found
+        if each.metric.startswith(metric) and each.against.startswith(against)
+    }
+    said = [
+        f"{called} {known[name]}" for name, called in names.items() if name in known
+    ]
+    missing = [called for name, called in names.items() if name not in known]
+    parts = [", ".join(said)] if said else []
+    parts += [f"not recorded yet ({', '.join(missing)})"] if missing else []
+    return "; ".join(parts)
 
 
 def _table_line(record: Record, above: Record | None) -> str:
@@ -439,40 +481,55 @@ def table_page(
     """
     table, records = catalogue.table(name), load_records(profile)
     rows = [row for row in records.rows if row.arm in table.arms]
-    measured = [
-        measured_table(records, table, catalogue),
-        _provenance(profile, rows)
-        + " Intervals are of 95%, over seeds and problems; the difference is of pairs. "
-        "In brackets behind the rollouts: with those of all runs that it builds on.",
-    ]
     if not rows:
-        measured = [_nothing(profile, [name])]
-    title = table.title[0].upper() + table.title[1:]
-    return "\n\n".join([f"## {title}", *measured, *_as_reported(table)]) + "\n"
+        return "\n\n".join([_missing(profile, [name]), *_as_reported(table)])
+    absent = [arm for arm in table.arms if not records.of(arm, "greedy")]
+    metrics = _recorded_metrics(records, table)
+    empty = [records.named(m) for m in table.metrics if m not in metrics]
+    said = [
+        _provenance(profile, rows),
+        "In percent, with 95% intervals over seeds and problems; the difference is of "
+        "pairs. Rollouts and tokens are those sampled in training, in brackets with "
+        "those of all runs that it builds on.",
+        _missing(profile, absent, empty, name),
+    ]
+    measured = [measured_table(records, table, catalogue), " ".join(said).strip()]
+    return "\n\n".join([*measured, *_as_reported(table)])
+
+
+def _recorded_metrics(records: Records, table: Table) -> list[str]:
+    """The columns of a table in which anything is recorded."""
+    known = {(row.arm, row.measure) for row in records.rows}
+    return [
+        metric
+        for metric in table.metrics
+        if any((arm, metric_of(metric)[0]) in known for arm in table.arms)
+    ]
 
 
 def measured_table(records: Records, table: Table, catalogue: Catalogue) -> str:
     """A line an arm and base that is recorded, as Markdown."""
     sizes = sorted({row.size for row in records.rows}, key=lambda s: s == records.size)
-    metrics = [records.named(metric) for metric in table.metrics]
-    heads = ["", "base", *metrics, "maj@1 against its start", "rollouts", "tokens"]
+    metrics = _recorded_metrics(records, table)
+    named = [records.named(metric) for metric in metrics]
+    heads = ["", "base", *named, "maj@1 against its start", "rollouts", "tokens"]
     lines = [heads, ["---", "---", *["--:"] * (len(heads) - 2)]]
     for name in table.arms:
         arm = catalogue.arms[name]
         lines += [
-            [f"{arm.text} (`{name}`)", size, *_cells(records, arm, table, size)]
+            [f"{arm.called} (`{name}`)", size, *_cells(records, arm, metrics, size)]
             for size in (sizes if table.sizes else [records.size])
             if records.of(name, "greedy", size)
         ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cells(records: Records, arm: Arm, table: Table, size: str) -> list[str]:
+def _cells(records: Records, arm: Arm, metrics: Sequence[str], size: str) -> list[str]:
     """What is known of an arm: each metric, the change, and what training took."""
     values = [
-        "" if interval is None else _percent(interval)
+        "not yet" if interval is None else _percent(interval)
         for interval in (
-            records.value(Cell(arm.name, metric, size)) for metric in table.metrics
+            records.value(Cell(arm.name, metric, size)) for metric in metrics
         )
     ]
     start = Cell(arm.start, size=size)
@@ -503,7 +560,7 @@ def _as_reported(table: Table) -> list[str]:
     metrics = [metric.replace("@K", "@96") for metric in table.metrics]
     methods = [table.methods[arm] for arm in table.arms if arm in table.methods]
     return [
-        f"As the paper's Table {table.reported} reports it ({known.provenance}):",
+        f"The paper's Table {table.reported} ({known.provenance}), in shares:",
         reported_table(table.reported, methods, metrics),
         *([known.note] if known.note else []),
     ]

@@ -119,6 +119,8 @@ def read_rows(path: Path) -> list[Row]:
             rows.append(Row.model_validate_json(line))
     except ValidationError as error:
         why = describe(error, "Row")
+        if {fault["type"] for fault in error.errors()} == {"extra_forbidden"}:
+            remedy = "a newer rlreason wrote it: update this one"
         raise RecordError(f"{path}, line {number}: {_short(why)}; {remedy}") from None
     except (UnicodeDecodeError, OSError) as error:
         raise RecordError(f"{path}: {error}; {remedy}") from None

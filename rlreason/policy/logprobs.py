@@ -1,10 +1,10 @@
 """Log-probabilities of responses that exist already, by one full forward pass.
 
 Training scores the tokens that were sampled, never a second tokenisation of their
-text. Sequences are padded on the right: in a causal model nothing looks to the right,
-so padding needs no attention mask and positions count from zero. What belongs to a
-response is known from lengths and never read off token ids, so a pad token that is
-also EOS, or that occurs in a response, does no harm.
+text. Sequences go through the model end to end, without padding, see ``packing``; what
+is told about them is laid out in rows. What belongs to a response is known from lengths
+and never read off token ids, so a pad token that is also EOS, or that occurs in a
+response, does no harm. Nothing here waits for a GPU.
 
 The output layer is applied at the places that predict a response token and nowhere
 else; for a prompt half as long as the sequence that halves its work. Where the
@@ -30,6 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from rlreason.policy.packing import Inputs, pack, packs, pad
+
 # exp of it is 0 in float64 too, and it times 0 is 0, which minus infinity would not be.
 _LOWEST_LOGPROB = -1e4
 
@@ -44,29 +46,36 @@ class PaddedBatch:
         input_ids: (B, L), prompt, response, padding.
         responses: The response tokens alone, (B, T), padded with 0.
         response_mask: True at response tokens, (B, T), from lengths.
-        rows: Which sequence each of the N response tokens belongs to, (N,).
+        targets: The N response tokens, (N,), as in ``responses[response_mask]``.
+        rows: Which sequence each of them belongs to, (N,).
+        steps: Which token of its response it is, (N,).
         columns: The place in ``input_ids`` whose output predicts it, (N,).
         ends: The place of each sequence's last token, (B,).
-
-    The N tokens are ordered as in ``responses[response_mask]``.
+        tokens: All sequences end to end, without padding.
+        lengths: Of the B sequences.
     """
 
     input_ids: Tensor
     responses: Tensor
     response_mask: Tensor
+    targets: Tensor
     rows: Tensor
+    steps: Tensor
     columns: Tensor
     ends: Tensor
+    tokens: Tensor
+    lengths: tuple[int, ...]
 
-    @property
-    def targets(self) -> Tensor:
-        """The N response tokens, (N,)."""
-        return self.responses[self.response_mask]
+    def inputs(self, model: PreTrainedModel) -> Inputs:
+        """The batch as the model takes it: packed, or padded where it cannot be."""
+        if packs(trunk_of(model), max(self.lengths)):
+            return pack(self.tokens, self.lengths)
+        return pad(self.input_ids)
 
     def unpack(self, values: Tensor) -> Tensor:
         """Lay N values, one a response token, out as (B, T), with 0 elsewhere."""
         out = values.new_zeros(self.response_mask.shape)
-        return out.masked_scatter(self.response_mask, values)
+        return out.index_put((self.rows, self.steps), values)
 
 
 def micro_batches(
@@ -121,35 +130,36 @@ def pad_batch(
     whole = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     input_ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in whole])
     padded = [[*ids, *[0] * (longest - len(ids))] for ids in responses]
+    tokens = torch.tensor([token for ids in whole for token in ids])
     step = torch.arange(longest)
     mask = step < lengths  # (B, T)
     rows, steps = mask.nonzero(as_tuple=True)
+    targets = torch.tensor(padded, dtype=torch.int64)
     return PaddedBatch(
         input_ids=input_ids.to(device),
-        responses=torch.tensor(padded, dtype=torch.int64).to(device),
+        responses=targets.to(device),
         response_mask=mask.to(device),
+        targets=targets[mask].to(device),
         rows=rows.to(device),
+        steps=steps.to(device),
         columns=(starts.squeeze(1)[rows] - 1 + steps).to(device),
         ends=(starts + lengths - 1).squeeze(1).to(device),
+        tokens=tokens.to(device),
+        lengths=tuple(map(len, whole)),
     )
 
 
-def response_logits(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:
+def response_logits(
+    model: PreTrainedModel, batch: PaddedBatch, inputs: Inputs | None = None
+) -> Tensor:
     """The logits that predict the response tokens, (N, V), differentiable.
 
     Row n belongs to the n-th of ``batch.targets``; ``batch.rows`` names its sequence.
+    ``inputs`` are the batch's for the model, where they are known already.
     """
-    with output_layer_at(model, batch.rows, batch.columns):
-        return model(
-            input_ids=batch.input_ids,
-            position_ids=positions_of(batch.input_ids),
-            use_cache=False,
-        ).logits[0]
-
-
-def positions_of(input_ids: Tensor) -> Tensor:
-    """Positions of sequences that start in column 0: (1, L)."""
-    return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    inputs = inputs or batch.inputs(model)
+    with output_layer_at(model, inputs.starts[batch.rows] + batch.columns):
+        return model(input_ids=inputs.input_ids, **inputs.options).logits[0]
 
 
 def token_logprobs(
@@ -192,6 +202,7 @@ def check_temperature(temperature: float) -> None:
 def response_logprobs(
     model: PreTrainedModel,
     batch: PaddedBatch,
+    inputs: Inputs | None = None,
     *,
     temperature: float = 1.0,
     entropy: bool = True,
@@ -202,6 +213,7 @@ def response_logprobs(
     Args:
         model: A causal language model.
         batch: From ``pad_batch``.
+        inputs: The batch's for the model, where they are known already.
         temperature: Above 0; of the distribution that both describe.
         entropy: Without it only log-probabilities are computed.
         chunk: Rows of logits held at once, (chunk, V) instead of (N, V). Costs the
@@ -215,10 +227,11 @@ def response_logprobs(
     of_logits = partial(of_logits, temperature=temperature)
     targets = batch.targets
     if chunk is None:
-        return of_logits(response_logits(model, batch), targets)
+        return of_logits(response_logits(model, batch, inputs), targets)
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: hold the logits of at least one token.")
-    pieces = _chunk_by_chunk(model, batch, chunk, of_logits)
+    inputs = inputs or batch.inputs(model)
+    pieces = _chunk_by_chunk(model, batch, inputs, chunk=chunk, of_logits=of_logits)
     logprobs, entropies = zip(*pieces, strict=True)
     return torch.cat(logprobs), torch.cat(entropies) if entropy else None
 
@@ -280,6 +293,8 @@ def causal_of(model: PreTrainedModel) -> PreTrainedModel:
 def _chunk_by_chunk(
     model: PreTrainedModel,
     batch: PaddedBatch,
+    inputs: Inputs,
+    *,
     chunk: int,
     of_logits: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -289,15 +304,11 @@ def _chunk_by_chunk(
     so that logits which a model scales or caps are scaled and capped here too.
     """
     trunk = trunk_of(model)
-    no_places = batch.rows[:0], batch.columns[:0]
-    with first_call(trunk) as seen, output_layer_at(model, *no_places):
-        model(
-            input_ids=batch.input_ids,
-            position_ids=positions_of(batch.input_ids),
-            use_cache=False,
-        )
+    with first_call(trunk) as seen, output_layer_at(model, batch.rows[:0]):
+        model(input_ids=inputs.input_ids, **inputs.options)
     output: BaseModelOutput = seen["output"]
-    places = output.last_hidden_state[batch.rows, batch.columns]  # (N, H)
+    hidden = output.last_hidden_state.flatten(0, 1)
+    places = hidden[inputs.starts[batch.rows] + batch.columns]  # (N, H)
 
     def of_places(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         part = copy.copy(output)
@@ -349,10 +360,10 @@ def _trunk_gives(trunk: nn.Module, output: BaseModelOutput) -> Iterator[None]:
 
 
 @contextmanager
-def output_layer_at(
-    model: PreTrainedModel, rows: Tensor, columns: Tensor
-) -> Iterator[None]:
-    """Let the output layer see the hidden states at (rows, columns) alone.
+def output_layer_at(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
+    """Let the output layer see the hidden states at some places alone.
+
+    Places are counted row by row, (N,).
 
     A hook rather than a call of the layer by hand, because some architectures scale or
     cap the logits behind it. The logits come out as (1, N, V).
@@ -360,7 +371,7 @@ def output_layer_at(
 
     def select(_, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, *rest = inputs
-        return (hidden[rows, columns][None], *rest)
+        return (hidden.flatten(0, 1)[places][None], *rest)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:

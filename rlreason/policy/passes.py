@@ -295,7 +295,7 @@ def _plain(
         for step in range(steps + 1)
     ]
     columns = torch.cat(places)
-    with output_layer_at(model, torch.zeros_like(columns), columns):
+    with output_layer_at(model, columns):
         logits = model(input_ids=ids[None], use_cache=False).logits
     sizes = [(steps + 1) * len(starts) for starts in cohorts]
     parts = _comparable(logits[0]).split(sizes)

@@ -50,7 +50,7 @@ from rlreason.policy.passes import (
     next_logits,
     prompt_logits,
 )
-from rlreason.policy.progress import progress_bar
+from rlreason.policy.progress import progress_bar, tell
 from rlreason.policy.rollout import Prompt, Rollout
 from rlreason.policy.streams import next_uniforms, stream_key
 from rlreason.tasks.problem import Problem
@@ -274,12 +274,14 @@ class _Engine:
         self.cohorts: list[Cohort] = []
         self.step_count = 0
 
-    def ask(self, problem: int, prompt: list[int], keys: list[int]) -> None:
+    def ask(
+        self, problem: int, prompt: Sequence[int], keys: list[int], first: int = 0
+    ) -> None:
         """Queue one problem, in parts if its samples alone exceed the budget."""
         most = self.costs.rows_within(self.budget, len(prompt))
-        for first in range(0, len(keys), most):
-            part = keys[first : first + most]
-            self.queue.append(Request(problem, tuple(prompt), first, part))
+        for start in range(0, len(keys), most):
+            part = keys[start : start + most]
+            self.queue.append(Request(problem, tuple(prompt), first + start, part))
 
     def run(self) -> Iterator[list[Answer]]:
         """Decode until the queue is empty; yields cohort by cohort."""
@@ -288,12 +290,29 @@ class _Engine:
             # The model is given back before each yield: who takes the answers may use
             # it, or may never come back for more.
             with torch.inference_mode(), borrowed(self.model):
-                while not finished:
-                    self.admit()
-                    finished = self.retire()
-                    self.decode()
+                try:
+                    while not finished:
+                        self.admit()
+                        finished = self.retire()
+                        self.decode()
+                except torch.OutOfMemoryError:
+                    self.halve()
             for cohort in finished:
                 yield cohort.answers(self.ends)
+
+    def halve(self) -> None:
+        """Begin what is in flight again, in half of the memory.
+
+        Raises:
+            ValueError: That does not hold one row.
+        """
+        self.budget //= 2
+        tell(f"out of memory: sampling goes on with {self.budget:,} bytes")
+        again = [r for cohort in self.cohorts for r in cohort.requests] + [*self.queue]
+        self.cohorts.clear()
+        self.queue.clear()
+        for request in again:
+            self.ask(request.problem, request.prompt, request.keys, request.first)
 
     def admit(self) -> None:
         """Start a cohort if there is work and room for it."""
@@ -315,8 +334,8 @@ class _Engine:
         cohort = Cohort(
             requests, limit=self.limit, shared=self.shared, device=self.device
         )
-        self.prefill(cohort)
         self.cohorts.append(cohort)
+        self.prefill(cohort)
 
     def prefill(self, cohort: Cohort) -> None:
         """Compute the prompts and draw every sample's first token."""

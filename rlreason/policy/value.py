@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,10 +37,10 @@ from rlreason.policy.logprobs import (
     check_temperature,
     first_call,
     pad_batch,
-    positions_of,
     response_logprobs,
     trunk_of,
 )
+from rlreason.policy.packing import Inputs, allow_packing, pad
 from rlreason.settings import Settings, setting
 
 
@@ -100,25 +101,24 @@ class ValueFunction(nn.Module):
             return _layers_of(trunk_of(model))[-self.body.config.num_hidden_layers]
         return trunk_of(model) if self.kind == "head" else None
 
-    def forward(self, input_ids: Tensor, seen: dict) -> Tensor:
+    def forward(self, inputs: Inputs, seen: dict) -> Tensor:
         """V of each place: the state that consists of all tokens up to it.
 
         Args:
-            input_ids: (B, L), padded on the right.
+            inputs: Of a batch.
             seen: What ``first_call`` saw at ``source``; unused by a network.
 
         Returns:
-            (B, L), float32 at least.
+            V of all places, row by row, float32 at least.
         """
-        positions = positions_of(input_ids)
         if self.kind == "head":
             hidden = self._cut(seen["output"].last_hidden_state)
         elif self.kind == "branch":
             entering = self._cut(_hidden_given(seen))
-            hidden = _run(self.body, positions, inputs_embeds=entering)
+            hidden = _run(self.body, inputs, inputs_embeds=entering)
         else:
-            hidden = _run(self.body, positions, input_ids=input_ids)
-        return hidden.to(self.weight.dtype) @ self.weight + self.bias
+            hidden = _run(self.body, inputs, input_ids=inputs.input_ids)
+        return hidden.flatten(0, 1).to(self.weight.dtype) @ self.weight + self.bias
 
     def _cut(self, hidden: Tensor) -> Tensor:
         return hidden.detach() if self.detach else hidden
@@ -198,18 +198,14 @@ def score(
     """
     check_temperature(temperature)
     batch = pad_batch(prompts, responses, pad_id=policy.pad_id, device=policy.device)
+    inputs = batch.inputs(policy.model)
     options = {"temperature": temperature, "entropy": entropy, "chunk": chunk}
     source = value_function and value_function.source(policy.model)
-    seen: dict = {}
-    if source is None:
-        logprobs, entropies = response_logprobs(policy.model, batch, **options)
-    else:
-        with first_call(source) as seen:
-            logprobs, entropies = response_logprobs(policy.model, batch, **options)
+    with first_call(source) if source else nullcontext({}) as seen:
+        logprobs, entropies = response_logprobs(policy.model, batch, inputs, **options)
     values = last_values = None
     if value_function is not None:
-        everywhere = value_function(batch.input_ids, seen)  # (B, L)
-        values, last_values = _values_at(batch, everywhere)
+        values, last_values = _values_at(batch, inputs, value_function(inputs, seen))
     return Scores(
         logprobs=batch.unpack(logprobs),
         entropy=None if entropies is None else batch.unpack(entropies),
@@ -231,33 +227,36 @@ def score_values(
     read without a gradient, whether detached or not, and a network does without it.
     """
     batch = pad_batch(prompts, responses, pad_id=policy.pad_id, device=policy.device)
+    inputs = batch.inputs(policy.model)
     source, seen = value_function.source(policy.model), {}
     if source is not None:
-        positions = positions_of(batch.input_ids)
         with torch.no_grad(), first_call(source) as seen:
-            _run(trunk_of(policy.model), positions, input_ids=batch.input_ids)
-    values, _ = _values_at(batch, value_function(batch.input_ids, seen))
+            _run(trunk_of(policy.model), inputs, input_ids=inputs.input_ids)
+    values, _ = _values_at(batch, inputs, value_function(inputs, seen))
     return values, batch.response_mask
 
 
-def _values_at(batch: PaddedBatch, everywhere: Tensor) -> tuple[Tensor, Tensor]:
-    """From V of all places (B, L): before each response token (B, T), at the end (B,).
+def _values_at(
+    batch: PaddedBatch, inputs: Inputs, everywhere: Tensor
+) -> tuple[Tensor, Tensor]:
+    """From V of all places: before each response token (B, T), at the end (B,).
 
     V of a place is that of the state with its token, so the state before token t is
     found one place to the left of it, as its log-probability is.
     """
-    values = batch.unpack(everywhere[batch.rows, batch.columns])
-    return values, everywhere.gather(1, batch.ends[:, None]).squeeze(1)
+    before = inputs.starts[batch.rows] + batch.columns
+    return batch.unpack(everywhere[before]), everywhere[inputs.starts + batch.ends]
 
 
-def _run(body: PreTrainedModel, positions: Tensor, **inputs: Tensor) -> Tensor:
-    """Last hidden states (B, L, H) of a body."""
-    output = body(position_ids=positions, use_cache=False, **inputs)
-    return output.last_hidden_state
+def _run(body: PreTrainedModel, inputs: Inputs, **entering: Tensor) -> Tensor:
+    """Last hidden states of a body at all places of ``inputs``."""
+    if "packed" in inputs.options:
+        allow_packing(body)
+    return body(**inputs.options, **entering).last_hidden_state
 
 
 def _hidden_given(seen: dict) -> Tensor:
-    """The hidden states (B, L, H) that a layer was called with."""
+    """The hidden states that a layer was called with."""
     return seen["args"][0] if seen["args"] else seen["kwargs"]["hidden_states"]
 
 
@@ -329,9 +328,10 @@ def _check_branch(policy: Policy, function: ValueFunction) -> None:
     """
     ids = torch.arange(8, device=policy.device)[None] % policy.model.config.vocab_size
     trunk = trunk_of(policy.model)
+    inputs = pad(ids)
     with first_call(function.source(policy.model)) as seen:
-        expected = _run(trunk, positions_of(ids), input_ids=ids)
-    found = _run(function.body, positions_of(ids), inputs_embeds=_hidden_given(seen))
+        expected = _run(trunk, inputs, input_ids=ids)
+    found = _run(function.body, inputs, inputs_embeds=_hidden_given(seen))
     # Merged adapters differ from unmerged ones by rounding.
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     if not (found - expected).norm() <= tolerance * expected.norm():

@@ -94,6 +94,7 @@ def build_book(
     *,
     jobs: int | None = None,
     force: bool = False,
+    cell_limit: int = 0,
     root: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Book:
@@ -104,6 +105,7 @@ def build_book(
         jobs: Notebooks executed at a time; the number of cores where not given. With
             more than one, each runs on a single thread.
         force: Execute, and train, also what has not changed.
+        cell_limit: Seconds after which a cell is given up; 0: none is.
         root: The folder that holds ``book/`` and ``notebooks/``; the checkout where
             not given.
         report: Called with one line at a time of what is going on.
@@ -126,7 +128,9 @@ def build_book(
     with _alone(folder, report), _alone(build, report):
         if force:
             shutil.rmtree(folder, ignore_errors=True)
-        shelf = Shelf(profile_name, folder, jobs or cores(), report)
+        shelf = Shelf(
+            profile_name, folder, jobs or cores(), report, cell_limit=cell_limit
+        )
         results = results_folder(profile_name)
         digests = {
             n.name: notebook_digest(n, profile, results=results) for n in notebooks
@@ -169,6 +173,7 @@ class Shelf:
         jobs: Notebooks executed at a time; with more than one, each on one thread.
         report: Called with one line at a time of what is going on.
         executor: Carries them out; processes of this machine where not given.
+        cell_limit: Seconds after which a cell is given up; 0: none is.
     """
 
     profile_name: str
@@ -176,6 +181,7 @@ class Shelf:
     jobs: int
     report: Callable[[str], None]
     executor: Executor | None = None
+    cell_limit: int = 0
 
     @property
     def outputs(self) -> Path:
@@ -213,6 +219,7 @@ class Shelf:
 
         command = [sys.executable, "-m", "rlreason.cli", "run", str(notebook.path)]
         command += ["--profile", self.profile_name, "--output", str(self.outputs)]
+        command += ["--cell-limit", str(self.cell_limit)]
         runs = (self.folder / source_digest()).resolve()
         return Job(
             name=notebook.name,

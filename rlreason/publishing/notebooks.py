@@ -346,6 +346,7 @@ def run_notebook(
     profile_name: str = "tiny",
     given: Mapping[str, Any] | None = None,
     folder: Path | None = None,
+    cell_limit: int = 0,
 ) -> Record:
     """Execute a notebook and write it, with its record, to a folder.
 
@@ -356,10 +357,11 @@ def run_notebook(
         given: Parameters that win over the profile's.
         folder: Gets ``<name>.ipynb`` and ``<name>.json``, or ``<name>.failed.ipynb``;
             ``output_folder(profile_name)`` where not given.
+        cell_limit: Seconds after which a cell is given up; 0: none is.
 
     Raises:
-        NotebookError: An unknown parameter, or a cell failed; says which, with its
-            source and traceback.
+        NotebookError: An unknown parameter, or a cell failed or did not end; says
+            which, with its source and traceback.
     """
     profile = load_profile(profile_name)
     parameters = choose_parameters(notebook, profile, given or {})
@@ -372,7 +374,7 @@ def run_notebook(
     draft = folder / f"{notebook.name}.{secrets.token_hex(4)}.partial.ipynb"
     where, started = machine(), time.monotonic()
     try:
-        _execute(notebook, _changed(notebook, parameters), draft)
+        _execute(notebook, _changed(notebook, parameters), draft, cell_limit)
         _label_parameters(draft, f"# Parameters of this run (profile {profile_name})")
         record = Record(
             notebook=notebook.name,
@@ -389,11 +391,13 @@ def run_notebook(
     return record
 
 
-def _execute(notebook: Notebook, parameters: Mapping[str, Any], draft: Path) -> None:
+def _execute(
+    notebook: Notebook, parameters: Mapping[str, Any], draft: Path, cell_limit: int
+) -> None:
     """Execute a notebook into a draft, in a kernel of this Python.
 
     Raises:
-        NotebookError: A cell failed, or the kernel ended.
+        NotebookError: A cell failed or took longer than the limit, or the kernel ended.
     """
     import papermill  # slow to import, and only needed here
     from papermill.exceptions import PapermillExecutionError
@@ -415,11 +419,20 @@ def _execute(notebook: Notebook, parameters: Mapping[str, Any], draft: Path) -> 
             shutdown_kernel="immediate",  # at Ctrl-C too, without a word of its own
             cwd=str(notebook.path.parent),
             progress_bar=sys.stderr.isatty(),
+            execution_timeout=cell_limit or None,
             config=Config(KernelManager={"transport_encryption": "auto"}),
         )
     except PapermillExecutionError as error:
         draft.replace(failed)
         raise NotebookError(_failure(notebook, error, failed)) from None
+    except TimeoutError:  # nbclient's CellTimeoutError
+        cell = _last_begun(draft)
+        draft.replace(failed)
+        raise NotebookError(
+            f"{notebook.name}: code cell {cell} did not end in {cell_limit:,} s; raise "
+            f"--cell-limit (0: no limit), or see what it waits for; the notebook up to "
+            f"there: {failed}"
+        ) from None
     except RuntimeError as error:  # nbclient's DeadKernelError among them
         if "died" not in str(error):
             raise

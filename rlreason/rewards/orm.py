@@ -87,12 +87,14 @@ class LikelihoodNetwork(nn.Module):
 
     def forward(self, batch: PaddedBatch) -> Tensor:
         """Logits after the N response tokens, (N,)."""
+        inputs = batch.inputs(self.model)
         with first_call(trunk_of(self.model)) as seen:
-            lm_logits = response_logits(self.model, batch)  # (N, V)
-        hidden = seen["output"].last_hidden_state  # (B, L, H)
+            lm_logits = response_logits(self.model, batch, inputs)  # (N, V)
+        hidden = seen["output"].last_hidden_state.flatten(0, 1)
         so_far = batch.unpack(logprobs_of(lm_logits, batch.targets)).cumsum(1)  # (B, T)
-        here = hidden[batch.rows, batch.columns + 1].to(self.weight.dtype)
-        likelihood = so_far[batch.response_mask]
+        after = inputs.starts[batch.rows] + batch.columns + 1
+        here = hidden[after].to(self.weight.dtype)
+        likelihood = so_far[batch.rows, batch.steps]
         return here @ self.weight + self.bias + self.beta * likelihood
 
 
@@ -140,9 +142,10 @@ class OutcomeRewardModel:
         )
         if isinstance(self.network, LikelihoodNetwork):
             return self.network(batch), batch
-        everywhere = self.network(batch.input_ids, {})  # (B, L)
+        inputs = batch.inputs(self.network.body)
         # ``columns`` predict the tokens; the tokens themselves stand one further on.
-        return everywhere[batch.rows, batch.columns + 1], batch
+        after = inputs.starts[batch.rows] + batch.columns + 1
+        return self.network(inputs, {})[after], batch
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each token as text; EOS is empty."""

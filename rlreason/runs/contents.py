@@ -67,11 +67,16 @@ def file_digest(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _file_digest(path: Path, mtime: int, size: int) -> str:
+    return sha256_of(path)[:HASH_LENGTH]
+
+
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256, as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
-    return digest.hexdigest()[:HASH_LENGTH]
+    return digest.hexdigest()
 
 
 def _hub_revision(name: str) -> str:

@@ -85,7 +85,7 @@ def machine() -> dict[str, Any]:
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in REPORTED_PACKAGES},
+        "packages": {name: version_of(name) for name in REPORTED_PACKAGES},
         "platform": platform.platform(),
         "processor": processor(),
         "gpus": gpus(),
@@ -170,7 +170,9 @@ def files_digest(paths: Iterable[Path], *, relative_to: Path) -> str:
     return total.hexdigest()
 
 
-def _version(package: str) -> str | None:
+@cache
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlreason.algorithms.batching import Example
+from rlreason.algorithms.batching import CPU_ROOM, GPU_SHARE, Example
 from rlreason.algorithms.experience import Experience
 from rlreason.algorithms.finetune import FinetuneSettings, accumulate, nll
 from rlreason.algorithms.optim import HALF
@@ -320,7 +320,7 @@ def _savings(step: str, recipe: Recipe) -> Iterator[tuple[str, Any]]:
     settings = recipe
     for name in part.split("."):
         settings = getattr(settings, name)
-    tokens = settings.micro_tokens
+    tokens = settings.micro_tokens or 0  # as many as fit
     while tokens > 1024:
         tokens //= 2
         yield f"{part}.micro_tokens", tokens
@@ -406,9 +406,10 @@ class Models:
     ) -> tuple[int, int]:
         size = self.work.whole
         share = -(-settings.batch_size // self.machine.ranks)
+        one = example(*self._texts())
+        tokens = settings.micro_tokens or self._tokens_that_fit(learns, one)
         # Two micro-batches: in the second one there are gradients already
-        rows = min(share, 2 * max(1, settings.micro_tokens // size))
-        batch = [example(*self._texts())] * rows
+        batch = [one] * min(share, 2 * max(1, tokens // size))
 
         def measure(policy: WeightlessPolicy) -> tuple[int, ...]:
             with LiveBytes() as live, torch.device("meta"):
@@ -417,12 +418,31 @@ class Models:
             with live:
                 live.hold(model.parameters())
                 start = live.now
-                accumulate(loss, batch, 1, max_tokens=settings.micro_tokens)
+                accumulate(loss, batch, 1, max_tokens=tokens)
             peak = with_slack(start, live.peak)
             return start + state.kept, peak + state.kept, live.now + state.stepping
 
         idle, backward, step = self.by_depth(measure)
         return idle, max(backward, step)
+
+    def _tokens_that_fit(self, learns: Callable, example: Example) -> int:
+        """Tokens of a micro-batch where it is measured, as ``tokens_that_fit`` does."""
+
+        def measure(policy: WeightlessPolicy) -> tuple[int, int]:
+            with LiveBytes() as live, torch.device("meta"):
+                model, loss = learns(policy)
+            masters = _optimiser(model, self.machine.ranks).masters
+            with live:
+                live.hold(model.parameters())
+                start = live.now
+                summed = loss([example])
+                kept = live.now - start
+            del summed
+            return start + masters, kept
+
+        held, kept = self.by_depth(measure)
+        free = GPU_SHARE * max(0, self.machine.memory - held)
+        return int((free if self.machine.gpus else CPU_ROOM) * len(example) / kept)
 
     def ppo(self) -> tuple[int, int, int]:
         """Of a learner: itself with its optimiser, and the peaks of scoring and update."""
@@ -446,7 +466,7 @@ class Models:
             if learner.reference is not None and learner.reference.copy is not None:
                 models.append(learner.reference.copy.model)
             state = _optimiser(nn.ModuleList(models), self.machine.ranks)
-            learner.optimizer = None  # counted above
+            learner.optimizer = torch.optim.SGD(learner.trained[0])  # counted above
             zeros = torch.zeros((rows, len(response)), device="meta")
             experience = Experience(
                 (rollout,) * rows, zeros.bool(), *(zeros,) * 3, zeros[:, 0], *(zeros,) * 4
@@ -496,6 +516,7 @@ class Models:
 class _State:
     """What an optimiser keeps on a device, and has besides while it steps."""
 
+    masters: int
     kept: int
     stepping: int
 
@@ -505,7 +526,8 @@ def _optimiser(model: nn.Module, ranks: int) -> _State:
     trained = [w for w in model.parameters() if w.requires_grad]
     half = sum(w.numel() for w in trained if w.dtype in HALF)
     kept = 8 * sum(w.numel() for w in trained) + 4 * half  # moments, masters
-    return _State(kept // ranks, (kept + 4 * half) // ranks)  # gradients in float32
+    gradients = 4 * half  # in float32
+    return _State(4 * half // ranks, kept // ranks, (kept + gradients) // ranks)
 
 
 def with_slack(held: int, peak: int) -> int:

@@ -14,7 +14,7 @@ experiment and the hash of its settings, so that a run that is done is not run t
         settings.json       the settings, canonical
         metrics.jsonl       what the algorithm logged: equal to the bit for equal runs
         timing.jsonl        seconds since the start of the run, one row a row of metrics
-        checkpoints/000012/ weights.safetensors, state.json, bookmark.json
+        checkpoints/000012/ weights.safetensors, state.json, bookmark.json, hashes.json
         environment.json    versions, device, commit, threads, for every session
         status.json         running, done or failed; seconds
         lock                held by the process that writes; others wait for it
@@ -22,7 +22,8 @@ experiment and the hash of its settings, so that a run that is done is not run t
 A killed run leaves complete checkpoints and some rows too many. The next one cuts
 ``metrics.jsonl`` back to where the last complete checkpoint was taken and goes on from
 there. A checkpoint is written beside its place, forced to disk, and renamed: it is
-there wholly or not at all. There is no pickle in a run folder.
+there wholly or not at all. One that no longer holds what was written, by its hashes, is
+not gone on from: the one before it is. There is no pickle in a run folder.
 
 What this leaves out: several processes that write one run (data parallel training logs
 from its first process alone), and network file systems without working locks.
@@ -33,11 +34,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,7 +50,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlreason.algorithms.recorder import Checkpoint
-from rlreason.runs.environment import environment, runs_root, source_digest
+from rlreason.runs.contents import sha256_of
+from rlreason.runs.environment import (
+    environment,
+    runs_root,
+    source_digest,
+    version_of,
+)
+from rlreason.runs.stopping import heeding
 from rlreason.policy.progress import tell
 from rlreason.settings import (
     SettingsError,
@@ -59,8 +68,12 @@ from rlreason.settings import (
 )
 
 
+PARTS = ("weights.safetensors", "state.json", "bookmark.json")  # of a checkpoint
+HASHES = "hashes.json"
+
+
 class RunFolderError(ValueError):
-    """A run folder that cannot be used: of other settings, or damaged."""
+    """A run folder that cannot be used: of other settings, damaged, or not writable."""
 
 
 class RunFolder:
@@ -134,10 +147,12 @@ class RunFolder:
         """Take the folder for this process and wind it back; leave it if it is done.
 
         Where another process is writing this run, wait for it: then the run is done, or
-        is taken up where that process was stopped.
+        is taken up where that process was stopped. A SIGTERM within the block ends the
+        process at the next checkpoint, see ``stopping``.
 
         Raises:
-            RunFolderError: The folder holds a run of other settings.
+            RunFolderError: The folder holds a run of other settings, or of a newer
+                version; or all its checkpoints are damaged.
         """
         self._check_what_is_there()
         if self.done:
@@ -158,26 +173,26 @@ class RunFolder:
         if self.done:  # finished between the look and the lock
             self._lock.release()
             return self
-        try:
+        with ExitStack() as undo:  # `__exit__` is not called where this fails
+            undo.callback(self._lock.release)
+            undo.callback(self.close_logs)
             self._begin()
-        except BaseException:  # `__exit__` is not called then
-            self.close_logs()
-            self._lock.release()
-            raise
+            self._stop = undo.enter_context(heeding())
+            self._leave = undo.pop_all()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         """Write the outcome, done or failed, and let the folder go."""
         if self._metrics is None:
             return
-        try:
+        with self._leave:
             self.close_logs()
             if error is None:
                 self._write_status("done")
+                self._stop.obey()
             else:
-                self._write_status("failed", error=f"{kind.__name__}: {error}")
-        finally:
-            self._lock.release()
+                with suppress(OSError):  # a full disk is not to hide what went wrong
+                    self._write_status("failed", error=f"{kind.__name__}: {error}")
 
     def log(self, kind: str, **metrics: Any) -> None:
         """Append one row to ``metrics.jsonl``; NaN and infinity are written as null.
@@ -209,10 +224,11 @@ class RunFolder:
     def due(self) -> bool:
         """True when ``save_every`` seconds have passed since the last checkpoint.
 
-        More where writing one takes long: it shall cost 5% of the time at most.
+        More where writing one takes long: it shall cost 5% of the time at most. Also
+        when this process is asked to end.
         """
         wait = max(self._save_every, 20 * self._save_took)
-        return time.monotonic() - self._saved_at >= wait
+        return self._stop.asked or time.monotonic() - self._saved_at >= wait
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint, wholly or not at all, and drop the oldest.
@@ -220,33 +236,79 @@ class RunFolder:
         Args:
             tensors: By name, on any device; tensors that share memory are copied.
             state: JSON values; tuples become lists.
+
+        Raises:
+            RunFolderError: It cannot be written; those before it stay.
+            Stopped: It is written, and this process was asked to end.
         """
         self._require_open()
         began = time.monotonic()
+        latest = self._latest()
+        number = 1 if latest is None else int(latest.name) + 1
+        final = self._checkpoints / f"{number:06d}"
+        try:
+            self._write_checkpoint(final, tensors, state)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(_draft_of(final), ignore_errors=True)  # it takes room
+            raise RunFolderError(
+                f"the checkpoint {final} cannot be written ({error}): make room, or "
+                "let RLREASON_RUNS be a folder that can be written; the same command "
+                "goes on from the checkpoint before"
+            ) from None
+        self._prune()
+        self._saved_at = time.monotonic()
+        # 0: whoever asks for every checkpoint gets it
+        self._save_took = self._saved_at - began if self._save_every else 0.0
+        if self._stop.asked:
+            tell(f"asked to end: {self.path} is kept up to here, to be gone on with")
+        self._stop.obey()
+
+    def _write_checkpoint(
+        self, final: Path, tensors: dict[str, Tensor], state: dict[str, Any]
+    ) -> None:
+        """Write all of a checkpoint beside its place, then give it its name."""
         bookmark = {
             "metrics_bytes": _force(self._metrics),
             "timing_bytes": _force(self._timing),
             "seconds": round(self._seconds(), 3),
         }
-        latest = self._latest()
-        number = 1 if latest is None else int(latest.name) + 1
-        final = self._checkpoints / f"{number:06d}"
-        draft = self._checkpoints / f"{final.name}.partial"
-        shutil.rmtree(draft, ignore_errors=True)
+        draft = _draft_of(final)
         draft.mkdir(parents=True)
         own = {name: _own(tensor) for name, tensor in tensors.items()}
         save_file(own, draft / "weights.safetensors")
         (draft / "state.json").write_bytes(_json_line(state))
         (draft / "bookmark.json").write_bytes(_json_line(bookmark))
+        (draft / HASHES).write_bytes(_json_line(_hashes(draft)))
         for file in [*draft.iterdir(), draft]:
             _force_path(file)
         draft.rename(final)
         _force_path(self._checkpoints)
-        for old in self.complete_checkpoints()[: -self._keep]:
-            shutil.rmtree(old, ignore_errors=True)
-        self._saved_at = time.monotonic()
-        # 0: whoever asks for every checkpoint gets it
-        self._save_took = self._saved_at - began if self._save_every else 0.0
+
+    def _prune(self) -> None:
+        """Drop all checkpoints but the newest, and what kills left half written."""
+        kept = self.complete_checkpoints()[-self._keep :]
+        if self._checkpoints.is_dir():
+            for path in set(self._checkpoints.iterdir()) - set(kept):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _drop_damaged(self) -> None:
+        """Drop the newest checkpoints as far as they are damaged; never the last one.
+
+        Raises:
+            RunFolderError: All are.
+        """
+        found, damaged = self.complete_checkpoints(), {}
+        while found and (fault := _fault(found[-1])):
+            damaged[found.pop()] = fault
+        if damaged and not found:
+            raise _damaged(*next(iter(damaged.items())))
+        for path, fault in damaged.items():
+            warnings.warn(
+                f"{path} is damaged ({fault}): going on from the checkpoint before it, "
+                f"{found[-1].name}",
+                stacklevel=4,
+            )
+            shutil.rmtree(path)
 
     @property
     def _checkpoints(self) -> Path:
@@ -286,6 +348,8 @@ class RunFolder:
 
     def _begin(self) -> None:
         """Wind the logs back to the last checkpoint and open them for appending."""
+        self._drop_damaged()
+        self._prune()
         latest = self._latest()
         bookmark = _read_json(latest / "bookmark.json") if latest else {}
         self._metrics = _open_at(
@@ -307,9 +371,11 @@ class RunFolder:
         """Bring both logs to the disk; afterwards nothing can be written."""
         files = [file for file in (self._metrics, self._timing) if file is not None]
         self._metrics = self._timing = None
-        for file in files:
-            _force(file)
-            file.close()
+        with ExitStack() as closing:
+            for file in files:  # raw: what a full disk refused is not written later
+                closing.callback(file.raw.close)
+            for file in files:
+                _force(file)
 
     def _seconds(self) -> float:
         """Seconds of work that this run's present state took, over all sessions."""
@@ -329,23 +395,76 @@ class RunFolder:
 
 
 def read_checkpoint(run: Path) -> Checkpoint | None:
-    """Return the newest complete checkpoint of a run folder, None without one."""
+    """Return the newest complete checkpoint of a run folder, None without one.
+
+    Raises:
+        RunFolderError: It is damaged.
+    """
     complete = _complete_checkpoints(run)
     if not complete:
         return None
-    weights = complete[-1] / "weights.safetensors"
+    latest = complete[-1]
+    if fault := _fault(latest):
+        raise _damaged(latest, fault)
     try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise RunFolderError(
-            f"{weights} is damaged ({error}); delete {run} to train it again"
-        ) from None
-    return Checkpoint(tensors, _read_json(complete[-1] / "state.json"))
+        tensors = load_file(latest / "weights.safetensors")
+    except (SafetensorError, OSError) as error:  # of a version that kept no hashes
+        raise _damaged(latest, str(error)) from None
+    return Checkpoint(tensors, _read_json(latest / "state.json"))
 
 
 def read_settings(run: Path) -> dict[str, Any] | None:
-    """Return the settings of a run folder as plain values, None where it is none."""
+    """Return the settings of a run folder as plain values, None where it is none.
+
+    Raises:
+        RunFolderError: It was written by a newer version of this package.
+    """
+    ours = version_of("rlreason")
+    for session in _read_json(run / "environment.json") or []:
+        theirs = session["packages"]["rlreason"]
+        if ours and theirs and _order(theirs) > _order(ours):
+            raise RunFolderError(
+                f"{run} was written by rlreason {theirs}, which is newer than this "
+                f"{ours}: update rlreason, or let RLREASON_RUNS be another folder"
+            )
     return _read_json(run / "settings.json")
+
+
+def _order(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
+def _draft_of(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.partial")
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    return {name: sha256_of(checkpoint / name) for name in PARTS}
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, None where it holds what was written."""
+    if missing := [name for name in PARTS if not (checkpoint / name).is_file()]:
+        return f"without {', '.join(missing)}"
+    try:
+        written = json.loads((checkpoint / HASHES).read_bytes())
+        found = _hashes(checkpoint)
+    except FileNotFoundError:
+        return None  # of a version that kept no hashes
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None if written == found else "by its hashes, it is not as it was written"
+
+
+def _damaged(checkpoint: Path, fault: str) -> RunFolderError:
+    run = checkpoint.parents[1]
+    others = len(_complete_checkpoints(run)) > 1
+    remedy = (
+        f"delete {run / 'status.json'} to go on from the checkpoint before it"
+        if others
+        else f"delete {run} to train it again"
+    )
+    return RunFolderError(f"{checkpoint} is damaged ({fault}); {remedy}")
 
 
 def _complete_checkpoints(run: Path) -> list[Path]:

@@ -293,6 +293,7 @@ def obtain(plan: Plan) -> Any:
         if not agreed(_finished(run)):
             plan.check()  # what it needed may have taken hours
             made = plan.make(load_policy(plan.policy), needed, run)
+            plan.check()  # problems for validation are read again and again
             run.save(trained_tensors(made), {"finished": True})
     _check_base(plan)
     return plan.load(run)

@@ -1,0 +1,65 @@
+"""What does not fit into memory is done again in pieces of half the size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+
+from rlreason.policy.progress import tell
+
+T = TypeVar("T")
+
+
+def within_memory(
+    work: Callable[..., T], tokens: int, *, undo: Callable[[], Any]
+) -> tuple[T, int]:
+    """Do work with so many tokens at once, or with fewer where memory ends.
+
+    Args:
+        work: Given their number as ``max_tokens``.
+        tokens: To begin with.
+        undo: Takes back what an attempt that failed has done.
+
+    Returns:
+        What came of it, and the number of tokens that did fit.
+
+    Raises:
+        ValueError: Not even single examples fit.
+    """
+    most = tokens
+    while most:
+        try:
+            found = work(max_tokens=most)
+        except torch.OutOfMemoryError:
+            most //= 2
+        else:
+            if most < tokens:
+                tell(f"out of memory with {tokens:,} tokens at once: now {most:,}")
+            return found, most
+        undo()  # here, where the failed attempt holds nothing any more
+    raise ValueError(
+        "out of memory with one example at once: shorten it (max_new_tokens), or take "
+        "a smaller model, LoRA, or a device with more memory"
+    )
+
+
+def fewer_tokens_at_once(method: Callable[..., T]) -> Callable[..., T]:
+    """Let a learner's method, which adds gradients, have fewer ``micro_tokens``.
+
+    The learner keeps the number that did fit. It has no gradients before.
+    """
+
+    @wraps(method)
+    def fitting(learner: Any, *given: Any) -> T:
+        def work(max_tokens: int) -> T:
+            placed = {"micro_tokens": max_tokens}
+            learner.settings = learner.settings.model_copy(update=placed)
+            return method(learner, *given)
+
+        tokens = learner.settings.micro_tokens
+        return within_memory(work, tokens, undo=learner.optimizer.zero_grad)[0]
+
+    return fitting
