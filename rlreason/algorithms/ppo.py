@@ -182,7 +182,6 @@ class Learner:
             if scores.values is not None:
                 values[rows, :width] = scores.values
                 last_values[rows] = scores.last_values
-        sum_tensors(logprobs, values, last_values)  # each process has its share
         ref_logprobs = logprobs  # where neither penalty nor limit asks for another's
         if self.reference is not None:
             ref_logprobs = zeros.clone()
@@ -190,7 +189,7 @@ class Learner:
                 for rows, scores in self._scores(rollouts, policy=reference):
                     width = scores.logprobs.shape[1]
                     ref_logprobs[rows, :width] = scores.logprobs
-            sum_tensors(ref_logprobs)
+        sum_tensors(logprobs, ref_logprobs, values, last_values)  # 0 outside my share
         return Experience(
             tuple(rollouts),
             response_mask=places < lengths[:, None],

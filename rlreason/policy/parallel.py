@@ -109,9 +109,9 @@ def summed(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def sum_tensors(*tensors: Tensor) -> None:
-    """Sum each tensor over ranks, in place."""
+    """Sum each tensor over ranks, in place; one that is given twice, once."""
     if ranks() > 1:
-        for tensor in tensors:
+        for tensor in {id(tensor): tensor for tensor in tensors}.values():
             dist.all_reduce(tensor)
 
 
