@@ -73,7 +73,7 @@ from rlreason.policy.lora import (
     trainable_tensors,
     with_lora,
 )
-from rlreason.policy.memory import fewer_tokens_at_once
+from rlreason.policy.memory import checkpointing, fewer_tokens_at_once
 from rlreason.policy.parallel import my_share, sum_gradients, sum_tensors, summed
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.reference import Reference
@@ -144,7 +144,7 @@ class Learner:
         body = self.value_function and self.value_function.body
         for model in filter(None, (self.policy.model, body)):
             if settings.gradient_checkpointing:
-                _checkpointing(model, "enable")({"use_reentrant": False})
+                checkpointing(model, "enable")({"use_reentrant": False})
             # Only in training mode are activations computed again. The mode changes
             # nothing else: dropout is off for good, what is scored is what is sampled
             model.train(settings.gradient_checkpointing)
@@ -339,7 +339,7 @@ class Learner:
         settings = self.settings
         # Of the whole mini-batch; from lengths, so that no GPU is waited for
         count = sum(len(experience.rollouts[row].tokens) for row in mb_rows)
-        parts: list[dict[str, Tensor]] = []
+        parts: list[Tensor] = []
         for rows, new in self._scores(experience.rollouts, mb_rows, entropy=True):
             mask = new.response_mask  # (b, t)
             cut = {
@@ -357,15 +357,12 @@ class Learner:
                 )
                 loss = loss + chosen.value_coef * metrics["value_loss"]
             (loss / count).backward()
-            parts.append({name: value.detach() for name, value in metrics.items()})
+            parts.append(torch.stack([value.detach() for value in metrics.values()]))
+            names = [*metrics]
         if not parts:  # the share of a process may be empty
             return summed({})
-        sums = torch.stack([torch.stack([*part.values()]) for part in parts]).tolist()
-        own = {
-            name: sum(value / count for value in values)
-            for name, values in zip(parts[0], zip(*sums, strict=True), strict=True)
-        }
-        return summed(own)
+        own = (torch.stack(parts).double().sum(0) / count).tolist()
+        return summed(dict(zip(names, own, strict=True)))
 
     def adapt_kl(self, kl: float) -> None:
         """Move beta towards the KL that is wanted (Ziegler et al. 2019, eq. 2.2)."""
@@ -421,7 +418,7 @@ class Learner:
         thousandths of a weight would be lost in rounding.
         """
         if self.settings.gradient_checkpointing:
-            _checkpointing(self.policy.model, "disable")()
+            checkpointing(self.policy.model, "disable")()
         self.policy.model.eval()
         if self.settings.lora is not None:
             self.policy.model.float()
@@ -466,12 +463,6 @@ class Learner:
         clip, most = nn.utils.clip_grad_norm_, self.settings.max_grad_norm
         norms = [float(clip(weights, most)) for weights in self.trained]
         return norms[0] if math.isfinite(sum(norms)) else math.nan
-
-
-def _checkpointing(model: nn.Module, what: str) -> Callable[..., None]:
-    """A method of transformers that was ``gradient_checkpointing_*`` before 5.23."""
-    old = getattr(model, f"gradient_checkpointing_{what}")
-    return getattr(model, f"activation_checkpointing_{what}", old)
 
 
 def _mini_batches(
