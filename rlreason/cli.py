@@ -24,6 +24,7 @@ from rlreason.commands.batch import batch
 from rlreason.commands.bench import bench, doctor
 from rlreason.commands.models import models
 from rlreason.commands.notebooks import book, run
+from rlreason.commands.plan import plan
 from rlreason.commands.records import claims, record
 from rlreason.commands.training import evaluate, settings_command, train
 from rlreason.runs.environment import PACKAGE
@@ -47,6 +48,7 @@ def app() -> None:
     rlreason run notebooks/00_tour.ipynb  one notebook
     rlreason book                         all notebooks, and the HTML book
     rlreason batch grid.yaml              notebooks or runs x parameters x seeds
+    rlreason plan paper --gpus 8          memory, tokens and hours, before it is run
     rlreason train expert-iteration       one training run, into a run folder
     rlreason evaluate runs/sft-1f0c9a...  maj@1, maj@k, pass@k of what it trained
     rlreason record table-1               train, measure and record a table
@@ -71,7 +73,7 @@ def app() -> None:
 
 
 COMMANDS = (
-    *(run, book, batch, doctor, models, train, settings_command),
+    *(run, book, batch, plan, doctor, models, train, settings_command),
     *(evaluate, record, claims, bench),
 )
 for _command in COMMANDS:

@@ -57,6 +57,7 @@ from rlreason.algorithms.optim import cosine_lr
 from rlreason.algorithms.sft import sft, solution_examples
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import micro_batches, token_logprobs
+from rlreason.policy.lora import LoraSettings
 from rlreason.policy.sampler import sample
 from rlreason.runs import plans
 from rlreason.runs import steps as train
@@ -360,6 +361,7 @@ CHANGED = {
     "betas": (0.5, 0.9),
     "weight_decay": 0.5,
     "max_grad_norm": 1e-3,
+    "lora": LoraSettings(rank=2, alpha=4.0),
     "seed": 1,
 }
 

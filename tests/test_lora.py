@@ -13,9 +13,13 @@ from tiny_models import KINDS, PROBLEMS, tiny_policy
 from torch import Tensor
 from toys import weights
 
+from rlreason.algorithms.batching import Example
+from rlreason.algorithms.finetune import FinetuneSettings, finetune, fit_policy, nll
+from rlreason.algorithms.recorder import MemoryRecorder
 from rlreason.policy.load import Policy, PolicyError
 from rlreason.policy.logprobs import pad_batch, response_logits
 from rlreason.policy.lora import (
+    LoraSettings,
     adapters_off,
     load_trainable_tensors,
     merge_adapters,
@@ -337,3 +341,66 @@ def test_adapters_add_alpha_over_rank_times_b_a(kind):
         assert torch.allclose(delta, 10.0 / 4 * product, atol=1e-4), name
         for wrong in (10.0, 4 / 10.0, 10.0 / 4**0.5, 1.0):
             assert not torch.allclose(delta, wrong * product, atol=1e-4)
+
+
+# Fine-tuning
+
+EXAMPLES = [
+    Example(tuple(prompt), tuple(response))
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
+]
+LEARN = FinetuneSettings(
+    epochs=20,
+    batch_size=4,
+    lr=1e-2,
+    lr_floor=1e-3,
+    lora=LoraSettings(rank=4, alpha=8.0),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fine_tuned_adapters_end_in_the_weights(dtype):
+    policy, recorder = tiny_policy(), MemoryRecorder()
+    policy.model.to(dtype)
+    before = weights(policy)
+    tuned = finetune(policy, EXAMPLES, LEARN, recorder)
+    losses = [row["loss"] for row in recorder.rows]
+    assert losses[-1] < 0.5 * losses[0]
+    assert tuned.model is policy.model
+    after = weights(tuned)
+    assert after.keys() == before.keys()
+    moved = {name for name in after if not after[name].equal(before[name])}
+    assert {name.split(".")[-2] for name in moved} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_new_tokens_learn_beside_adapters(tied):
+    new = [40, 41]
+
+    def rows(new_tokens: list[int]) -> tuple[Tensor, Tensor]:
+        policy = tiny_policy()
+        if tied:
+            policy.model.config.tie_word_embeddings = True
+            policy.model.tie_weights()
+        table = policy.model.get_input_embeddings().weight
+        before = table.detach().clone()
+        tuned = fit_policy(
+            policy,
+            [Example((1, *new, 30), (50, 2))],
+            LEARN,
+            MemoryRecorder(),
+            loss=nll,
+            new_tokens=new_tokens,
+        )
+        after = tuned.model.get_input_embeddings().weight.detach()
+        assert tuned.model.get_output_embeddings().weight.equal(after) == tied
+        return before, after
+
+    before, after = rows(new)
+    moved = (before != after).any(1).nonzero().flatten().tolist()
+    assert moved == new
+    before, after = rows([])  # wrong for words that the model has never seen
+    assert before.equal(after)

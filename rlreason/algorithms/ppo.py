@@ -15,8 +15,7 @@ of response tokens of the mini-batch, however it is cut. What was sampled is wha
 scored and trained: no text is tokenised again, and temperature is one number. Equations
 are in ``credit`` and ``losses``, settings in ``ppo_settings``.
 
-Left out against the paper: choosing the checkpoint on a validation set (each phase can
-be validated through ``on_phase``, the last one is returned), and several processes.
+Left out against the paper: choosing the checkpoint on a validation set.
 """
 
 from __future__ import annotations
@@ -69,7 +68,8 @@ from rlreason.policy.lora import (
     trainable_tensors,
     with_lora,
 )
-from rlreason.policy.memory import fewer_tokens_at_once
+from rlreason.policy.memory import checkpointing, fewer_tokens_at_once
+from rlreason.policy.parallel import my_share, sum_gradients, sum_tensors, summed
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
@@ -137,7 +137,7 @@ class Learner:
         body = self.value_function and self.value_function.body
         for model in filter(None, (self.policy.model, body)):
             if settings.gradient_checkpointing:
-                _checkpointing(model, "enable")({"use_reentrant": False})
+                checkpointing(model, "enable")({"use_reentrant": False})
             # Only in training mode are activations computed again. The mode changes
             # nothing else: dropout is off for good, what is scored is what is sampled
             model.train(settings.gradient_checkpointing)
@@ -184,6 +184,7 @@ class Learner:
                 for rows, scores in self._scores(rollouts, policy=reference):
                     width = scores.logprobs.shape[1]
                     ref_logprobs[rows, :width] = scores.logprobs
+        sum_tensors(logprobs, ref_logprobs, values, last_values)  # 0 outside my share
         return Experience(
             tuple(rollouts),
             response_mask=places < lengths[:, None],
@@ -326,7 +327,7 @@ class Learner:
         settings = self.settings
         # Of the whole mini-batch; from lengths, so that no GPU is waited for
         count = sum(len(experience.rollouts[row].tokens) for row in mb_rows)
-        parts: list[dict[str, Tensor]] = []
+        parts: list[Tensor] = []
         for rows, new in self._scores(experience.rollouts, mb_rows, entropy=True):
             mask = new.response_mask  # (b, t)
             cut = {
@@ -344,12 +345,12 @@ class Learner:
                 )
                 loss = loss + chosen.value_coef * metrics["value_loss"]
             (loss / count).backward()
-            parts.append({name: value.detach() for name, value in metrics.items()})
-        sums = torch.stack([torch.stack([*part.values()]) for part in parts]).tolist()
-        return {
-            name: sum(value / count for value in values)
-            for name, values in zip(parts[0], zip(*sums, strict=True), strict=True)
-        }
+            parts.append(torch.stack([value.detach() for value in metrics.values()]))
+            names = [*metrics]
+        if not parts:  # the share of a process may be empty
+            return summed({})
+        own = (torch.stack(parts).double().sum(0) / count).tolist()
+        return summed(dict(zip(names, own, strict=True)))
 
     def adapt_kl(self, kl: float) -> None:
         """Move beta towards the KL that is wanted (Ziegler et al. 2019, eq. 2.2)."""
@@ -403,7 +404,7 @@ class Learner:
         thousandths of a weight would be lost in rounding.
         """
         if self.settings.gradient_checkpointing:
-            _checkpointing(self.policy.model, "disable")()
+            checkpointing(self.policy.model, "disable")()
         self.policy.model.eval()
         if self.settings.lora is not None:
             self.policy.model.float()
@@ -430,13 +431,12 @@ class Learner:
             )
 
     def _parts(self, rollouts, rows=None) -> Iterator[tuple[Tensor, list, list]]:
-        """Places, prompts and responses that go through the model at once."""
-
-        def size(i: int) -> int:
-            return len(rollouts[i].prompt_tokens) + len(rollouts[i].tokens)
-
-        rows, budget = rows or range(len(rollouts)), self.settings.micro_tokens
-        for mb in micro_batches(list(rows), max_tokens=budget, size=size):
+        """Places, prompts, responses: what goes through the model at once, my share."""
+        sizes = [len(r.prompt_tokens) + len(r.tokens) for r in rollouts]
+        rows = range(len(rollouts)) if rows is None else rows
+        share = my_share(sorted(rows, key=sizes.__getitem__, reverse=True))
+        budget = self.settings.micro_tokens
+        for mb in micro_batches(share, max_tokens=budget, size=sizes.__getitem__):
             yield (
                 torch.tensor(mb, device=self.policy.device),
                 [rollouts[i].prompt_tokens for i in mb],
@@ -444,16 +444,11 @@ class Learner:
             )
 
     def _clip_gradients(self) -> float:
-        """Clip policy and value function each for itself; the policy's norm before."""
+        """Sum over processes; clip policy and V each for itself; the policy's norm."""
+        sum_gradients(weight for weights in self.trained for weight in weights)
         clip, most = nn.utils.clip_grad_norm_, self.settings.max_grad_norm
         norms = [float(clip(weights, most)) for weights in self.trained]
         return norms[0] if math.isfinite(sum(norms)) else math.nan
-
-
-def _checkpointing(model: nn.Module, what: str) -> Callable[..., None]:
-    """A method of transformers that was ``gradient_checkpointing_*`` before 5.23."""
-    old = getattr(model, f"gradient_checkpointing_{what}")
-    return getattr(model, f"activation_checkpointing_{what}", old)
 
 
 def _mini_batches(

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlreason.algorithms.curriculum import CurriculumSettings, UniformSettings
+from rlreason.policy.lora import LoraSettings
 from rlreason.policy.value import ValueSettings
 from rlreason.settings import Settings, setting
 
@@ -97,16 +98,6 @@ class KlSettings(Settings):
         if self.target is not None and self.coef == 0:
             raise ValueError("an adaptive coefficient must start above 0: set kl.coef")
         return self
-
-
-class LoraSettings(Settings):
-    """Adapters, through peft."""
-
-    rank: int = paper(128, "Of the update of each weight matrix.", ge=1)
-    alpha: float = ours(128.0, "The update counts alpha / rank.", gt=0)
-    targets: Literal["all-linear"] | tuple[str, ...] | None = precursor(
-        "all-linear", "Which layers; None: peft's choice for the model."
-    )
 
 
 class PpoSettings(Settings):

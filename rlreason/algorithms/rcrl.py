@@ -29,14 +29,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlreason.algorithms.batching import Example
-from rlreason.algorithms.finetune import FinetuneSettings, fit, new_adamw
+from rlreason.algorithms.finetune import FinetuneSettings, fit_policy
 from rlreason.algorithms.recorder import (
     Checkpoint,
     NestedRecorder,
@@ -50,6 +49,7 @@ from rlreason.policy.labels import BAD, GOOD
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import token_logprobs
 from rlreason.policy.progress import progress_bar
+from rlreason.policy.reference import set_aside
 from rlreason.policy.rollout import Prompt, Rollout
 from rlreason.policy.sampler import sample, sample_prompts
 from rlreason.policy.vocabulary import add_tokens, token_id
@@ -188,16 +188,16 @@ def rcrl(
             progress.update(data.labelled - progress.done, good_steps=good)
     student = add_tokens(base, [GOOD, BAD])
     seed = settings.finetune.seed + 1000 * settings.seed
-    fit(
-        student.model,
-        new_adamw(student.model.parameters(), settings.finetune),
-        [conditioned_example(student, s, problems) for s in data.solutions],
-        settings.finetune.model_copy(update={"seed": seed}),
-        NestedRecorder(recorder, saved=saved, **_packed(data)),
-        loss=partial(conditional_nll, student),
-        count=step_token_count,
-    )
-    return student
+    with set_aside(expert, base):
+        return fit_policy(
+            student,
+            [conditioned_example(student, s, problems) for s in data.solutions],
+            settings.finetune.model_copy(update={"seed": seed}),
+            NestedRecorder(recorder, saved=saved, **_packed(data)),
+            loss=conditional_nll,
+            count=step_token_count,
+            new_tokens=[token_id(student, name) for name in (GOOD, BAD)],
+        )
 
 
 # --- 1 and 2: sample and balance ---------------------------------------------------

@@ -39,6 +39,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -54,6 +55,7 @@ from rlreason.algorithms.recorder import (
     unpack_lists,
 )
 from rlreason.policy.load import Policy
+from rlreason.policy.reference import set_aside
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
 from rlreason.rewards.orm import OutcomeRewardModel, score_tokens
@@ -91,6 +93,12 @@ class OrmSettings(FinetuneSettings):
     head_lr_scale: float = setting(
         10.0, "Learning rate of the head, as a multiple of lr.", source="ours", gt=0
     )
+
+    @model_validator(mode="after")
+    def _learns_whole(self) -> OrmSettings:
+        if self.lora is not None:
+            raise ValueError("a reward model learns all weights: leave lora at null")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,15 +182,16 @@ def train_orm(
             metrics = _held_out_metrics(orm, data.held_out, evaluator)
         recorder.log("held_out", epoch=epoch, **metrics)
 
-    fit(
-        orm.network,
-        optimizer,
-        data.train,
-        settings,
-        inner,
-        loss=partial(classification_loss, orm),
-        after_epoch=log_held_out,
-    )
+    with set_aside(policy):
+        fit(
+            orm.network,
+            optimizer,
+            data.train,
+            settings,
+            inner,
+            loss=partial(classification_loss, orm),
+            after_epoch=log_held_out,
+        )
     return orm
 
 

@@ -73,6 +73,11 @@ def train() -> None:
     rlreason train ppo --start base
     rlreason train ppo --set reward.kind dense
     rlreason train ppo --plan > plan.json; rlreason train plan.json
+
+    On several GPUs, or processes of a CPU, each with a share of the work:
+
+    \b
+    torchrun --nproc_per_node 2 -m rlreason.cli train ppo
     """
 
 
@@ -83,13 +88,16 @@ def _train_plan(path: Path) -> None:
 
 
 def _carry_out(plan) -> None:
+    from rlreason.policy.parallel import connected, rank
     from rlreason.runs.plans import obtain
 
-    trained = obtain(plan)
-    for row in trained.run.metrics:
-        if line := plan.lines(row):
-            click.echo(line)
-    click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
+    with connected():
+        trained, first = obtain(plan), rank() == 0
+    if first:
+        for row in trained.run.metrics:
+            if line := plan.lines(row):
+                click.echo(line)
+        click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
 
 
 @train.command("nano")

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,6 +26,23 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlreason.policy.load import Policy, PolicyError
+from rlreason.settings import Settings, setting
+
+
+class LoraSettings(Settings):
+    """Adapters, through peft."""
+
+    rank: int = setting(
+        128, "Of the update of each weight matrix.", source="paper", ge=1
+    )
+    alpha: float = setting(
+        128.0, "The update counts alpha / rank.", source="ours", gt=0
+    )
+    targets: Literal["all-linear"] | tuple[str, ...] | None = setting(
+        "all-linear",
+        "Which layers; None: peft's choice for the model.",
+        source="precursor",
+    )
 
 
 def with_lora(
@@ -34,6 +52,7 @@ def with_lora(
     alpha: float,
     targets: Sequence[str] | str | None = None,
     modules_to_save: Sequence[str] = (),
+    new_tokens: Sequence[int] = (),
     seed: int = 0,
 ) -> Policy:
     """Put new adapters on a policy; it acts as before until they are trained.
@@ -49,6 +68,7 @@ def with_lora(
         targets: Names of the modules to adapt; ``"all-linear"`` for all linear layers
             but the output layer; None for peft's choice for the architecture.
         modules_to_save: Names of modules that are trained whole, beside a frozen one.
+        new_tokens: Ids whose rows of the embedding are trained whole.
         seed: Of the adapters' first factors; the second ones are zero.
 
     Raises:
@@ -64,6 +84,7 @@ def with_lora(
         if targets is None or targets == "all-linear"
         else [*targets],
         modules_to_save=[*modules_to_save] or None,
+        trainable_token_indices=[*new_tokens] or None,
         lora_dropout=0.0,
         fan_in_fan_out=is_conv1d,  # GPT-2 stores its matrices the other way round
     )
@@ -123,6 +144,11 @@ def adapters_off(model: PreTrainedModel) -> Iterator[None]:
         )
     with torch.no_grad(), model.disable_adapter():
         yield
+
+
+def trainable_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that training changes, in the model's order."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:

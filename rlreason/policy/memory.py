@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from rlreason.policy.progress import tell
 
@@ -63,3 +64,9 @@ def fewer_tokens_at_once(method: Callable[..., T]) -> Callable[..., T]:
         return within_memory(work, tokens, undo=learner.optimizer.zero_grad)[0]
 
     return fitting
+
+
+def checkpointing(model: nn.Module, what: str) -> Callable[..., None]:
+    """A method of transformers that was ``gradient_checkpointing_*`` before 5.23."""
+    old = getattr(model, f"gradient_checkpointing_{what}")
+    return getattr(model, f"activation_checkpointing_{what}", old)

@@ -58,6 +58,19 @@ class Reference:
                 _put(kept, own)
 
 
+@contextmanager
+def set_aside(*policies: Policy) -> Iterator[None]:
+    """Keep the weights of policies that wait on the CPU, so that another can learn."""
+    places = {policy.model: policy.device for policy in policies}
+    for model in places:
+        model.to("cpu")
+    try:
+        yield
+    finally:
+        for model, device in places.items():
+            model.to(device)
+
+
 def _put(weights: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     for name, tensor in own.items():
         tensor.copy_(weights[name])

@@ -42,6 +42,7 @@ from transformers import PreTrainedModel
 
 from rlreason.policy.cohort import Answer, Cohort, Request
 from rlreason.policy.load import Policy, vocabulary_rows
+from rlreason.policy.parallel import joined_groups, my_share
 from rlreason.policy.passes import (
     Checked,
     borrowed,
@@ -55,7 +56,7 @@ from rlreason.policy.streams import next_uniforms, stream_key
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt
 
-_PREFILL_TOKENS = 8192  # prompt tokens in one forward pass, bounds its activations
+PREFILL_TOKENS = 8192  # prompt tokens in one forward pass, bounds its activations
 _REFILL_BELOW = 0.5  # admit a new cohort when fewer rows than this share are in flight
 
 
@@ -193,6 +194,15 @@ def _in_order(groups: Iterator[tuple[int, list[Rollout]]]) -> list[Rollout]:
 
 
 def _sample_groups(
+    policy: Policy, prompts: Sequence[Prompt], **options
+) -> Iterator[tuple[int, list[Rollout]]]:
+    """Of several processes each samples its share of the prompts, and all get all."""
+    own = my_share(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens)))
+    groups = _sample_own(policy, [prompts[i] for i in own], **options)
+    yield from joined_groups(policy, prompts, ((own[i], group) for i, group in groups))
+
+
+def _sample_own(
     policy: Policy,
     prompts: Sequence[Prompt],
     *,
@@ -211,13 +221,13 @@ def _sample_groups(
     checked = check_model(policy, max(map(len, tokens)) + max_new_tokens - 1)
     engine = _Engine(
         policy,
-        costs=_Costs.of(checked, max_new_tokens),
+        costs=Costs.of(checked, max_new_tokens),
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         byte_budget=byte_budget,
         stop_ids=stop_ids,
     )
-    for index in sorted(range(len(prompts)), key=lambda i: -len(tokens[i])):
+    for index in range(len(prompts)):  # the longest first
         stream = prompts[index].problem_id + prompts[index].stream
         keys = [stream_key(seed, stream, j) for j in range(k)]
         engine.ask(index, tokens[index], keys)
@@ -242,7 +252,7 @@ class _Engine:
         self,
         policy: Policy,
         *,
-        costs: _Costs,
+        costs: Costs,
         temperature: float,
         max_new_tokens: int,
         byte_budget: int | None,
@@ -330,7 +340,7 @@ class _Engine:
     def prefill(self, cohort: Cohort) -> None:
         """Compute the prompts and draw every sample's first token."""
         store = cohort.store
-        stride = max(1, _PREFILL_TOKENS // store.width)
+        stride = max(1, PREFILL_TOKENS // store.width)
         parts = []
         for start in range(0, len(cohort.requests), stride):
             prompts = [r.prompt for r in cohort.requests[start : start + stride]]
@@ -442,7 +452,7 @@ def draw_tokens(
 
 
 @dataclass(frozen=True)
-class _Costs:
+class Costs:
     """What rows and prompts take of the budget, in bytes."""
 
     token: int  # keys and values of one token in all layers
@@ -450,7 +460,7 @@ class _Costs:
     score: int  # attention of a row to one token, in the layer at work
 
     @classmethod
-    def of(cls, model: Checked, max_new_tokens: int) -> _Costs:
+    def of(cls, model: Checked, max_new_tokens: int) -> Costs:
         # Logits as the model gives them, in float32, divided by the temperature, their
         # softmax, and its cumulative sum in float64.
         logits = model.logits * (4 + 4 + 4 + 4 + 8)

@@ -334,7 +334,7 @@ def _check_branch(policy: Policy, function: ValueFunction) -> None:
     found = _run(function.body, inputs, inputs_embeds=_hidden_given(seen))
     # Merged adapters differ from unmerged ones by rounding.
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    if (found - expected).norm() > tolerance * expected.norm():
+    if not (found - expected).norm() <= tolerance * expected.norm():
         raise PolicyError(
             f"A value branch does not fit the policy {policy.name!r}: its "
             f"{type(trunk).__name__} does more to embeddings than to add positions. "

@@ -48,6 +48,7 @@ from rlreason.policy.logprobs import (
     trunk_of,
 )
 from rlreason.policy.lora import merge_adapters
+from rlreason.policy.parallel import gathered, my_share
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.value import ValueSettings, new_value_function
 from rlreason.rewards.base import RewardFunction, last_token_reward, problems_of
@@ -223,14 +224,20 @@ def score_tokens(
     for i, response in enumerate(responses):
         places.setdefault((response.prompt_tokens, response.tokens), []).append(i)
     scores: list[tuple[float, ...]] = [()] * len(responses)
-    distinct = [responses[where[0]] for where in places.values()]
-    for mb in micro_batches(distinct, max_tokens=micro_tokens, size=_length):
-        logits, _ = orm.logits(mb)
-        lengths = [len(response.tokens) for response in mb]
-        rows = logits.sigmoid().cpu().split(lengths)
-        for response, row in zip(mb, rows, strict=True):
-            for i in places[response.prompt_tokens, response.tokens]:
-                scores[i] = tuple(row.tolist())
+    repeats = sorted(places.values(), key=lambda same: -_length(responses[same[0]]))
+    own = []  # of several processes each scores its share
+    for mb in micro_batches(
+        my_share(repeats),
+        max_tokens=micro_tokens,
+        size=lambda same: _length(responses[same[0]]),
+    ):
+        logits, _ = orm.logits([responses[same[0]] for same in mb])
+        rows = logits.sigmoid().cpu().split([len(responses[s[0]].tokens) for s in mb])
+        own += [(same, row.tolist()) for same, row in zip(mb, rows, strict=True)]
+    for part in gathered(own):
+        for same, row in part:
+            for i in same:
+                scores[i] = tuple(row)
     return scores
 
 

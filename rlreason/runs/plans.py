@@ -28,9 +28,11 @@ from torch import Tensor
 from rlreason.algorithms.finetune import load_model_tensors
 from rlreason.evaluation.evaluate import answer_groups, evaluate
 from rlreason.policy.load import Policy, load_policy
+from rlreason.policy.parallel import agreed, ranks
 from rlreason.rewards.orm import OutcomeRewardModel
 from rlreason.runs.contents import Contents, policy_digest, reward_digest, task_digest
 from rlreason.runs.folder import RunFolder, RunFolderError, read_settings
+from rlreason.runs.shared import SharedRun
 from rlreason.runs.recipes import Recipe, TaskSettings
 from rlreason.settings import (
     Settings,
@@ -269,7 +271,8 @@ AnyPlan = Annotated[
 
 def folder_of(plan: Plan) -> RunFolder:
     """The folder that holds a plan's run, or will."""
-    return RunFolder(plan.step, plan)
+    kind = RunFolder if ranks() == 1 else SharedRun
+    return kind(plan.step, plan)
 
 
 def obtain(plan: Plan) -> Any:
@@ -283,11 +286,11 @@ def obtain(plan: Plan) -> Any:
     """
     run = folder_of(plan)
     needed = {}
-    if not run.done:  # before its clock runs
+    if not agreed(run.done):  # before its clock runs
         plan.check()
         needed = {name: obtain(each) for name, each in plan.needs.items()}
     with run:
-        if not _finished(run):
+        if not agreed(_finished(run)):
             plan.check()  # what it needed may have taken hours
             made = plan.make(load_policy(plan.policy), needed, run)
             plan.check()  # problems for validation are read again and again
