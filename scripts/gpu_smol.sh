@@ -23,7 +23,7 @@ mkdir -p "$out"
 stage() {
     left=$((end - $(date +%s)))
     if [ "$left" -lt 20 ]; then return 3; fi
-    if [ "$left" -gt 480 ]; then left=480; fi
+    if [ "$left" -gt 465 ]; then left=465; fi  # with 15 s to start in
     code=0
     ${PYTHON:-python3} -m rlreason.cli record "$@" --profile "$profile" --out "$out" \
         --here --minutes "$(awk "BEGIN {print $left / 60}")" \
@@ -44,5 +44,7 @@ for part in \
         stage $part || code=$?
     done
 done
-echo "results.tgz holds $(wc -l <"$out/rows.jsonl") rows; all is said in $out/log.txt"
+rows=$(cat "$out/rows.jsonl" 2>/dev/null | wc -l)
+echo "results.tgz holds $rows rows; all that was said is in $out/log.txt"
+if [ "$code" -eq 3 ]; then echo "The minutes are used; the same command goes on"; code=0; fi
 exit "$code"
