@@ -293,15 +293,15 @@ WRONG = ("rows-are-not-cut", "files-in-place")
 @contextmanager
 def wrong_version(name: str) -> Iterator[None]:
     """Run folders with a fault, for each of which there is a write that shows it."""
-    whole = module._open_at, module._write_atomically
+    whole = module._open_at, module.write_atomically
     if name == "rows-are-not-cut":
         module._open_at = lambda path, size: path.open("ab")
     else:
-        module._write_atomically = lambda path, content: path.write_bytes(content)
+        module.write_atomically = lambda path, content: path.write_bytes(content)
     try:
         yield
     finally:
-        module._open_at, module._write_atomically = whole
+        module._open_at, module.write_atomically = whole
 
 
 # --- Random moments ------------------------------------------------------------------
