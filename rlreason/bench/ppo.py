@@ -158,8 +158,13 @@ def _counting(
     ) -> list[tuple[float, ...]]:
         whole = sum(len(r.prompt_tokens) + len(r.tokens) for r in rollouts)
         prompts = sum(len(r.prompt_tokens) for r in rollouts[:: settings.n])
-        drawn = sum(len(r.tokens) - 1 for r in rollouts)
-        meter.now["sampling"]["needed"] = prompts + drawn
+        # What samples of a question have in common can be computed once
+        prefixes = {
+            (r.problem_id, r.tokens[:n])
+            for r in rollouts
+            for n in range(1, len(r.tokens))
+        }
+        meter.now["sampling"]["needed"] = prompts + len(prefixes)
         passes = 2 if settings.measures_kl else 1
         meter.now["scoring"]["needed"] = passes * whole
         meter.now["learning"]["needed"] = settings.epochs * whole

@@ -18,10 +18,13 @@ import io
 import os
 import platform
 import secrets
+import signal
 import sys
 import tarfile
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,15 @@ def _ray() -> Any:
     return ray
 
 
+@contextmanager
+def _own_handler() -> Iterator[None]:
+    """Keep what this process does at SIGTERM: Ray takes it over, and keeps it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
 class _Cluster:
     """A Ray cluster, as a ``Place``."""
 
@@ -75,7 +87,8 @@ class _Cluster:
         self._ray = ray
         self._ours = not ray.is_initialized()
         if self._ours:
-            ray.init(log_to_driver=False, logging_level="ERROR")
+            with _own_handler():
+                ray.init(log_to_driver=False, logging_level="ERROR")
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         self._most = _largest(nodes)
         self._total = ray.cluster_resources()

@@ -224,8 +224,9 @@ class Shelf:
     def _job(self, notebook: Notebook, digest: str) -> Job:
         """Run one notebook as ``rlreason run`` does, on a core, or a GPU of its own."""
         command = [sys.executable, "-m", "rlreason.cli", "run", str(notebook.path)]
-        command += ["--profile", self.profile_name, "--output", str(self.outputs)]
+        command += ["--profile", self.profile_name]
         command += ["--cell-limit", str(self.cell_limit)]
+        command += ["--output", str(self.outputs)]
         runs = (self.folder / source_digest()).resolve()
         return Job(
             name=notebook.name,
