@@ -370,7 +370,7 @@ def jupyter_lab(folder: Path, state: Path):
         port = json.loads(found[0].read_text())["port"]
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.kill()  # asked to end, it waits for its extensions, now and then for ever
+        server.kill()  # asked to end, it may wait for its extensions for ever
         server.wait()
 
 
