@@ -548,6 +548,7 @@ CHANGED = {
     "orm_threshold": 0.5,
     "reference_solutions": False,
     "first_round_shots": 1,
+    "first_round_k": 3,
     "allocation": "rare",
     "rarity": 1.0,
     "max_new_tokens": 19,
