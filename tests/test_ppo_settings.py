@@ -37,6 +37,7 @@ from rlreason.algorithms.ppo_settings import (
     PpoSettings,
 )
 from rlreason.policy.logprobs import token_logprobs, trunk_of
+from rlreason.policy.packing import packs
 from rlreason.policy.value import ValueSettings
 from rlreason.rewards.base import last_token_reward
 from rlreason.rewards.sparse import sparse_token_rewards
@@ -400,6 +401,7 @@ def test_checkpointed_layers_are_computed_again_in_the_backward_pass(
         for name, trunk in trunks.items():
             # Of a part: hooks of the layer itself may stay outside the checkpoint
             parts = [layer.self_attn for layer in trunk.layers]
+            packs(trunk, 1)  # looks once at the model, by passes of its own
             with seen_at(parts, lambda *_: 1) as scoring:
                 experience = credited(learner, rollouts)
             with seen_at(parts, lambda *_: 1) as learning:
@@ -427,6 +429,7 @@ def test_a_policy_comes_back_without_gradient_checkpointing():
 def test_micro_tokens_bounds_what_goes_through_a_model_at_once(rollouts):
     longest = max(len(r.prompt_tokens) + len(r.tokens) for r in rollouts)
     whole = len(rollouts) * longest
+    tokens = sum(len(r.prompt_tokens) + len(r.tokens) for r in rollouts)
 
     def passes(budget: int) -> dict[str, tuple[list[int], list[int]]]:
         """Tokens of each call, in scoring and learning."""
@@ -439,6 +442,7 @@ def test_micro_tokens_bounds_what_goes_through_a_model_at_once(rollouts):
         }
         found = {}
         for name, trunk in trunks.items():
+            packs(trunk, 1)  # looks once at the model, by passes of its own
             with seen_at([trunk], places) as scoring:
                 experience = credited(learner, rollouts)
             with seen_at([trunk], places) as learning:
@@ -449,7 +453,7 @@ def test_micro_tokens_bounds_what_goes_through_a_model_at_once(rollouts):
     once, cut = passes(whole), passes(3 * longest)
     for name in ("policy", "reference", "value"):
         learns = name != "reference"
-        assert once[name] == ([whole], [whole] * learns)
+        assert once[name] == ([tokens], [tokens] * learns)  # and no padding
         for calls in cut[name][: 1 + learns]:
             assert max(calls) <= 3 * longest
             assert len(calls) >= len(rollouts) / 3
