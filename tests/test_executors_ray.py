@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -60,8 +61,10 @@ def cluster(monkeypatch):
             num_cpus=1, memory=500 * 2**20, runtime_env_agent_port=free_port()
         )
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    before = signal.getsignal(signal.SIGTERM)
     yield cluster
     cluster.shutdown()
+    signal.signal(signal.SIGTERM, before)  # Ray takes it over, and keeps it
 
 
 # Where it is to be killed: says by whom it was started, and waits for it

@@ -181,6 +181,14 @@ def test_rows_stay_whole_where_the_disk_is_full(tmp_path, monkeypatch):
 # SIGTERM
 
 
+@pytest.fixture(autouse=True)
+def plain_sigterm():
+    """SIGTERM as a program has it, whatever a test of this process did to it before."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def ask_to_end(*_) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
