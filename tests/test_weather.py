@@ -440,7 +440,7 @@ def test_the_book_hands_the_limit_on_and_commands_have_one(tmp_path):
     path = write_notebook(tmp_path, "ch", "1")
     shelf = Shelf("smoke", tmp_path / "run", 2, print, cell_limit=77)
     command = shelf._job(read_notebook(path), "digest").command
-    assert command[-2:] == ["--cell-limit", "77"]
+    assert command[command.index("--cell-limit") + 1] == "77"
     for name in ("run", "book"):
         (limit,) = [p for p in cli.app.commands[name].params if p.name == "cell_limit"]
         assert limit.default == CELL_LIMIT >= 3600
