@@ -12,6 +12,7 @@ from rlreason import cli
 from rlreason.commands import models
 from rlreason.policy import load
 from rlreason.policy.load import PolicyError, load_policy
+from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
 from rlreason.runs.contents import file_digest, policy_digest
 
@@ -35,7 +36,7 @@ def gguf_file(tmp_path):
     return path
 
 
-def answers(name) -> list[str]:
+def answers(name) -> list[Rollout]:
     """What a policy samples, to the bit."""
     return sample(load_policy(name, device="cpu"), PROBLEMS, k=2, max_new_tokens=8)
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 AnyExample = TypeVar("AnyExample", bound="Example")
-# What a pass keeps on a CPU: more than leaves its caches, and more gains nothing
+# What a micro-batch may keep for the backward pass. A CPU gains nothing by large ones;
+# on a GPU gradients, and what is not kept, need room beside it
 CPU_ROOM = 128 * 2**20
-GPU_SHARE = 0.5  # of the free memory: gradients and what is not kept need room too
+GPU_SHARE = 0.5  # of the free memory
 
 
 @dataclass(frozen=True, slots=True)

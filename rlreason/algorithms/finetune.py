@@ -274,12 +274,13 @@ def accumulate_gradients(
     Returns:
         The loss, in nats a response token.
     """
-    count = response_token_count(batch)
-    return accumulate(partial(nll, policy), batch, count, max_tokens=max_tokens)
+    loss, count = partial(nll, policy), response_token_count(batch)
+    max_tokens = max_tokens or tokens_that_fit(loss, batch)
+    return accumulate(loss, batch, count, max_tokens=max_tokens)
 
 
 def accumulate(
-    loss: LossSum, batch: Sequence[AnyExample], count: int, *, max_tokens: int | None
+    loss: LossSum, batch: Sequence[AnyExample], count: int, *, max_tokens: int
 ) -> float:
     """Add the gradient of ``loss`` over ``count``, however the batch is cut.
 
@@ -290,13 +291,12 @@ def accumulate(
         loss: Summed over the tokens of a micro-batch.
         batch: Examples of one update.
         count: What the sum is divided by.
-        max_tokens: Of a micro-batch; None: measured here.
+        max_tokens: Of a micro-batch.
 
     Returns:
         The summed loss of the batch, divided by ``count``.
     """
     losses = []
-    max_tokens = max_tokens or tokens_that_fit(loss, batch)
     share = my_share(sorted(batch, key=len, reverse=True))
     for mb in micro_batches(share, max_tokens=max_tokens):
         mb_loss = loss(mb) / count

@@ -38,10 +38,7 @@ from rlreason.algorithms.credit import (
     whiten,
 )
 from rlreason.algorithms.curriculum import QuestionSampler, best_k_of_n, learning_scores
-from rlreason.algorithms.experience import (
-    Experience,
-    phase_metrics,
-)
+from rlreason.algorithms.experience import Experience, phase_metrics
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.optim import (
     DivergedError,
@@ -66,6 +63,7 @@ from rlreason.policy.lora import (
     load_trainable_tensors,
     merge_adapters,
     trainable_tensors,
+    trainable_weights,
     with_lora,
 )
 from rlreason.policy.memory import checkpointing, fewer_tokens_at_once
@@ -95,6 +93,7 @@ class Learner:
         trained: Weights of the policy, and of the value function where there is one.
         reward: What the task pays; what it remembers is kept with the rest.
         kl_coef: Beta of the next ``pay``.
+        micro_tokens: The setting's, or fewer where memory ended.
     """
 
     def __init__(
@@ -107,6 +106,7 @@ class Learner:
         shots: Sequence[Problem] = (),
     ) -> None:
         self.settings, self.reward = settings, reward
+        self.micro_tokens = settings.micro_tokens
         self.policy = start.clone()
         if settings.lora is not None:
             self.policy = with_lora(
@@ -123,7 +123,7 @@ class Learner:
             self.value_function = new_value_function(self.policy, chosen.value)
             parts[self.value_function] = chosen.value_lr_scale
         groups = [
-            {"params": [w for w in part.parameters() if w.requires_grad], "lr_scale": x}
+            {"params": trainable_weights(part), "lr_scale": x}
             for part, x in parts.items()
         ]
         self.trained = [group["params"] for group in groups]
@@ -435,8 +435,8 @@ class Learner:
         sizes = [len(r.prompt_tokens) + len(r.tokens) for r in rollouts]
         rows = range(len(rollouts)) if rows is None else rows
         share = my_share(sorted(rows, key=sizes.__getitem__, reverse=True))
-        budget = self.settings.micro_tokens
-        for mb in micro_batches(share, max_tokens=budget, size=sizes.__getitem__):
+        budget, size = self.micro_tokens, sizes.__getitem__
+        for mb in micro_batches(share, max_tokens=budget, size=size):
             yield (
                 torch.tensor(mb, device=self.policy.device),
                 [rollouts[i].prompt_tokens for i in mb],

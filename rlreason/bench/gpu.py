@@ -167,16 +167,14 @@ def decoding(check: Check, policy: Policy, *, rows: int, tokens: int, k: int) ->
     return drawn[-1] / seconds
 
 
-def fine_tuning(
-    check: Check, policy: Policy, *, updates: int, micro_tokens: int, lora: bool
-) -> float:
+def fine_tuning(check: Check, policy: Policy, *, updates: int, lora: bool) -> float:
     """Percent of the card's arithmetic that SFT uses; examples as long as GSM8K's."""
     peak = matrix_products(check)
     if lora:
         policy = with_lora(policy, rank=16, alpha=16.0, targets="all-linear")
     batch = check.count(64)
     examples = made_up_examples(policy, batch * updates, length=check.count(110, 8))
-    settings = FinetuneSettings(epochs=1, batch_size=batch, micro_tokens=micro_tokens)
+    settings = FinetuneSettings(epochs=1, batch_size=batch)
     seconds = check.timed(partial(finetune, policy, examples, settings))
     return 100 * operations(policy, examples, trained=not lora) / seconds / peak
 
@@ -250,14 +248,14 @@ TARGETS: tuple[tuple[Shape, str, float, str, Measure], ...] = (
         for rows, k, target in ((64, 8, 20e3), (512, 8, 100e3), (6144, 96, 250e3))
     ),
     (SMALL, "135M, SFT", 35, SHARE,
-     partial(fine_tuning, updates=12, micro_tokens=16384, lora=False)),
+     partial(fine_tuning, updates=12, lora=False)),
     (SMALL, "135M, a phase of PPO as in smol", 6, SECONDS, ppo_phase),
     (LARGE, "7B, sampling, 1 row", 150, RATE,
      partial(decoding, rows=1, tokens=64, k=1)),
     (LARGE, "7B, sampling, 512 rows", 16e3, RATE,
      partial(decoding, rows=512, tokens=64, k=8)),
     (LARGE, "7B, SFT with LoRA", 45, SHARE,
-     partial(fine_tuning, updates=2, micro_tokens=4096, lora=True)),
+     partial(fine_tuning, updates=2, lora=True)),
 )  # fmt: skip
 
 

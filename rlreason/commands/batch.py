@@ -7,17 +7,13 @@ from pathlib import Path
 
 import click
 
-from rlreason.commands.options import executor_option
+from rlreason.commands.options import executor_option, jobs_option
 
 
 @click.command()
 @click.argument("grid", type=click.Path(path_type=Path, dir_okay=False))
 @executor_option
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    help="Cores of this machine in use at a time. [default: all]",
-)
+@jobs_option
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rlreason.commands.options import executor_option, profile_option
+from rlreason.commands.options import executor_option, jobs_option, profile_option
 
 CELL_LIMIT = 4 * 60 * 60  # seconds; all of profile smol shall take less than one hour
 cell_limit_option = click.option(
@@ -75,11 +75,7 @@ def run(
 @click.command()
 @profile_option
 @executor_option
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    help="Notebooks executed at a time. [default: one a core, or GPU]",
-)
+@jobs_option
 @click.option(
     "--force", is_flag=True, help="Execute, and train, also what has not changed."
 )

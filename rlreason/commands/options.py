@@ -36,6 +36,11 @@ executor_option = click.option(
     help="Processes of this machine, tasks of a Ray cluster, or array jobs of Slurm.",
 )
 
+jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="How many run here at a time. [default: one a core, or GPU]",
+)
 count_option = partial(click.option, type=click.IntRange(min=1), show_default=True)
 
 seed_option = click.option(

@@ -72,7 +72,7 @@ def _lines(recipe, machine, work, rates) -> Iterator[str]:
         f"Keys and values of a token: {models.checked.token_bytes:,} bytes. Taken for "
         f"the mean: {work.prompt} tokens a prompt, {work.response} a response"
     )
-    where = f"each of {machine.gpus} GPUs" if machine.gpus else "a CPU"
+    where = f"each of {machine.gpus} GPUs" if machine.gpus > 1 else "the device"
     yield f"Peaks in GB on {where} with {machine.memory / gb:g} GB:"
     needs = estimate(recipe, machine, work)
     yield _row("step", "load", "sampling", "scoring", "update", "rows", "fits")

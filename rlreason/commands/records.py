@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rlreason.commands.options import executor_option, profile_option
+from rlreason.commands.options import executor_option, jobs_option, profile_option
 
 TIME_IS_UP = 3  # the exit code of what its time limit stopped
 
@@ -28,7 +28,7 @@ class RecordCommand(click.Command):
 @click.option("--seeds", type=click.IntRange(min=1), help="[default: the profile's]")
 @click.option("--list", "only_list", is_flag=True, help="Say what is done, and stop.")
 @executor_option
-@click.option("--jobs", type=click.IntRange(min=1), help="[default: one a core]")
+@jobs_option
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),

@@ -48,19 +48,18 @@ def within_memory(
 
 
 def fewer_tokens_at_once(method: Callable[..., T]) -> Callable[..., T]:
-    """Let a learner's method, which adds gradients, have fewer ``micro_tokens``.
+    """Let a learner go on with fewer ``micro_tokens`` in a method, and after it.
 
-    The learner keeps the number that did fit. It has no gradients before.
+    The learner has no gradients when the method is called.
     """
 
     @wraps(method)
     def fitting(learner: Any, *given: Any) -> T:
         def work(max_tokens: int) -> T:
-            placed = {"micro_tokens": max_tokens}
-            learner.settings = learner.settings.model_copy(update=placed)
+            learner.micro_tokens = max_tokens
             return method(learner, *given)
 
-        tokens = learner.settings.micro_tokens
+        tokens = learner.micro_tokens
         return within_memory(work, tokens, undo=learner.optimizer.zero_grad)[0]
 
     return fitting

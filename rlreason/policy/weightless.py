@@ -123,8 +123,8 @@ def weightless(config: PretrainedConfig, dtype: torch.dtype) -> WeightlessPolicy
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """What tensors take together; those that share memory once."""
-    storages = {id(s): s for s in (t.untyped_storage() for t in tensors)}
-    return sum({s._cdata: s.nbytes() for s in storages.values()}.values())
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
 class LiveBytes(TorchDispatchMode):

@@ -35,7 +35,7 @@ from rlreason.algorithms.reward_modelling import (
     classification_loss,
 )
 from rlreason.policy.load import BUNDLED
-from rlreason.policy.lora import with_lora
+from rlreason.policy.lora import trainable_weights, with_lora
 from rlreason.policy.passes import Checked
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import PREFILL_TOKENS, Costs
@@ -523,7 +523,7 @@ class _State:
 
 def _optimiser(model: nn.Module, ranks: int) -> _State:
     """AdamW of a model's trainable weights, shared by the ranks: bytes of each."""
-    trained = [w for w in model.parameters() if w.requires_grad]
+    trained = trainable_weights(model)
     half = sum(w.numel() for w in trained if w.dtype in HALF)
     kept = 8 * sum(w.numel() for w in trained) + 4 * half  # moments, masters
     gradients = 4 * half  # in float32
