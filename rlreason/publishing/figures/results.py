@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -143,7 +142,7 @@ def plot_accuracies(
     axes.set_yticks(range(len(accuracies)), list(accuracies))
     axes.set_ylim(len(accuracies) - 0.5, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(percent)
     axes.set_xlabel(x)
     return figure
 
@@ -228,7 +227,7 @@ def plot_coverage(
         error_bars(axes, at, list(intervals.values()), **look(i, name, colors))
     samples_axis(axes, {k for line in shares.values() for k in line})
     axes.set_ylim(top=1.02)
-    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(percent)
     axes.set_ylabel("solutions covered")
     figure.legend(loc="outside upper center", ncols=2)
     return figure
@@ -257,10 +256,9 @@ def plot_pass_curves(
         if name in differences:
             draw_band(bottom, differences[name], **style)
     bottom.axhline(0, color=INK, linewidth=1)
-    percent = matplotlib.ticker.PercentFormatter(1.0, decimals=0)
     top.yaxis.set_major_formatter(percent)
     bottom.yaxis.set_major_formatter(
-        lambda share, _: f"{100 * share:+.0f}" if share else "0"
+        lambda share, _: f"{100 * share:+g}" if share else "0"
     )
     top.set_ylabel("pass@k")
     bottom.set_ylabel(f"points above\n{against}")
@@ -278,6 +276,15 @@ def draw_band(axes: Axes, intervals: Mapping[int, Interval], **line: Any) -> Non
         *((each.low, each.high) for each in intervals.values()), strict=True
     )
     axes.fill_between(at, low, high, color=line["color"], alpha=0.15, linewidth=0)
+
+
+def percent(share: float, _: int | None = None) -> str:
+    """A tick's label, with the decimals that it has: 2.5% is no 2%.
+
+    >>> percent(0.025)
+    '2.5%'
+    """
+    return f"{100 * share:g}%"
 
 
 def samples_axis(axes: Axes, ks: Iterable[int]) -> None:
