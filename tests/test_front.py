@@ -1,7 +1,8 @@
 """The README's picture: from the records alone, and the same file for the same rows."""
 
-from rlreason.experiments.records import Records, load_records
+from rlreason.experiments.records import Cell, Records, load_records
 from rlreason.publishing import front
+from rlreason.runs.environment import project_root
 
 
 def test_the_picture_shows_what_is_recorded_and_nothing_else():
@@ -13,6 +14,16 @@ def test_the_picture_shows_what_is_recorded_and_nothing_else():
     some = Records([row for row in records.rows if row.arm == "sft"], records.size)
     assert len(front.plot_ends(some).axes[0].get_yticklabels()) == 1
     assert front.plot_ends(Records([], records.size)) is None
+
+
+def test_the_readmes_picture_is_of_the_rows_that_are_there():
+    """It was of the rows before: those that came from elsewhere were left out."""
+    drawn = (project_root() / front.PICTURE).read_text()
+    records = load_records("tiny")
+    for arm, name, _ in front.ENDS:
+        if (value := records.value(Cell(arm))) is not None:
+            assert f"<!-- {name} -->" in drawn  # how matplotlib notes a text
+            assert f"<!-- {100 * value.mean:.1f}% -->" in drawn
 
 
 def test_the_same_rows_are_the_same_file(tmp_path, monkeypatch):

@@ -88,6 +88,7 @@ def record(
     recorder = recording.recorder(profile, seeds=seeds, out=out, measures=measures)
     if source is not None:
         click.echo(recorder.take_over(source))
+        _show(profile, out)
         return
     work = recorder.work(names, size=size, seed=seed)
     for line in work.lines():
@@ -106,6 +107,11 @@ def record(
         click.echo(f"stopped after {minutes:g} minutes; the same command goes on")
         sys.exit(TIME_IS_UP)
     click.echo(f"{recorder.path} is up to date")
+    _show(profile, out)
+
+
+def _show(profile: str, out: Path | None) -> None:
+    """Draw the README's picture anew, which is of the rows of profile tiny."""
     if Path(profile).stem == "tiny" and out is None:
         from rlreason.publishing.front import draw_front
 
