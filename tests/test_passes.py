@@ -15,6 +15,7 @@ from rlreason.policy.kv_cache import CohortStore
 from rlreason.policy.load import Policy, PolicyError, load_policy
 from rlreason.policy.passes import borrowed, check_model, next_logits, prompt_logits
 from rlreason.policy.sampler import sample, sample_groups
+from rlreason.policy.slots import SlotStore
 
 PLAIN = """
 afmoe apertus arcee aria_text beam bert bert-generation biogpt bitnet cohere cohere2
@@ -132,7 +133,9 @@ def test_wrong_without_the_check_such_a_family_is_off_by_nats():
         pads, group = torch.zeros(1, dtype=torch.int64), torch.zeros(1).long()
         store = CohortStore(pads, 16, group, max_columns=1)
         prompt_logits(policy.model, store, slice(0, 1), [ids[:16].tolist()], pad_id=0)
-        found = next_logits(policy.model, [store], ids[16:], torch.tensor([16]))
+        found = next_logits(
+            policy.model, store.decoding(), ids[16:], torch.tensor([16])
+        )
     with torch.no_grad():
         expected = policy.model(ids[None], use_cache=False).logits[:, -1]
     assert (found.log_softmax(-1) - expected.log_softmax(-1)).abs().max() > 1
@@ -161,18 +164,19 @@ def test_past_a_limit_of_its_configuration_a_model_is_refused_with_the_remedy(
         sample(policy, short, max_new_tokens=room + 1)
 
 
-def test_a_model_is_checked_once_and_again_past_another_limit():
+@pytest.mark.parametrize("store", [CohortStore, SlotStore])
+def test_a_model_is_checked_once_and_again_past_another_limit(store):
     policy = tiny_family("llama4_text", attention_chunk_size=400)
     passes = []
     policy.model.register_forward_hook(lambda *_: passes.append(1))
     for tokens, cost in [(60, 16), (60, 0), (100, 0), (399, 0), (400, 0)]:
         passes.clear()
-        check_model(policy, tokens)
+        check_model(policy, tokens, store)
         assert len(passes) == cost
     with pytest.raises(PolicyError, match="Up to 400 tokens"):
-        check_model(policy, 401)
+        check_model(policy, 401, store)
     passes.clear()
-    check_model(policy, 400)  # what was found before stands
+    check_model(policy, 400, store)  # what was found before stands
     assert not passes
 
 
@@ -188,16 +192,17 @@ def test_in_half_precision_rounding_is_told_from_another_computation(seed):
         for dtype in (torch.bfloat16, torch.float16):
             half = replace(policy.clone(), name=str(dtype))
             half.model.to(dtype)
-            check_model(half, 60)
+            for store in (CohortStore, SlotStore):
+                check_model(half, 60, store)
     for name in ("olmoe", "qwen3_moe"):  # rounding may choose another expert
-        check_model(bfloat16(name), 60)
+        check_model(bfloat16(name), 60, CohortStore)
     for name, changes in [
         ("diffllama", {}),
         ("bart", {}),
         ("llama4_text", {"attention_chunk_size": 32}),
     ]:
         with pytest.raises(PolicyError, match=name):
-            check_model(bfloat16(name, **changes), 60)
+            check_model(bfloat16(name, **changes), 60, SlotStore)
 
 
 def test_threads_take_turns():

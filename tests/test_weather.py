@@ -43,7 +43,7 @@ from rlreason.algorithms.recorder import MemoryRecorder
 from rlreason.algorithms.sft import sft
 from rlreason.commands.notebooks import CELL_LIMIT
 from rlreason.experiments.rows import RecordError, read_rows, write_rows
-from rlreason.policy import sampler
+from rlreason.policy import cohort_engine
 from rlreason.policy.memory import within_memory
 from rlreason.policy.sampler import sample
 from rlreason.publishing.book import Shelf
@@ -508,9 +508,9 @@ class Memory:
 def test_sampling_goes_on_in_half_of_the_memory_and_draws_the_same(monkeypatch, capsys):
     policy, options = toy_policy(), {"k": 6, "max_new_tokens": 24, "seed": 3}
     expected = sample(policy, TOY_PROBLEMS, **options)
-    step = sampler.next_logits
-    memory = Memory(step, lambda model, stores, ids, *_: len(ids), 9)
-    monkeypatch.setattr(sampler, "next_logits", memory)
+    step = cohort_engine.next_logits
+    memory = Memory(step, lambda model, cache, ids, *_: len(ids), 9)
+    monkeypatch.setattr(cohort_engine, "next_logits", memory)
     found = sample(policy, TOY_PROBLEMS, byte_budget=2**19, **options)
     assert memory.refused > 0
     said = capsys.readouterr().err.count("out of memory: sampling goes on with")

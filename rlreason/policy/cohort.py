@@ -61,7 +61,6 @@ class Cohort:
     Args:
         requests: Whose samples.
         limit: Tokens of a sample.
-        shared: Samples of a question share rows for as long as they draw the same.
     """
 
     def __init__(
@@ -69,24 +68,20 @@ class Cohort:
         requests: list[Request],
         *,
         limit: int,
-        shared: bool,
         device: torch.device,
     ) -> None:
         self.requests = requests
         sizes = torch.tensor([len(r.keys) for r in requests], device=device)
         lengths = torch.tensor([len(r.prompt) for r in requests], device=device)
         questions = torch.arange(len(requests), device=device)
-        question = torch.repeat_interleave(questions, sizes)  # of each sample
-        self.home = torch.arange(len(question), device=device)
-        group, self.row = (
-            (questions, question) if shared else (question, self.home.clone())
-        )
+        self.row = torch.repeat_interleave(questions, sizes)  # that of the question
+        self.home = torch.arange(len(self.row), device=device)
         width = max(len(request.prompt) for request in requests)
         self.store = CohortStore(
-            width - lengths, width, group, max_columns=max(limit - 1, 1)
+            width - lengths, width, questions, max_columns=max(limit - 1, 1)
         )
         self.limit, self.drawn = limit, 0
-        self.position = lengths[group]  # of a row's newest token, (R,)
+        self.position = lengths  # of a row's newest token, (R,)
         self.stream = torch.tensor(
             [key for request in requests for key in request.keys], device=device
         )

@@ -80,13 +80,19 @@ class CohortStore:
     def write_prompt(
         self, layer: int, questions: slice, keys: Tensor, values: Tensor
     ) -> None:
-        """Keep the prompt keys and values (g, Hkv, P, D) of some of the questions."""
+        """Keep the prompt keys and values (g, Hkv, p, D) of some of the questions."""
+        _, heads, columns, dim = keys.shape
         if layer == len(self._prompt_keys):
-            shape = (self.questions, *keys.shape[1:])
-            self._prompt_keys.append(keys.new_empty(shape))
-            self._prompt_values.append(values.new_empty(shape))
-        self._prompt_keys[layer][questions] = keys
-        self._prompt_values[layer][questions] = values
+            shape = (self.questions, heads, self.width, dim)
+            self._prompt_keys.append(keys.new_zeros(shape))
+            self._prompt_values.append(values.new_zeros(shape))
+        self._prompt_keys[layer][questions, :, self.width - columns :] = keys
+        self._prompt_values[layer][questions, :, self.width - columns :] = values
+
+    @property
+    def layers(self) -> int:
+        """Layers that have kept a prompt here."""
+        return len(self._prompt_keys)
 
     @property
     def token_bytes(self) -> int:
@@ -98,6 +104,10 @@ class CohortStore:
     def heads(self) -> int:
         """Query heads of the layer that attended last."""
         return self._heads[0]
+
+    def decoding(self) -> DecodeCache:
+        """What the model's layers are given for one more token of each row."""
+        return DecodeCache([self])
 
     def make_room(self) -> None:
         """Make sure that one more token fits, before a forward pass."""
@@ -292,12 +302,12 @@ class PromptCache(Cache):
     """Receives the keys and values of a forward pass over some of the prompts.
 
     Args:
-        store: Where they are kept.
+        store: Where they are kept; a ``CohortStore``, or of ``slots``.
         questions: Which of the store's questions the pass covers.
-        mask: True where attention is allowed, (g, 1, P, P).
+        mask: True where attention is allowed, (g, 1, p, p).
     """
 
-    def __init__(self, store: CohortStore, questions: slice, mask: Tensor) -> None:
+    def __init__(self, store, questions: slice | Tensor, mask: Tensor) -> None:
         super().__init__(layers=[])
         self._store, self._questions, self._mask = store, questions, mask
 
@@ -311,7 +321,7 @@ class PromptCache(Cache):
         return 0
 
     def attend(self, layer, query, key, value, scaling) -> Tensor:
-        """(g, H, P, D) to (g, P, H, D)."""
+        """(g, H, p, D) to (g, p, H, D)."""
         out = scaled_dot_product_attention(
             query,
             key,
@@ -369,7 +379,7 @@ def _rollout_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    rollout_cache: PromptCache | DecodeCache | None = None,
+    rollout_cache: Cache | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,

@@ -36,6 +36,7 @@ from rlreason.policy.kv_cache import (
 )
 from rlreason.policy.load import Policy, PolicyError, vocabulary_rows
 from rlreason.policy.logprobs import causal_of, output_layer_at
+from rlreason.policy.slots import SlotCache, SlotStore
 
 NOT_FINITE = (
     "The model's outputs are not finite, so there is no distribution to sample from. "
@@ -70,9 +71,11 @@ class Checked:
     logits: int
 
 
+Store = CohortStore | SlotStore
+
 # A lock cannot be copied with its model, so both are kept beside it.
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_checked: WeakKeyDictionary[nn.Module, Checked] = WeakKeyDictionary()
+_checked: WeakKeyDictionary[nn.Module, dict[type, Checked]] = WeakKeyDictionary()
 _registry = threading.Lock()
 
 
@@ -88,8 +91,8 @@ def borrowed(model: PreTrainedModel) -> Iterator[None]:
 
 def prompt_logits(
     model: PreTrainedModel,
-    store: CohortStore,
-    questions: slice,
+    store: Store,
+    questions: slice | Tensor,
     prompts: Sequence[Sequence[int]],
     *,
     pad_id: int,
@@ -98,12 +101,13 @@ def prompt_logits(
 
     Args:
         model: Borrowed.
-        store: Of the cohort that the prompts belong to.
+        store: Where they go.
         questions: Which of the store's questions they are.
         prompts: g lists of token ids, at most ``store.width`` long.
         pad_id: What to fill up with; nothing looks at it.
     """
-    ids, positions, mask = _align_right(prompts, store.width, pad_id)
+    width = max(map(len, prompts))
+    ids, positions, mask = _align_right(prompts, width, pad_id)
     ids, positions, mask = (x.to(store.group.device) for x in (ids, positions, mask))
     cache = PromptCache(store, questions, mask)
     return model(
@@ -119,19 +123,18 @@ def prompt_logits(
 
 def next_logits(
     model: PreTrainedModel,
-    stores: Sequence[CohortStore],
+    cache: DecodeCache | SlotCache,
     ids: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """What follows the newest token of each row of the stores, (R, V).
+    """What follows the newest token of each row, (R, V).
 
     Args:
         model: Borrowed.
-        stores: Cohorts; the tokens are added to them.
-        ids: The newest tokens, (R,), the rows of the first store first.
+        cache: Of all rows; the tokens are added to their stores.
+        ids: The newest tokens, (R,).
         positions: Their places in their sequences, (R,).
     """
-    cache = DecodeCache(stores)
     logits = model(
         input_ids=ids[:, None],
         position_ids=positions[:, None],
@@ -145,8 +148,11 @@ def next_logits(
     return logits
 
 
-def check_model(policy: Policy, tokens: int) -> Checked:
+def check_model(policy: Policy, tokens: int, store: type[Store]) -> Checked:
     """Refuse a model that would be sampled wrongly in sequences of so many tokens.
+
+    How it is sampled depends on where keys and values are kept, so each kind of store
+    is checked for itself.
 
     Costs 16 forward passes, the longest as long as the largest number of the
     configuration that is below ``tokens``; nothing when that was checked before.
@@ -157,27 +163,28 @@ def check_model(policy: Policy, tokens: int) -> Checked:
     """
     limits = _limits(policy.model)
     with _turn(policy.model):
-        known = _checked.get(policy.model)
+        by_store = _checked.setdefault(policy.model, {})
+        known = by_store.get(store)
         if known is None or known.crossed < max(_below(tokens, limits)):
             try:
-                known = _compare(policy, tokens, limits)
+                known = _compare(policy, tokens, limits, store)
             except AttentionError as error:
                 raise PolicyError(
                     f"{policy.name!r} ({type(causal_of(policy.model)).__name__}) "
                     f"cannot be sampled up to {tokens} tokens: {error}. "
-                    f"{_remedy(policy, tokens, limits)}"
+                    f"{_remedy(policy, tokens, limits, store)}"
                 ) from error
-            _checked[policy.model] = known
+            by_store[store] = known
     return known
 
 
-def _remedy(policy: Policy, tokens: int, limits: set[int]) -> str:
+def _remedy(policy: Policy, tokens: int, limits: set[int], store: type[Store]) -> str:
     """What to do with a model that is not sampled as it should up to so many tokens."""
     for limit in sorted(_below(tokens, limits), reverse=True):
         if limit < _SHORTEST:
             break
         try:
-            _compare(policy, limit, limits)
+            _compare(policy, limit, limits, store)
         except AttentionError:
             continue
         return (
@@ -207,7 +214,9 @@ def _limits(model: PreTrainedModel) -> set[int]:
     return set(numbers(model.config.get_text_config().to_dict()))
 
 
-def _compare(policy: Policy, tokens: int, limits: set[int]) -> Checked:
+def _compare(
+    policy: Policy, tokens: int, limits: set[int], store: type[Store]
+) -> Checked:
     """Compare the sampler's passes with a plain one, past all limits below ``tokens``.
 
     Raises:
@@ -235,11 +244,17 @@ def _compare(policy: Policy, tokens: int, limits: set[int]) -> Checked:
             _our_attention(model),
         ):
             for starts, plain in zip(cohorts, expected, strict=True):
-                found, store = _sampled(policy, ids, starts, steps)
+                found, filled = _sampled(policy, ids, starts, steps, store)
                 spread = plain - plain.mean(-1, keepdim=True)
                 gap = (found - plain).norm(dim=-1) / spread.norm(dim=-1)  # (S+1, R)
                 gaps.append(gap)
-            token_bytes, heads = store.token_bytes, store.heads
+            token_bytes, heads = filled.token_bytes, filled.heads
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if layers is not None and filled.layers != layers:
+        raise AttentionError(
+            f"{filled.layers} of its {layers} layers keep a plain cache of keys and "
+            "values"
+        )
     gap, tolerance = _judged(torch.cat(gaps, dim=1), policy)
     if not gap <= tolerance:
         raise AttentionError(
@@ -303,8 +318,8 @@ def _plain(
 
 
 def _sampled(
-    policy: Policy, ids: Tensor, starts: list[int], steps: int
-) -> tuple[Tensor, CohortStore]:
+    policy: Policy, ids: Tensor, starts: list[int], steps: int, kind: type[Store]
+) -> tuple[Tensor, Store]:
     """Log-probabilities by the sampler's passes: (S + 1, R, V), S being the steps.
 
     Row r begins with the first ``starts[r]`` of the tokens and goes on with the next.
@@ -312,14 +327,14 @@ def _sampled(
     lengths = torch.tensor(starts, device=ids.device)
     width = max(starts)
     rows = torch.arange(len(starts), device=ids.device)
-    store = CohortStore(width - lengths, width, rows, max_columns=max(steps, 1))
+    store = kind(width - lengths, width, rows, max_columns=max(steps, 1))
     prompts = [ids[:n].tolist() for n in starts]
     every = slice(0, len(starts))
     model, pad_id = policy.model, policy.pad_id
     logits = [prompt_logits(model, store, every, prompts, pad_id=pad_id)]
     for step in range(steps):
         places = lengths + step
-        logits.append(next_logits(model, [store], ids[places], places))
+        logits.append(next_logits(model, store.decoding(), ids[places], places))
     return _comparable(torch.stack(logits)), store
 
 

@@ -38,7 +38,7 @@ from rlreason.policy.load import BUNDLED
 from rlreason.policy.lora import trainable_weights, with_lora
 from rlreason.policy.passes import Checked
 from rlreason.policy.rollout import Rollout
-from rlreason.policy.sampler import PREFILL_TOKENS, Costs
+from rlreason.policy.budget import PREFILL_TOKENS, Costs
 from rlreason.policy.value import score
 from rlreason.policy.weightless import (
     LiveBytes,

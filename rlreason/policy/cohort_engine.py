@@ -1,0 +1,182 @@
+"""Decoding on a CPU: cohorts in flight, a row for each distinct prefix.
+
+When there is room, requests are admitted together as a *cohort*: their prompts are
+computed once, in one pass, and the first token of every sample is drawn from the
+result. From then on each forward pass decodes one token of every row of all cohorts.
+Samples of a question that have drawn the same tokens so far have the same keys, values
+and next distribution, which are computed once, and each draws its own token from it by
+its own random number. A row splits when they differ. Samples that drew EOS leave, and
+new cohorts enter when enough have left.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from rlreason.policy.budget import (
+    PREFILL_TOKENS,
+    REFILL_BELOW,
+    Costs,
+    default_budget,
+)
+from rlreason.policy.cohort import Answer, Cohort, Request
+from rlreason.policy.drawing import draw_tokens
+from rlreason.policy.kv_cache import CohortStore, DecodeCache
+from rlreason.policy.load import Policy
+from rlreason.policy.passes import borrowed, next_logits, prompt_logits
+from rlreason.policy.progress import tell
+from rlreason.policy.streams import next_uniforms
+
+
+class CohortEngine:
+    """Takes requests, keeps cohorts in flight, gives answers."""
+
+    store = CohortStore
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        costs: Costs,
+        temperature: float,
+        max_new_tokens: int,
+        byte_budget: int | None,
+        stop_ids: tuple[int, ...],
+    ) -> None:
+        self.model = policy.model
+        self.ends, self.pad_id = (*policy.eos_ids, *stop_ids), policy.pad_id
+        self.device = policy.device
+        self.temperature = temperature
+        self.limit = max_new_tokens
+        self.costs = costs
+        self.budget = byte_budget or default_budget(policy.device)
+        self.queue: deque[Request] = deque()
+        self.cohorts: list[Cohort] = []
+
+    def ask(
+        self, problem: int, prompt: Sequence[int], keys: list[int], first: int = 0
+    ) -> None:
+        """Queue one problem, in parts if its samples alone exceed the budget."""
+        most = self.costs.rows_within(self.budget, len(prompt))
+        for start in range(0, len(keys), most):
+            part = keys[start : start + most]
+            self.queue.append(Request(problem, tuple(prompt), first + start, part))
+
+    def run(self) -> Iterator[list[Answer]]:
+        """Decode until the queue is empty; yields cohort by cohort."""
+        while self.queue or self.cohorts:
+            finished: list[Cohort] = []
+            # The model is given back before each yield: who takes the answers may use
+            # it, or may never come back for more.
+            with torch.inference_mode(), borrowed(self.model):
+                try:
+                    while not finished:
+                        self.admit()
+                        finished = self.retire()
+                        self.decode()
+                except torch.OutOfMemoryError:
+                    self.halve()
+            for cohort in finished:
+                yield cohort.answers(self.ends)
+
+    def halve(self) -> None:
+        """Begin what is in flight again, in half of the memory.
+
+        Raises:
+            ValueError: That does not hold one row.
+        """
+        self.budget //= 2
+        tell(f"out of memory: sampling goes on with {self.budget:,} bytes")
+        again = [r for cohort in self.cohorts for r in cohort.requests] + [*self.queue]
+        self.cohorts.clear()
+        self.queue.clear()
+        for request in again:
+            self.ask(request.problem, request.prompt, request.keys, request.first)
+
+    def admit(self) -> None:
+        """Start a cohort if there is work and room for it."""
+        free = self.budget - sum(self.reserved(c) for c in self.cohorts)
+        if not self.queue or (self.cohorts and free < (1 - REFILL_BELOW) * self.budget):
+            return
+        requests: list[Request] = []
+        width = len(self.queue[0].prompt)  # the longest, since the queue is sorted
+        while self.queue:
+            request = self.queue[0]
+            free -= self.costs.of_request(width, len(request.keys))
+            if (requests or self.cohorts) and free < 0:
+                break
+            requests.append(self.queue.popleft())
+        if not requests:  # the others must end first
+            return
+        cohort = Cohort(requests, limit=self.limit, device=self.device)
+        self.cohorts.append(cohort)
+        self.prefill(cohort)
+
+    def reserved(self, cohort: Cohort) -> int:
+        """What a cohort can come to take, when all of its samples differ."""
+        store, costs = cohort.store, self.costs
+        rows = max(store.slab_rows, cohort.samples)
+        rows *= costs.row + costs.score * store.width
+        return costs.token * store.width * store.questions + rows
+
+    def prefill(self, cohort: Cohort) -> None:
+        """Compute the prompts and draw every sample's first token."""
+        store = cohort.store
+        stride = max(1, PREFILL_TOKENS // store.width)
+        parts = []
+        for start in range(0, len(cohort.requests), stride):
+            prompts = [r.prompt for r in cohort.requests[start : start + stride]]
+            questions = slice(start, start + len(prompts))
+            parts.append(
+                prompt_logits(self.model, store, questions, prompts, pad_id=self.pad_id)
+            )
+        logits = torch.cat(parts).index_select(0, store.group)  # (R, V)
+        self.draw(logits, [cohort])
+
+    def decode(self) -> None:
+        """One token of every row of every cohort that is not at the limit."""
+        cohorts = [c for c in self.cohorts if c.drawn < self.limit]
+        if not cohorts:
+            return
+        cache = DecodeCache([cohort.store for cohort in cohorts])
+        ids = torch.cat([cohort.newest() for cohort in cohorts])
+        positions = torch.cat([cohort.position for cohort in cohorts])
+        logits = next_logits(self.model, cache, ids, positions)  # (R, V)
+        for cohort in cohorts:
+            cohort.position += 1
+        self.draw(logits, cohorts)
+
+    def draw(self, logits: Tensor, cohorts: list[Cohort]) -> None:
+        """Draw each sample's next token from the logits of its row, (R, V)."""
+        uniforms = torch.cat([next_uniforms(cohort.stream) for cohort in cohorts])
+        starts = accumulate([cohort.rows for cohort in cohorts], initial=0)
+        rows = torch.cat(
+            [c.row + start for c, start in zip(cohorts, starts, strict=False)]
+        )
+        tokens, logprobs = draw_tokens(
+            logits, uniforms, rows=rows, temperature=self.temperature
+        )
+        sizes = [cohort.samples for cohort in cohorts]
+        for cohort, ids, logps in zip(
+            cohorts, tokens.split(sizes), logprobs.split(sizes), strict=True
+        ):
+            cohort.record(ids, logps, self.ends)
+
+    def retire(self) -> list[Cohort]:
+        """Take out finished samples and split rows; returns cohorts that have ended."""
+        finished, going = [], []
+        for cohort in self.cohorts:
+            done = int(cohort.done.sum())
+            if cohort.drawn == self.limit or done == cohort.samples:
+                finished.append(cohort)
+                continue
+            if done or cohort.splits():
+                cohort.regroup()
+            going.append(cohort)
+        self.cohorts = going
+        return finished
