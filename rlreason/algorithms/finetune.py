@@ -39,6 +39,7 @@ from rlreason.algorithms.optim import (
     set_lr,
 )
 from rlreason.algorithms.recorder import NullRecorder, Recorder
+from rlreason.policy.compiling import compiled_layers
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import micro_batches, token_logprobs
 from rlreason.policy.lora import (
@@ -80,6 +81,12 @@ class FinetuneSettings(Settings):
         source="ours",
         placement=True,
         ge=1,
+    )
+    compile: bool = setting(
+        False,
+        "Compile the layers, once; pays on a GPU.",
+        source="ours",
+        placement=True,
     )
     lora: LoraSettings | None = setting(
         None,
@@ -197,11 +204,12 @@ def fit(
             set_lr(optimizer, lr)
             tokens = count(batch)
             with recorder.clock("learning"):
-                mean, max_tokens = within_memory(
-                    partial(accumulate, loss, batch, tokens),
-                    max_tokens,
-                    undo=optimizer.zero_grad,
-                )
+                with compiled_layers(model, compiled=settings.compile):
+                    mean, max_tokens = within_memory(
+                        partial(accumulate, loss, batch, tokens),
+                        max_tokens,
+                        undo=optimizer.zero_grad,
+                    )
                 sum_gradients(model.parameters())
                 norm = clip_gradients(model, settings.max_grad_norm)
                 check(update, loss=mean, grad_norm=norm)

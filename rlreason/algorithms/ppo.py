@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,7 @@ from rlreason.policy.lora import (
     trainable_weights,
     with_lora,
 )
+from rlreason.policy.compiling import compiled_layers
 from rlreason.policy.memory import checkpointing, fewer_tokens_at_once
 from rlreason.policy.parallel import my_share, sum_gradients, sum_tensors, summed
 from rlreason.policy.progress import progress_bar
@@ -303,9 +305,10 @@ class Learner:
         rollouts = experience.rollouts
         count = sum(len(rollouts[row].tokens) for row in mb_rows)
         for rows, prompts, responses in self._parts(rollouts, mb_rows):
-            values, mask = score_values(
-                self.policy, prompts, responses, self.value_function
-            )  # (b, t), (b, t)
+            with self._compiled(self.policy.model, self.value_function):
+                values, mask = score_values(
+                    self.policy, prompts, responses, self.value_function
+                )  # (b, t), (b, t)
             returns = experience.returns[rows, : values.shape[1]]
             (value_loss(values, values, returns, mask, None) / count).backward()
 
@@ -416,19 +419,23 @@ class Learner:
         self, rollouts, rows=None, *, policy=None, entropy=False
     ) -> Iterator[tuple[Tensor, Scores]]:
         """Score ``rows`` of ``rollouts`` in parts that fit the budget of tokens."""
+        value_function = None if policy else self.value_function
+        policy = policy or self.policy
         for where, prompts, responses in self._parts(rollouts, rows):
-            yield (
-                where,
-                score(
-                    policy or self.policy,
+            with self._compiled(policy.model, value_function):
+                scores = score(
+                    policy,
                     prompts,
                     responses,
                     temperature=self.settings.temperature,
-                    value_function=None if policy else self.value_function,
+                    value_function=value_function,
                     entropy=entropy,
                     chunk=self.settings.logit_rows,
-                ),
-            )
+                )
+            yield where, scores
+
+    def _compiled(self, *modules: nn.Module | None) -> AbstractContextManager:
+        return compiled_layers(*modules, compiled=self.settings.compile)
 
     def _parts(self, rollouts, rows=None) -> Iterator[tuple[Tensor, list, list]]:
         """Places, prompts, responses: what goes through the model at once, my share."""

@@ -149,6 +149,9 @@ class PpoSettings(Settings):
     logit_rows: int | None = ours(
         None, "Rows of logits held at once; None: all.", placement=True, ge=1
     )
+    compile: bool = ours(
+        False, "Compile the layers, once; pays on a GPU.", placement=True
+    )
     gradient_checkpointing: bool = ours(
         False, "Compute activations again in the backward pass.", placement=True
     )

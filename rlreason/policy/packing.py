@@ -17,6 +17,7 @@ are padded too.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 PACKED = "rlreason_packed"
 _WINDOWS = ("sliding_window", "attention_chunk_size")
+# Older versions of torch take fewer key heads than query heads without being asked
+_ASKED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 # The longest sequence that each trunk packs; beside it, so that a copy is asked anew
 _longest: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
@@ -43,12 +46,14 @@ class Packed:
     """Where the sequences of a row lie.
 
     Attributes:
-        lengths: Of the sequences in their order.
+        count: B, of the sequences.
+        longest: L, tokens of the longest.
         bounds: The place where each starts, and the end of the last, (B + 1,), int32.
         places: Of each token among those of padded rows, (N,).
     """
 
-    lengths: tuple[int, ...]
+    count: int
+    longest: int
     bounds: Tensor
     places: Tensor
 
@@ -80,13 +85,14 @@ def pack(tokens: Tensor, lengths: Sequence[int]) -> Inputs:
     bounds = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     positions = torch.arange(len(tokens)) - bounds[:-1].repeat_interleave(sizes)
     rows = torch.arange(len(sizes)).repeat_interleave(sizes)
-    places = (rows * max(lengths) + positions).to(tokens.device)
+    longest = max(lengths)
+    places = (rows * longest + positions).to(tokens.device)
     device = tokens.device
     options = {
         "position_ids": positions[None].to(device),
         # A mask of four dimensions is passed on as it is; ``packed`` knows better.
         "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
-        "packed": Packed(tuple(lengths), bounds.int().to(device), places),
+        "packed": Packed(len(lengths), longest, bounds.int().to(device), places),
         "use_cache": False,
     }
     return Inputs(tokens[None], options, bounds[:-1].to(device))
@@ -175,9 +181,9 @@ def _attention(
     if any(options.get(name) is not None for name in ("softcap", "s_aux")):
         raise ValueError(f"{type(module).__name__} has an attention of its own")
     heads = [x.transpose(1, 2)[0] for x in (query, key, value)]  # (N, H, D)
-    grouped = query.shape[1] != key.shape[1]
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]}
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        bounds, longest = packed.bounds, max(packed.lengths)
+        bounds, longest = packed.bounds, packed.longest
         out = varlen_attn(
             *heads,
             bounds,
@@ -186,13 +192,13 @@ def _attention(
             longest,
             scale=scaling,
             window_size=(-1, 0),  # causal
-            enable_gqa=grouped,
+            **(grouped if _ASKED else {}),
         )
         return out[None], None
-    shape = len(packed.lengths), max(packed.lengths)  # (B, L)
+    shape = packed.count, packed.longest  # (B, L)
     rows = [_pad(x, packed.places, shape).transpose(1, 2) for x in heads]
     out = scaled_dot_product_attention(
-        *rows, is_causal=True, scale=scaling, enable_gqa=grouped
+        *rows, is_causal=True, scale=scaling, **grouped
     )  # (B, H, L, D); what is made of padding is dropped
     return _Unpad.apply(out.transpose(1, 2).flatten(0, 1), packed.places)[None], None
 

@@ -1,0 +1,52 @@
+"""Decoder layers compiled by ``torch.compile`` while a model learns.
+
+On a GPU most of the time of a small model's update goes into launching kernels for
+norms, rotations and activations, one operator each, and into their passes over memory.
+The compiler fuses them. Layers of a model are alike, so one is compiled and serves all
+of them, for any number of tokens: half a minute at the first update, once a process.
+
+Only layers are compiled, and only in the block: the output layer, losses, optimiser
+and sampler stay as they are, and so do names of weights.
+
+Left out: compiling the whole model, which takes minutes and starts again for each
+length of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# The compiled call of each layer; beside it, since it cannot be copied with it
+_compiled: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+
+
+@contextmanager
+def compiled_layers(*models: nn.Module | None, compiled: bool = True) -> Iterator[None]:
+    """Let the decoder layers of models run compiled for a while.
+
+    Args:
+        models: With layers as transformers builds them; others stay as they are.
+        compiled: False leaves everything as it is.
+    """
+    layers = [
+        module
+        for model in models
+        if compiled and model is not None
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    ]
+    try:
+        for layer in layers:
+            if layer not in _compiled:
+                _compiled[layer] = torch.compile(layer._call_impl, dynamic=True)
+            layer._compiled_call_impl = _compiled[layer]
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
