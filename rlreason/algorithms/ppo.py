@@ -58,6 +58,7 @@ from rlreason.algorithms.ppo_settings import (  # noqa: F401  asked for here
     PpoSettings,
 )
 from rlreason.algorithms.recorder import NullRecorder, Recorder
+from rlreason.policy.compiling import compiled_layers
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import micro_batches
 from rlreason.policy.lora import (
@@ -67,7 +68,6 @@ from rlreason.policy.lora import (
     trainable_weights,
     with_lora,
 )
-from rlreason.policy.compiling import compiled_layers
 from rlreason.policy.memory import checkpointing, fewer_tokens_at_once
 from rlreason.policy.parallel import my_share, sum_gradients, sum_tensors, summed
 from rlreason.policy.progress import progress_bar
