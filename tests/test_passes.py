@@ -129,7 +129,7 @@ def test_a_family_that_is_not_known_is_refused_by_name_in_one_line(name, changes
 def test_wrong_without_the_check_such_a_family_is_off_by_nats():
     policy = tiny_family("diffllama", initializer_range=0.25)
     ids = torch.arange(3, 20)
-    with torch.inference_mode(), borrowed(policy.model):
+    with torch.inference_mode(), borrowed(policy.model, CohortStore):
         pads, group = torch.zeros(1, dtype=torch.int64), torch.zeros(1).long()
         store = CohortStore(pads, 16, group, max_columns=1)
         prompt_logits(policy.model, store, slice(0, 1), [ids[:16].tolist()], pad_id=0)

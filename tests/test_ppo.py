@@ -1076,6 +1076,7 @@ CHANGED = {
 OTHERS = {
     "micro_tokens",
     "logit_rows",
+    "compile",
     "gradient_checkpointing",
     "max_kl",
     "curriculum",

@@ -357,6 +357,41 @@ def test_shots_stand_in_the_prompt():
 
 
 @pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("engine")
+def test_after_examples_an_answer_ends_where_it_asks_a_question_itself():
+    policy, problem = tiny_policy(), PROBLEMS[1]
+    said = " 5\n\nQ: 1+1?\nA: 2"
+    found = []
+    for shots in ((), PROBLEMS[2:]):
+        prompt = policy.encode_prompt(format_prompt(problem, shots))
+        reciter = replace(policy, model=reciting(policy, said, after=len(prompt)))
+        found.append(sample(reciter, [problem], k=3, shots=shots, max_new_tokens=12))
+    plain, shown = found
+    assert {(r.text, r.finished) for r in plain} == {(said[:12], False)}
+    assert {(r.text, r.finished) for r in shown} == {(" 5\n\nQ:", True)}
+    for rollout in shown:
+        assert policy.decode(rollout.tokens) == rollout.text
+        assert len(rollout.logprobs) == len(rollout.tokens) == 6
+
+
+def reciting(policy, text: str, *, after: int) -> nn.Module:
+    """The model, but behind a prompt of so many tokens it says a text."""
+    said = torch.tensor(policy.encode_response("", text))
+    model = copy.deepcopy(policy.model)
+
+    def recite(module, args, kwargs, output):
+        step = (kwargs["position_ids"][:, -1] + 1 - after).clamp(0, len(said) - 1)
+        logits = torch.full_like(output.logits[:, -1], -1e4)
+        output.logits[:, -1] = logits.scatter(1, said[step][:, None], 1e4)
+        return output
+
+    with torch.no_grad():
+        sample(replace(policy, model=model), PROBLEMS, max_new_tokens=1)  # checked
+    model.register_forward_hook(recite, with_kwargs=True)
+    return model
+
+
+@pytest.mark.usefixtures("engine")
 def test_p06_dropout_never_acts_and_the_mode_is_left_as_it_was():
     policy = tiny_policy("gpt2")
     for module in policy.model.modules():

@@ -35,7 +35,7 @@ from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Prompt
 from rlreason.settings import Settings, setting
 from rlreason.tasks.problem import Problem
-from rlreason.tasks.prompts import format_prompt, format_response
+from rlreason.tasks.prompts import end_of_response, format_prompt, format_response
 
 # --- Settings ----------------------------------------------------------------------
 
@@ -146,7 +146,8 @@ class QuestionSampler:
             i = self._choose(rng, taken)
             taken.add(i)
             tokens = self._state(rng, self.problems[i], progress)
-            prompts.append(Prompt(self.problems[i].id, tokens, f"@{self.drawn}"))
+            stop = end_of_response(self.shots)
+            prompts.append(Prompt(self.problems[i].id, tokens, f"@{self.drawn}", stop))
             self.drawn += 1
         return prompts
 

@@ -55,7 +55,7 @@ from rlreason.rewards.sparse import sparse_rewards
 from rlreason.settings import Settings, setting
 from rlreason.tasks.answers import operation_key
 from rlreason.tasks.problem import Problem
-from rlreason.tasks.prompts import format_prompt, format_response
+from rlreason.tasks.prompts import NEXT_QUESTION, format_prompt, format_response
 
 
 class ExpertIterationSettings(Settings):
@@ -432,12 +432,25 @@ def _initial_data(base, problems, solved, settings) -> list[Solution]:
 
 
 def _examples(base, problems, dataset, tally, settings) -> list[Example]:
-    """Training sees the zero-shot prompt, whatever the rollout was asked with."""
+    """Training sees the zero-shot prompt, whatever the rollout was asked with.
+
+    Likewise it sees EOS behind a solution that ended with a question of its own.
+    """
+
+    def response(solution: Solution) -> tuple[int, ...]:
+        if solution.tokens[-1] in base.eos_ids:
+            return solution.tokens
+        text, stop, _ = base.decode(solution.tokens).partition(NEXT_QUESTION)
+        if not stop:
+            return solution.tokens
+        prompt = format_prompt(problems[solution.problem])
+        return tuple(base.encode_response(prompt, text))
+
     rates = tally.rates()
     weights = rarity_weights([rates[s.problem] for s in dataset], settings.rarity)
     prompts = [base.encode_prompt(format_prompt(problem)) for problem in problems]
     return [
-        Example(tuple(prompts[solution.problem]), solution.tokens, weight=weight)
+        Example(tuple(prompts[solution.problem]), response(solution), weight=weight)
         for solution, weight in zip(dataset, weights, strict=True)
     ]
 

@@ -53,9 +53,9 @@ from rlreason.runs.environment import commit, environment
 from rlreason.runs.evaluate import evaluate_recipe
 from rlreason.runs.plans import Plan, contents_of, folder_of, obtain, plan_of
 from rlreason.runs.recipes import Recipe
-from rlreason.settings import HASH_LENGTH, Settings, settings_hash
+from rlreason.settings import HASH_LENGTH, Settings, setting, settings_hash
 from rlreason.tasks.problem import Problem
-from rlreason.tasks.prompts import format_prompt
+from rlreason.tasks.prompts import end_of_response, format_prompt
 
 KEEP_THE_PROMPT = (BASE, "ppo")
 """Steps after which, from the base, solved examples stand in every prompt."""
@@ -66,6 +66,7 @@ class PromptedBase(Settings):
 
     contents: Contents
     shots: int
+    stop: str = setting("", "Ends a response as EOS does.", source="ours", neutral="")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ class Subject:
         """Of the plan, or of what the prompted base is."""
         recipe = self.recipe
         contents = contents_of(recipe.policy, recipe.task)
-        base = PromptedBase(contents=contents, shots=recipe.shots)
+        base = PromptedBase(
+            contents=contents, shots=recipe.shots, stop=end_of_response(recipe.shots)
+        )
         return settings_hash(self.plan or base)
 
     def trained(self) -> Any:

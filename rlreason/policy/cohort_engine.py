@@ -73,7 +73,7 @@ class CohortEngine:
             finished: list[Cohort] = []
             # The model is given back before each yield: who takes the answers may use
             # it, or may never come back for more.
-            with torch.inference_mode(), borrowed(self.model):
+            with torch.inference_mode(), borrowed(self.model, CohortStore):
                 try:
                     while not finished:
                         self.admit()

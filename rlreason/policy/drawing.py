@@ -29,10 +29,9 @@ def draw_tokens(
         Tokens (S,), int64, and their log-probabilities (S,), float32; at temperature
         0 those of the distribution at temperature 1.
     """
-    logits = logits.float()
     if temperature not in (0, 1):
-        logits = logits / temperature
-    probs = logits.softmax(-1)
+        logits = logits.float() / temperature
+    probs = logits.softmax(-1, dtype=torch.float32)
     every = torch.arange(len(probs), device=probs.device)
     rows = every if rows is None else rows
     begins = rows * probs.shape[1]  # places in all rows as one line

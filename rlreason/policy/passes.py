@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlreason.policy.fused_norms import fused_norms
 from rlreason.policy.kv_cache import (
     ATTENTION_NAME,
     AttentionError,
@@ -80,12 +81,16 @@ _registry = threading.Lock()
 
 
 @contextmanager
-def borrowed(model: PreTrainedModel) -> Iterator[None]:
+def borrowed(model: PreTrainedModel, store: type[Store]) -> Iterator[None]:
     """Put the model in eval mode with our attention, and back afterwards.
 
     Another thread that wants to borrow it waits.
+
+    Args:
+        store: Where its keys and values will be kept; a slot asks for fast norms too.
     """
-    with _turn(model), _evaluating(model), _our_attention(model):
+    norms = fused_norms if store is SlotStore else nullcontext
+    with _turn(model), _evaluating(model), _our_attention(model), norms(model):
         yield
 
 
@@ -241,7 +246,7 @@ def _compare(
             raise ValueError(NOT_FINITE)
         with (
             _named("its layers do not keep a plain cache of keys and values"),
-            _our_attention(model),
+            borrowed(model, store),
         ):
             for starts, plain in zip(cohorts, expected, strict=True):
                 found, filled = _sampled(policy, ids, starts, steps, store)

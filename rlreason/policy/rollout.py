@@ -13,11 +13,13 @@ class Prompt:
         problem_id: The ``Problem.id`` that is asked.
         tokens: All that the policy reads, BOS included where the model has one.
         stream: Tells the random streams of two prompts of one problem apart.
+        stop: A text that ends a continuation as EOS does, or none.
     """
 
     problem_id: str
     tokens: tuple[int, ...]
     stream: str = ""
+    stop: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,8 @@ class Rollout:
         sample: Index of the sample within its problem, 0 to K-1.
         prompt_tokens: Token ids of the prompt, BOS included where the model has one.
         tokens: Sampled ids. They end with EOS where ``finished`` is true, and hold no
-            EOS where it is false. (Where ``sample_prompts`` was given ``stop_ids``,
-            these end a rollout as EOS does.)
+            EOS where it is false. (``stop_ids`` of ``sample_prompts`` and the ``stop``
+            of a prompt end a rollout as EOS does; what was drawn of it stays.)
         logprobs: Log-probability of each token (nats) under the distribution it was
             drawn from: full vocabulary, temperature applied. As long as ``tokens``.
         text: The decoded ``tokens`` without EOS.

@@ -22,12 +22,16 @@ token only if its random number falls within about 1e-6 of a boundary.
 ``sample_prompts`` does the same for prompts given as tokens, and can stop at other
 tokens than EOS: for continuing half solutions and for sampling step by step.
 
-Left out: beam search, stop strings, truncated sampling.
+Left out: beam search, truncated sampling; what is drawn after a text at which a prompt
+stops is drawn, and dropped.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 from transformers import PreTrainedModel
 
@@ -41,7 +45,7 @@ from rlreason.policy.rollout import Prompt, Rollout
 from rlreason.policy.slot_engine import SlotEngine
 from rlreason.policy.streams import stream_key
 from rlreason.tasks.problem import Problem
-from rlreason.tasks.prompts import format_prompt
+from rlreason.tasks.prompts import end_of_response, format_prompt
 
 ENGINES = {"cuda": SlotEngine}  # by type of device; others decode as a CPU does
 
@@ -68,7 +72,8 @@ def sample(
             is taken, and ``logprobs`` are those of the distribution at temperature 1.
         max_new_tokens: An answer is cut after so many tokens, EOS included.
         seed: Of the random streams.
-        shots: Solved problems that stand before each question in the prompt.
+        shots: Solved problems that stand before each question in the prompt. An answer
+            then also ends where it goes on with a question of its own.
         byte_budget: Memory for keys, values and logits of the samples in flight. By
             default 1 GiB on a CPU, and half of what is free on a GPU.
         progress: Show a bar; by default where somebody watches.
@@ -171,7 +176,7 @@ def _prompt_of(policy: Policy, problem: Problem, shots: Sequence[Problem]) -> Pr
         raise ValueError(
             f"The problem {problem.id!r} cannot be asked: {error}"
         ) from None
-    return Prompt(problem.id, tuple(tokens))
+    return Prompt(problem.id, tuple(tokens), stop=end_of_response(shots))
 
 
 def _in_order(groups: Iterator[tuple[int, list[Rollout]]]) -> list[Rollout]:
@@ -219,18 +224,39 @@ def _sample_own(
         stream = prompts[index].problem_id + prompts[index].stream
         keys = [stream_key(seed, stream, j) for j in range(k)]
         engine.ask(index, tokens[index], keys)
-    partial: dict[int, list[Rollout]] = {}
+    groups: dict[int, list[Rollout]] = {}
     total = len(prompts) * k
     with progress_bar(total, "sampling", unit="sample", show=progress) as bar:
         for answers in engine.run():
             bar.update(len(answers))
             texts = policy.decode_batch([policy.without_eos(a.tokens) for a in answers])
             for answer, text in zip(answers, texts, strict=True):
-                group = partial.setdefault(answer.problem, [])
-                group.append(answer.rollout(prompts[answer.problem].problem_id, text))
+                prompt = prompts[answer.problem]
+                rollout = answer.rollout(prompt.problem_id, text)
+                group = groups.setdefault(answer.problem, [])
+                group.append(_stopped(policy, rollout, prompt.stop))
                 if len(group) == k:
                     group.sort(key=lambda rollout: rollout.sample)
-                    yield answer.problem, partial.pop(answer.problem)
+                    yield answer.problem, groups.pop(answer.problem)
+
+
+def _stopped(policy: Policy, rollout: Rollout, stop: str) -> Rollout:
+    """The rollout up to the first token with which its text holds ``stop``."""
+    if not stop or stop not in rollout.text:
+        return rollout
+    held = partial(_holds, policy, rollout.tokens, stop)
+    count = bisect_left(range(len(rollout.tokens)), True, key=held)
+    return replace(
+        rollout,
+        tokens=rollout.tokens[:count],
+        logprobs=rollout.logprobs[:count],
+        text=policy.decode(rollout.tokens[:count]),
+        finished=True,
+    )
+
+
+def _holds(policy: Policy, tokens: Sequence[int], stop: str, count: int) -> bool:
+    return stop in policy.decode(tokens[:count])
 
 
 def _check_settings(k: int, temperature: float, max_new_tokens: int) -> None:

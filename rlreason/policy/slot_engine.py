@@ -101,7 +101,7 @@ class SlotEngine:
         while self.queue or self.occupants:
             answers: list[Answer] = []
             # Given back before each yield, as whoever takes the answers may use it
-            with torch.inference_mode(), borrowed(self.model):
+            with torch.inference_mode(), borrowed(self.model, SlotStore):
                 try:
                     while len(answers) <= self.patience() and (
                         self.queue or self.occupants

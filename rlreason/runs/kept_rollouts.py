@@ -30,9 +30,9 @@ from rlreason.evaluation.evaluate import answer_groups
 from rlreason.runs.folder import RunFolder
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
-from rlreason.settings import Settings
+from rlreason.settings import Settings, setting
 from rlreason.tasks.problem import Problem
-from rlreason.tasks.prompts import format_prompt
+from rlreason.tasks.prompts import end_of_response, format_prompt
 
 _PROVENANCE = ("_name_or_path", "transformers_version")  # not what is computed
 
@@ -42,6 +42,7 @@ class AnswersRun(Settings):
 
     weights: str
     prompts: str
+    stop: str = setting("", "Ends a response as EOS does.", source="ours", neutral="")
     label: str | None
     k: int
     temperature: float
@@ -88,6 +89,7 @@ def kept_answers(
     settings = AnswersRun(
         weights=weights_digest(policy),
         prompts=hashlib.sha256(json.dumps(named).encode()).hexdigest(),
+        stop=end_of_response(shots),
         **sampling,
     )
     with RunFolder("answers", settings, keep=1) as run:

@@ -57,7 +57,8 @@ from rlreason.runs.plans import (
     with_weights,
 )
 from rlreason.runs.recipes import Recipe, RewardSettings
-from rlreason.settings import SettingsError
+from rlreason.settings import SettingsError, setting
+from rlreason.tasks.prompts import end_of_response
 
 
 def common_fields(recipe: Recipe) -> dict[str, Any]:
@@ -134,6 +135,7 @@ class ExpertIterationPlan(Plan):
     step: Literal["expert-iteration"] = "expert-iteration"
     start: AnyPlan | None
     shots: int
+    stop: str = setting("", "Ends a response as EOS does.", source="ours", neutral="")
     reward_model: AnyPlan | None
     validation_problems: int | None
     algorithm: ExpertIterationSettings
@@ -161,6 +163,7 @@ class ExpertIterationPlan(Plan):
             **common_fields(recipe),
             start=_start(recipe, seed),
             shots=recipe.shots if from_base else 0,
+            stop=end_of_response(recipe.shots if from_base else 0),
             reward_model=RewardModelPlan.of(unfiltered, seed) if filtered else None,
             validation_problems=recipe.evaluation.during_training,
             algorithm=recipe.expert_iteration.model_copy(update=update),
@@ -269,6 +272,7 @@ class PpoPlan(Plan):
     step: Literal["ppo"] = "ppo"
     start: AnyPlan | None
     shots: int
+    stop: str = setting("", "Ends a response as EOS does.", source="ours", neutral="")
     reward: RewardSettings
     reward_model: AnyPlan | None
     validate_every: int
@@ -294,6 +298,7 @@ class PpoPlan(Plan):
             **common_fields(recipe) | {"contents": contents},
             start=_start(recipe, seed),
             shots=recipe.shots if from_base else 0,
+            stop=end_of_response(recipe.shots if from_base else 0),
             reward=recipe.reward,
             reward_model=RewardModelPlan.of(recipe, seed) if learned else None,
             validate_every=recipe.validate_every,

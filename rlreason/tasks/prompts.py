@@ -17,8 +17,10 @@ would differ from those of the whole text.
 
 The end of a response is the EOS *token*, appended by the code that tokenises and
 sampled by the policy like any other. It is never written here as text, because a
-question could hold that text too. Sampling stops at EOS alone: a response that goes
-on with a ``Q:`` of its own has not stopped, and is scored as it stands.
+question could hold that text too. A policy that was trained in this format stops with
+EOS alone: a response that goes on with a ``Q:`` of its own has not stopped, and is
+scored as it stands. One that only reads the format off examples in its prompt goes on
+as they do, with the next question, so there an answer ends where that begins.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from collections.abc import Sequence
 from rlreason.tasks.problem import Problem
 
 RESPONSE_BEGINS = "\nA:"  # the end of every prompt; no space: see above
+NEXT_QUESTION = "\n\nQ:"  # what follows the response of an example
 
 
 def format_prompt(problem: Problem, shots: Sequence[Problem] = ()) -> str:
@@ -42,6 +45,11 @@ def format_prompt(problem: Problem, shots: Sequence[Problem] = ()) -> str:
         f"{_ask(shot)}{format_response(shot.solution)}\n\n" for shot in shots
     )
     return examples + _ask(problem)
+
+
+def end_of_response(shots: Sequence[Problem] | int) -> str:
+    """The text that ends a response as EOS does: after examples there is one."""
+    return NEXT_QUESTION if shots else ""
 
 
 def format_response(solution: str) -> str:
