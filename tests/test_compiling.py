@@ -47,7 +47,7 @@ def test_gradients_are_the_same_and_one_graph_serves_all():
     expected = [gradients(policy, batch) for batch in BATCHES]
     counters.clear()
     for batch, right in zip(BATCHES, expected, strict=True):
-        with compiled_layers(policy.model):
+        with compiled_layers(policy.model, compiled=True):
             found = gradients(policy, batch)
         assert (found - right).abs().max() < 1e-5 * right.abs().max()
     # Of one layer for any length: neither of each layer nor of each batch
@@ -57,7 +57,7 @@ def test_gradients_are_the_same_and_one_graph_serves_all():
 
 def test_outside_nothing_is_compiled():
     policy = tiny_policy()
-    with compiled_layers(policy.model):
+    with compiled_layers(policy.model, compiled=True):
         gradients(policy, BATCHES[0])
     counters.clear()
     torch._dynamo.reset()

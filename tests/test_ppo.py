@@ -1096,7 +1096,12 @@ def test_p49_no_setting_is_left_out():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"logit_rows": 7}, {"gradient_checkpointing": True}, {"micro_tokens": 60}],
+    [
+        {"logit_rows": 7},
+        {"gradient_checkpointing": True},
+        {"micro_tokens": 60},
+        {"micro_tokens": None},
+    ],
 )
 def test_p50_saving_memory_changes_nothing_but_rounding(changes):
     saving = Memory()

@@ -754,6 +754,7 @@ SAVING = {
     (PpoSettings, "logit_rows"): (
         test_logit_rows_bounds_the_rows_of_logits_that_are_held_at_once
     ),
+    (PpoSettings, "compile"): "test_compiling.py",
     (PpoSettings, "gradient_checkpointing"): (
         test_checkpointed_layers_are_computed_again_in_the_backward_pass
     ),

@@ -82,9 +82,9 @@ class FinetuneSettings(Settings):
         placement=True,
         ge=1,
     )
-    compile: bool = setting(
-        False,
-        "Compile the layers, once; pays on a GPU.",
+    compile: bool | None = setting(
+        None,
+        "Compile the layers, once a process; None: on a GPU.",
         source="ours",
         placement=True,
     )

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlreason.algorithms.batching import Example, tokens_that_fit
 from rlreason.algorithms.credit import (
     bootstrapped,
     explained_variance,  # noqa: F401  asked for here
@@ -163,10 +164,16 @@ class Learner:
 
     # 2. Score
 
-    @fewer_tokens_at_once
-    @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> Experience:
         """One pass of policy and value function, one of the reference."""
+        if self.micro_tokens is None:
+            examples = [Example(r.prompt_tokens, r.tokens) for r in rollouts]
+            self.micro_tokens = tokens_that_fit(self.kept_by, examples)
+        return self._score(rollouts)
+
+    @fewer_tokens_at_once
+    @torch.no_grad()
+    def _score(self, rollouts: Sequence[Rollout]) -> Experience:
         device = self.policy.device
         lengths = torch.tensor([len(r.tokens) for r in rollouts], device=device)  # (B,)
         places = torch.arange(int(lengths.max()), device=device)  # (T,)
@@ -433,6 +440,20 @@ class Learner:
                     chunk=self.settings.logit_rows,
                 )
             yield where, scores
+
+    def kept_by(self, examples: Sequence[Example]) -> Tensor:
+        """A scalar whose gradient needs what that of a micro-batch's loss needs."""
+        scores = score(
+            self.policy,
+            [example.prompt_tokens for example in examples],
+            [example.tokens for example in examples],
+            temperature=self.settings.temperature,
+            value_function=self.value_function,
+            entropy=True,
+            chunk=self.settings.logit_rows,
+        )
+        parts = (scores.logprobs, scores.entropy, scores.values)
+        return sum(part.sum() for part in parts if part is not None)
 
     def _compiled(self, *modules: nn.Module | None) -> AbstractContextManager:
         return compiled_layers(*modules, compiled=self.settings.compile)

@@ -143,14 +143,17 @@ class PpoSettings(Settings):
     kl: KlSettings = paper(KlSettings, "The KL penalty.")
     lora: LoraSettings | None = paper(LoraSettings, "Adapters; None: all weights.")
     curriculum: CurriculumSettings = paper(UniformSettings, "Questions asked.")
-    micro_tokens: int = ours(
-        16384, "Tokens that go through the model at once.", placement=True, ge=1
+    micro_tokens: int | None = ours(
+        16384,
+        "Tokens that go through the model at once; None: as many as fit.",
+        placement=True,
+        ge=1,
     )
     logit_rows: int | None = ours(
         None, "Rows of logits held at once; None: all.", placement=True, ge=1
     )
-    compile: bool = ours(
-        False, "Compile the layers, once; pays on a GPU.", placement=True
+    compile: bool | None = ours(
+        None, "Compile the layers, once a process; None: on a GPU.", placement=True
     )
     gradient_checkpointing: bool = ours(
         False, "Compute activations again in the backward pass.", placement=True

@@ -174,8 +174,7 @@ def fine_tuning(check: Check, policy: Policy, *, updates: int, lora: bool) -> fl
         policy = with_lora(policy, rank=16, alpha=16.0, targets="all-linear")
     batch = check.count(64)
     examples = made_up_examples(policy, batch * updates, length=check.count(110, 8))
-    on_gpu = check.device.type == "cuda"
-    settings = FinetuneSettings(epochs=1, batch_size=batch, compile=on_gpu)
+    settings = FinetuneSettings(epochs=1, batch_size=batch)
     seconds = check.timed(partial(finetune, policy, examples, settings))
     return 100 * operations(policy, examples, trained=not lora) / seconds / peak
 
@@ -188,7 +187,6 @@ def ppo_phase(check: Check, policy: Policy) -> float:
             "phases": 2,
             "rollouts": check.count(recipe.ppo.rollouts, recipe.ppo.n),
             "max_new_tokens": check.count(recipe.max_new_tokens, 4),
-            "compile": check.device.type == "cuda",
         }
     )
 

@@ -27,17 +27,19 @@ _compiled: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
 
 @contextmanager
-def compiled_layers(*models: nn.Module | None, compiled: bool = True) -> Iterator[None]:
+def compiled_layers(
+    *models: nn.Module | None, compiled: bool | None = None
+) -> Iterator[None]:
     """Let the decoder layers of models run compiled for a while.
 
     Args:
         models: With layers as transformers builds them; others stay as they are.
-        compiled: False leaves everything as it is.
+        compiled: None: those on a GPU.
     """
     layers = [
         module
         for model in models
-        if compiled and model is not None
+        if model is not None and (_on_gpu(model) if compiled is None else compiled)
         for module in model.modules()
         if isinstance(module, GradientCheckpointingLayer)
     ]
@@ -50,3 +52,7 @@ def compiled_layers(*models: nn.Module | None, compiled: bool = True) -> Iterato
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
+
+
+def _on_gpu(model: nn.Module) -> bool:
+    return any(weight.is_cuda for weight in model.parameters())

@@ -449,7 +449,16 @@ class Models:
         settings = self.recipe.ppo
         prompt, response = self._texts()
         size = len(prompt) + len(response)
-        at_once = max(1, settings.micro_tokens // size)
+        problem = Problem("", "", "", "")
+
+        def learns(policy: WeightlessPolicy) -> tuple[nn.Module, Callable]:
+            learner = Learner(policy, [problem], settings)
+            return learner.policy.model, learner.kept_by
+
+        tokens = settings.micro_tokens or self._tokens_that_fit(
+            learns, Example(prompt, response)
+        )
+        at_once = max(1, tokens // size)
         share = -(-settings.batch_size // self.machine.ranks)
         rows = min(share, 2 * at_once)
         if settings.kl.reference == "swap":  # then its weights are on the CPU
@@ -458,7 +467,6 @@ class Models:
         rollout = Rollout("", 0, prompt, response, (0.0,) * len(response), "", True)
 
         def measure(policy: WeightlessPolicy) -> tuple[int, ...]:
-            problem = Problem("", "", "", "")
             with LiveBytes() as live, torch.device("meta"):
                 learner = Learner(policy, [problem], settings)
             models = [learner.policy.model]
