@@ -15,6 +15,7 @@ from toys import weights
 
 from rlreason.algorithms.batching import Example
 from rlreason.algorithms.finetune import FinetuneSettings, finetune, fit_policy, nll
+from rlreason.algorithms.optim import adamw
 from rlreason.algorithms.recorder import MemoryRecorder
 from rlreason.policy.load import Policy, PolicyError
 from rlreason.policy.logprobs import pad_batch, response_logits
@@ -24,6 +25,7 @@ from rlreason.policy.lora import (
     load_trainable_tensors,
     merge_adapters,
     trainable_tensors,
+    trainable_weights,
     with_lora,
 )
 from rlreason.policy.sampler import sample
@@ -289,14 +291,30 @@ def test_adapters_come_from_their_seed_alone():
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_p33_adapters_of_a_model_in_half_precision_are_single_precision():
+def test_p33_small_updates_of_adapters_in_half_precision_are_not_lost():
     policy = tiny_policy()
     policy.model.bfloat16()
     policy = with_lora(policy, rank=2, alpha=4)
-    tensors = trainable_tensors(policy.model).values()
-    assert all(tensor.dtype == torch.float32 for tensor in tensors)
-    scores = score(policy, PROMPTS, RESPONSES)
-    assert scores.logprobs.isfinite().all()
+    learning = trainable_weights(policy.model)
+    assert {weight.dtype for weight in learning} == {torch.bfloat16}
+    assert score(policy, PROMPTS, RESPONSES).logprobs.isfinite().all()
+    ones = learning[0]
+    with torch.no_grad():
+        ones.fill_(1.0)
+
+    def after(optimizer) -> float:
+        """The weight after 100 updates, each by a tenth of what it can resolve."""
+        for _ in range(100):
+            ones.grad = torch.ones_like(ones)
+            optimizer.step()
+        moved = 1.0 - float(ones.detach().mean())
+        with torch.no_grad():
+            ones.fill_(1.0)
+        return moved
+
+    settings = {"lr": 4e-4, "weight_decay": 0.0}
+    assert after(adamw([ones], **settings)) == pytest.approx(0.04, rel=0.05)
+    assert after(torch.optim.AdamW([ones], **settings)) == 0.0  # without masters
 
 
 def test_merged_weights_act_as_the_adapters_did():

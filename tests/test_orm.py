@@ -670,7 +670,9 @@ CHANGED = {
 
 
 def test_p49_every_setting_changes_the_result():
-    assert {*CHANGED, "micro_tokens", "lora"} == set(OrmSettings.model_fields)
+    assert {*CHANGED, "micro_tokens", "compile", "lora"} == set(
+        OrmSettings.model_fields
+    )
     default = train().tensors()
     for name, value in CHANGED.items():
         assert not same_bits(train(**{name: value}).tensors(), default), name

@@ -74,12 +74,11 @@ def tokens_that_fit(
     """
     longest = max(examples, key=len)
     kept: dict[int, int] = {}
-    room = CPU_ROOM
+    room = 0.0
 
     def keep(tensor: Tensor) -> Tensor:
         nonlocal room
-        if tensor.is_cuda:
-            room = GPU_SHARE * _free_bytes(tensor.device)
+        room = room or _room_on(tensor.device)  # asked once: it takes a while
         if not tensor.is_leaf:
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
@@ -90,7 +89,9 @@ def tokens_that_fit(
     return max(1, int(room * len(longest) / max(1, sum(kept.values()))))
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that nothing holds, torch's own reserve included."""
+def _room_on(device: torch.device) -> float:
+    """Bytes for what is kept: a share of a GPU's that nothing holds, or of a CPU's."""
+    if device.type != "cuda":
+        return CPU_ROOM
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + reserve
+    return GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + reserve)

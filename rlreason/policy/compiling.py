@@ -19,10 +19,16 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# The compiled call of each layer; beside it, since it cannot be copied with it
+from rlreason.policy.logprobs import trunk_of
+from rlreason.policy.packing import packs
+
+# Beside a model and a layer, since they cannot be copied with these
+_layers: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 _compiled: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
 
@@ -37,11 +43,10 @@ def compiled_layers(
         compiled: None: those on a GPU.
     """
     layers = [
-        module
+        layer
         for model in models
         if model is not None and (_on_gpu(model) if compiled is None else compiled)
-        for module in model.modules()
-        if isinstance(module, GradientCheckpointingLayer)
+        for layer in _layers_of(model)
     ]
     try:
         for layer in layers:
@@ -52,6 +57,16 @@ def compiled_layers(
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
+
+
+def _layers_of(model: nn.Module) -> list[nn.Module]:
+    """Its decoder layers, looked for once."""
+    if model not in _layers:
+        if isinstance(model, PreTrainedModel | PeftModel):
+            packs(trunk_of(model), 0)  # a look at the model that is not to be compiled
+        every = model.modules()
+        _layers[model] = [m for m in every if isinstance(m, GradientCheckpointingLayer)]
+    return _layers[model]
 
 
 def _on_gpu(model: nn.Module) -> bool:

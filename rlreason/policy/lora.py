@@ -58,8 +58,9 @@ def with_lora(
     """Put new adapters on a policy; it acts as before until they are trained.
 
     Takes the policy's model over rather than copying it: go on with what is returned.
-    All weights but the adapters' are frozen. Adapters of a model in half precision are
-    float32, so that small updates are not rounded away.
+    All weights but the adapters' are frozen. Adapters have the model's number format:
+    in half precision it is the optimiser that keeps small updates from being rounded
+    away, and a product of float32 matrices would cost more than the frozen layer.
 
     Args:
         policy: May carry an adapter, which is merged into its weights.
@@ -93,7 +94,7 @@ def with_lora(
             # peft asks transformers for an attribute by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")
             torch.manual_seed(seed)
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise PolicyError(
             f"Cannot put LoRA with targets={targets!r} on {policy.name!r}: {error} "

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -81,21 +82,27 @@ def pack(tokens: Tensor, lengths: Sequence[int]) -> Inputs:
         tokens: All tokens, (N,).
         lengths: Of the B sequences, N in all.
     """
-    sizes = torch.tensor(lengths)
-    bounds = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    positions = torch.arange(len(tokens)) - bounds[:-1].repeat_interleave(sizes)
-    rows = torch.arange(len(sizes)).repeat_interleave(sizes)
-    longest = max(lengths)
-    places = (rows * longest + positions).to(tokens.device)
-    device = tokens.device
+    device, longest = tokens.device, max(lengths)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(len(tokens)) - bounds[:-1].repeat(lengths)
+    places = np.arange(len(lengths)).repeat(lengths) * longest + positions
+    ends = moved(bounds, device)
     options = {
-        "position_ids": positions[None].to(device),
+        "position_ids": moved(positions, device)[None],
         # A mask of four dimensions is passed on as it is; ``packed`` knows better.
         "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
-        "packed": Packed(len(lengths), longest, bounds.int().to(device), places),
+        "packed": Packed(len(lengths), longest, ends.int(), moved(places, device)),
         "use_cache": False,
     }
-    return Inputs(tokens[None], options, bounds[:-1].to(device))
+    return Inputs(tokens[None], options, ends[:-1])
+
+
+def moved(array: np.ndarray, device: torch.device | str | None) -> Tensor:
+    """An array as a tensor on a device; a GPU's queue is not waited for."""
+    tensor = torch.from_numpy(array)
+    if device is None or torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pad(input_ids: Tensor) -> Inputs:
