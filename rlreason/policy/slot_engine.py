@@ -236,6 +236,7 @@ class Slots:
 
     Attributes:
         going: Which slots hold a sample that has not ended, (R,), bool.
+        captures: Whether a step becomes a graph, as there is a GPU.
     """
 
     def __init__(
@@ -264,6 +265,7 @@ class Slots:
         self.tokens = zeros.new_zeros((rows, limit + 1))
         self.logprobs = torch.zeros((rows, limit + 1), device=device)
         self.every = torch.arange(rows, device=device)
+        self.captures = device.type == "cuda"
         self.warm, self.graph = False, None
 
     @property
@@ -275,7 +277,7 @@ class Slots:
         """Advance: once operator by operator, then captured, then replayed."""
         if self.graph is not None:
             self.graph.replay()
-        elif self.warm and self.last.is_cuda:
+        elif self.warm and self.captures:
             self.graph = captured(self.advance)
             self.graph.replay()
         else:
