@@ -31,6 +31,7 @@ from rlreason.algorithms.recorder import (
 )
 from rlreason.runs import folder as module
 from rlreason.runs.folder import RunFolder, RunFolderError
+from rlreason.settings import Settings, setting
 
 STEPS = 12
 SAVE_EVERY_STEPS = 3
@@ -346,6 +347,34 @@ def test_settings_changed_by_hand_are_noticed(tmp_path):
     (run.path / "settings.json").write_text('{"seed":7,"steps":12}\n')
     with pytest.raises(RunFolderError, match="changed by hand"):
         run_toy(tmp_path)
+
+
+class NewInner(Settings):
+    rate: float = setting(0.5, "", source="ours")
+
+
+class OldInner(NewInner):
+    memory: int = setting(1, "", source="ours", neutral=1)
+
+
+class New(Settings):
+    inner: NewInner = setting(NewInner, "", source="ours")
+
+
+class Old(Settings):
+    inner: OldInner = setting(OldInner, "", source="ours")
+
+
+def test_a_run_outlives_a_setting_that_did_nothing_to_it(tmp_path):
+    with RunFolder("toy", Old(), root=tmp_path) as run:
+        run.save({"a": torch.ones(2)}, {})
+    again = RunFolder("toy", New(), root=tmp_path)
+    assert again.path == run.path
+    with again:
+        assert torch.equal(again.restore().tensors["a"], torch.ones(2))
+    # Where it did something, the run was another one
+    changed = Old(inner=OldInner(memory=2))
+    assert RunFolder("toy", changed, root=tmp_path).path != run.path
 
 
 def test_results_of_another_version_of_the_source_bring_a_warning(tmp_path):

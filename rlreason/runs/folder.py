@@ -339,9 +339,14 @@ class RunFolder:
             )
 
     def _are_mine(self, written: Any) -> bool:
-        """Whether settings from the disk are the same but for placement."""
+        """Whether settings from the disk are the same but for placement.
+
+        Settings that there are no more are passed over: they were neutral, or the
+        folder would have another name.
+        """
+        known = json.loads(canonical_json(self.settings))
         try:
-            found = load_settings(type(self.settings), written)
+            found = load_settings(type(self.settings), _known_part(written, known))
         except (SettingsError, TypeError):
             return False
         return identity(found) == identity(self.settings)
@@ -517,6 +522,17 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         raise RunFolderError(
             f"{path} is damaged ({error}); delete {path.parent} to train it again"
         ) from None
+
+
+def _known_part(written: Any, known: Any) -> Any:
+    """What is written without keys that are not known, at any depth."""
+    if not isinstance(written, dict) or not isinstance(known, dict):
+        return written
+    return {
+        key: _known_part(value, known[key])
+        for key, value in written.items()
+        if key in known
+    }
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
