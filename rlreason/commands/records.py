@@ -87,8 +87,10 @@ def record(
 
     recorder = recording.recorder(profile, seeds=seeds, out=out, measures=measures)
     if source is not None:
-        click.echo(recorder.take_over(source))
-        _show(profile, out)
+        try:
+            click.echo(recorder.take_over(source))
+        finally:  # also where some are refused, the others are there
+            _show(profile, out)
         return
     work = recorder.work(names, size=size, seed=seed)
     for line in work.lines():
