@@ -1,9 +1,10 @@
 """``rlreason bench train``: fine-tuning beside transformers' ``Trainer``.
 
 Same model, same tokens, same batch size, same threads, one epoch each, in turns; the
-first turn warms up and does not count. Both do the same arithmetic: AdamW, gradient
-clipping, loss on response tokens alone. What differs is how the batch is put through
-the model: sorted by length, in micro-batches, logits for response tokens only.
+first turn warms up, and compiles where that is asked for, and does not count. Both do
+the same arithmetic: AdamW, gradient clipping, loss on response tokens alone. What
+differs is how the batch is put through the model: sorted by length, in micro-batches,
+logits for response tokens only.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def bench_train(
     problems: int = 512,
     batch_size: int = 32,
     repeats: int = 5,
+    compiled: bool = False,
 ) -> dict[str, float]:
     """Time one epoch of fine-tuning with both, in turns.
 
@@ -39,6 +41,8 @@ def bench_train(
         problems: gsm-mini training problems with their solutions.
         batch_size: Examples an update.
         repeats: Turns that count.
+        compiled: Both by ``torch.compile``: our layers, and their whole model, which is
+            what the option of the same name of theirs does.
 
     Returns:
         ``tokens`` (prompt and response, without padding), ``ours`` and ``trainer``
@@ -50,8 +54,9 @@ def bench_train(
     tokens = sum(len(example) for example in examples)
     ours, theirs = [], []
     for _ in range(repeats + 1):
-        ours.append(tokens / _time_ours(base.clone(), examples, batch_size))
-        theirs.append(tokens / _time_trainer(base.clone(), examples, batch_size))
+        for seconds_of, rates in ((_time_ours, ours), (_time_trainer, theirs)):
+            seconds = seconds_of(base.clone(), examples, batch_size, compiled)
+            rates.append(tokens / seconds)
     ratios = [a / b for a, b in zip(ours[1:], theirs[1:], strict=True)]
     return {
         "tokens": tokens,
@@ -64,15 +69,19 @@ def bench_train(
     }
 
 
-def _time_ours(policy: Policy, examples: Sequence[Example], batch_size: int) -> float:
-    settings = FinetuneSettings(epochs=1, batch_size=batch_size, lr=1e-4, lr_floor=0)
+def _time_ours(
+    policy: Policy, examples: Sequence[Example], batch_size: int, compiled: bool
+) -> float:
+    settings = FinetuneSettings(
+        epochs=1, batch_size=batch_size, lr=1e-4, lr_floor=0, compile=compiled
+    )
     start = time.perf_counter()
     finetune(policy, examples, settings)
     return time.perf_counter() - start
 
 
 def _time_trainer(
-    policy: Policy, examples: Sequence[Example], batch_size: int
+    policy: Policy, examples: Sequence[Example], batch_size: int, compiled: bool
 ) -> float:
     """One epoch of ``Trainer``; building it and its data is not counted."""
     rows = [
@@ -114,6 +123,7 @@ def _time_trainer(
                 logging_strategy="no",
                 disable_tqdm=True,
                 remove_unused_columns=False,
+                torch_compile=compiled,
             ),
             train_dataset=rows,
             data_collator=collate,

@@ -74,19 +74,53 @@ def bench_sample_command(
 @count_option("--problems", default=512, help="Examples an epoch.")
 @count_option("--batch-size", default=32, help="Examples an update.")
 @count_option("--repeats", default=5, help="Turns that count.")
+@click.option("--compile", "compiled", is_flag=True, help="Both by torch.compile.")
 def bench_train_command(
-    policy: str, problems: int, batch_size: int, repeats: int
+    policy: str, problems: int, batch_size: int, repeats: int, compiled: bool
 ) -> None:
     """Tokens a second of fine-tuning, ours and Trainer's."""
     from rlreason.bench.train import bench_train
 
     row = bench_train(
-        policy=policy, problems=problems, batch_size=batch_size, repeats=repeats
+        policy=policy,
+        problems=problems,
+        batch_size=batch_size,
+        repeats=repeats,
+        compiled=compiled,
     )
     click.echo(
         f"rlreason {row['ours']:,.0f} and Trainer {row['trainer']:,.0f} tokens/s, "
         f"ratio {row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f}), "
         f"{row['threads']} threads"
+    )
+
+
+@bench.command("trl")
+@click.option(
+    "--points",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    show_default=True,
+    help="Percentage points of maj@1 to gain.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def bench_trl_command(points: float, seed: int) -> None:
+    """Seconds until RL has gained so much, ours and TRL's GRPO. Takes ten minutes."""
+    from rlreason.bench.trl import bench_trl
+
+    try:
+        found = bench_trl(
+            points=points, seed=seed, report=lambda line: click.echo(line, err=True)
+        )
+    except ModuleNotFoundError as error:
+        raise click.ClickException(str(error)) from error
+    ours, theirs, ratio = (
+        "not reached" if value is None else f"{value:,.1f}"
+        for value in (found["ours"], found["trl"], found["ratio"])
+    )
+    click.echo(
+        f"+{points:g} points from {found['start']:.1%}: rlreason {ours} s, "
+        f"TRL {theirs} s, ratio {ratio}, {found['threads']} threads"
     )
 
 

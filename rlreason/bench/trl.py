@@ -1,0 +1,212 @@
+"""``rlreason bench trl``: seconds to five points more, beside TRL's GRPO.
+
+Same start (nano after SFT of the profile ``tiny``), same questions, reward, baseline
+(the group's mean and deviation), rollouts a phase and an update, temperature, length
+limit, clip, KL coefficient and learning rates. After each phase both are asked the same
+validation problems, greedily and by the same code, which is not counted. Each runs
+until it has been so much better than its start in two looks in a row: one alone may be
+luck. The time is that of the first of the two.
+
+TRL is used as its documentation says, with ``generate`` of transformers, since what it
+can have in its place, vLLM, needs a GPU.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from rlreason.algorithms.ppo import BaselineSettings, ppo
+from rlreason.evaluation.evaluate import evaluate
+from rlreason.policy.load import Policy
+from rlreason.runs.profiles import load_recipe
+from rlreason.runs.recipes import Recipe
+from rlreason.runs.steps import train_sft
+from rlreason.tasks.answers import is_correct
+from rlreason.tasks.problem import Problem
+from rlreason.tasks.prompts import format_prompt
+
+NEEDED = "rlreason bench trl needs TRL: pip install 'rlreason[bench]'"
+
+
+@dataclass
+class Progress:
+    """Looks at a policy on its way, and the time between them.
+
+    Attributes:
+        wanted: The accuracy that ends the run.
+        looks: Seconds of training and accuracy, look by look.
+    """
+
+    problems: list[Problem]
+    max_new_tokens: int
+    wanted: float
+    report: Callable[[str], object]
+    name: str
+    looks: list[tuple[float, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def look(self, policy: Policy) -> bool:
+        """Stop the clock, ask the problems, start it; whether it is enough."""
+        self.seconds += time.perf_counter() - self._since
+        accuracy = accuracy_of(policy, self.problems, self.max_new_tokens)
+        self.looks.append((self.seconds, accuracy))
+        self.report(f"{self.name}: {self.seconds:.0f} s, maj@1 {accuracy:.1%}")
+        self.begin()
+        return self.reached is not None
+
+    @property
+    def reached(self) -> float | None:
+        """Seconds to the first of two looks in a row that were good enough."""
+        pairs = zip(self.looks, self.looks[1:], strict=False)
+        for (seconds, first), (_, second) in pairs:
+            if min(first, second) >= self.wanted:
+                return seconds
+        return None
+
+
+class _EnoughError(Exception):
+    """It is good enough."""
+
+
+def bench_trl(
+    *, points: float = 5.0, seed: int = 0, report: Callable[[str], object] = print
+) -> dict[str, float | None]:
+    """Run both, one after the other.
+
+    Args:
+        points: Percentage points of maj@1 to gain over the start.
+        seed: Of both.
+        report: Told each look.
+
+    Returns:
+        ``start``, the accuracy that both begin from; ``ours`` and ``trl``, seconds,
+        None where the phases of the profile were not enough; ``ratio``; ``threads``.
+
+    Raises:
+        ModuleNotFoundError: TRL is not installed.
+    """
+    try:
+        import trl  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(NEEDED) from error
+    recipe = load_recipe("tiny")
+    start = train_sft(recipe).policy
+    problems = recipe.task.load("validation", recipe.evaluation.validation_problems)
+    first = accuracy_of(start, problems, recipe.max_new_tokens)
+    report(f"start: maj@1 {first:.1%}")
+    found = {}
+    for name, run in (("ours", _ours), ("trl", _trl)):
+        progress = Progress(
+            problems, recipe.max_new_tokens, first + points / 100, report, name
+        )
+        run(start.clone(), recipe, seed, progress)
+        found[name] = progress.reached
+    both = None not in found.values()
+    return {
+        "start": first,
+        **found,
+        "ratio": found["trl"] / found["ours"] if both else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def accuracy_of(policy: Policy, problems: list[Problem], max_new_tokens: int) -> float:
+    """maj@1: the share of problems that the greedy answer solves."""
+    report = evaluate(
+        policy, problems, k=0, max_new_tokens=max_new_tokens, progress=False
+    )
+    return report.maj_1.mean
+
+
+def _ours(start: Policy, recipe: Recipe, seed: int, progress: Progress) -> None:
+    settings = recipe.ppo.model_copy(
+        update={
+            "credit": BaselineSettings(kind="grpo"),
+            "max_new_tokens": recipe.max_new_tokens,
+            "seed": seed,
+        }
+    )
+
+    def on_phase(phase: int, policy: Policy) -> dict:
+        if progress.look(policy):
+            raise _EnoughError
+        return {}
+
+    progress.begin()
+    with suppress(_EnoughError):
+        ppo(start, recipe.questions(), settings, on_phase=on_phase)
+
+
+def _trl(start: Policy, recipe: Recipe, seed: int, progress: Progress) -> None:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    ppo = recipe.ppo
+    a_phase = ppo.rollouts // ppo.batch_size  # updates
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, *args, **more):
+            progress.begin()
+
+        def on_step_end(self, args, state, control, *, model, **more):
+            if state.global_step % a_phase == 0:
+                enough = progress.look(replace(start, model=model))
+                control.should_training_stop |= enough
+
+    def right(completions: list[str], answer: list[str], **more) -> list[float]:
+        pairs = zip(completions, answer, strict=True)
+        return [float(is_correct(text, gold)) for text, gold in pairs]
+
+    questions = recipe.questions()
+    with tempfile.TemporaryDirectory() as folder:
+        GRPOTrainer(
+            model=start.model,
+            processing_class=start.tokenizer,
+            reward_funcs=right,
+            train_dataset=Dataset.from_dict(
+                {
+                    "prompt": [format_prompt(problem) for problem in questions],
+                    "answer": [problem.answer for problem in questions],
+                }
+            ),
+            callbacks=[Look()],
+            args=GRPOConfig(
+                output_dir=folder,
+                seed=seed,
+                use_cpu=start.device.type == "cpu",
+                bf16=False,
+                per_device_train_batch_size=ppo.batch_size,
+                steps_per_generation=a_phase,
+                max_steps=ppo.phases * a_phase,
+                num_generations=ppo.n,
+                num_iterations=ppo.epochs,
+                max_completion_length=recipe.max_new_tokens,
+                temperature=ppo.temperature,
+                beta=ppo.kl.coef,
+                epsilon=ppo.clip,
+                loss_type="bnpo",  # the mean over the tokens of a batch
+                learning_rate=ppo.lr,
+                lr_scheduler_type="cosine_with_min_lr",
+                lr_scheduler_kwargs={"min_lr": ppo.lr_floor},
+                adam_beta1=ppo.betas[0],
+                adam_beta2=ppo.betas[1],
+                weight_decay=ppo.weight_decay,
+                max_grad_norm=ppo.max_grad_norm,
+                gradient_checkpointing=False,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            ),
+        ).train()
