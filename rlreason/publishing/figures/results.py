@@ -334,7 +334,8 @@ def plot_rollouts(
     """Show accuracy against the rollouts that it took, one line a run.
 
     Args:
-        paths: Name of a run to rollouts so far to accuracy; all with the same rollouts.
+        paths: Name of a run to rollouts so far to accuracy. The mean is taken where
+            all runs have looked.
         y: What is shown.
         mean: What the mean of the runs is called.
     """
@@ -342,9 +343,10 @@ def plot_rollouts(
     for i, (name, path) in enumerate(paths.items()):
         run = look(i, name, {name: MUTED})
         axes.plot(list(path), list(path.values()), markersize=5, linewidth=1, **run)
-    at = list(next(iter(paths.values())))
-    means = [sum(path[x] for path in paths.values()) / len(paths) for x in at]
-    axes.plot(at, means, color=COLORS["expert_iteration"], linewidth=3, label=mean)
+    shared = sorted(set.intersection(*map(set, paths.values())))
+    means = [sum(path[x] for path in paths.values()) / len(paths) for x in shared]
+    axes.plot(shared, means, color=COLORS["expert_iteration"], linewidth=3, label=mean)
+    at = sorted(set().union(*paths.values()))
     axes.set_xticks(at, [f"{x:,}" for x in at])
     highest = max(max(path.values()) for path in paths.values())
     axes.set_ylim(0, 1.1 * highest or 1)
