@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -53,6 +55,16 @@ def test_gradients_are_the_same_and_one_graph_serves_all():
     # Of one layer for any length: neither of each layer nor of each batch
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+def test_what_was_compiled_keeps_no_model_alive():
+    policy = tiny_policy()
+    with compiled_layers(policy.model, compiled=True):
+        gradients(policy, BATCHES[0])
+    layer = weakref.ref(policy.model.model.layers[0])
+    del policy
+    gc.collect()
+    assert layer() is None
 
 
 def test_outside_nothing_is_compiled():

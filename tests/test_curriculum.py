@@ -31,7 +31,7 @@ from rlreason.policy.sampler import sample_prompts
 from rlreason.rewards import dense_reward
 from rlreason.settings import Settings, SettingsError, load_settings
 from rlreason.tasks.problem import Problem
-from rlreason.tasks.prompts import format_prompt, format_response
+from rlreason.tasks.prompts import NEXT_QUESTION, format_prompt, format_response
 
 SOLUTION = "<<3*4=12>>12 \n\n<<12/2=6>>6\nso <<6+1=7>>7\n#### 7"
 PROBLEMS = [Problem(f"q{i}", f"{i}?", SOLUTION, "7") for i in range(7)]
@@ -95,6 +95,8 @@ def test_a_prompt_is_the_question_as_it_is_asked_everywhere(kind):
         problem = PROBLEMS[int(prompt.problem_id[1:])]
         asked = policy().encode_prompt(format_prompt(problem, shots))
         assert prompt.tokens == tuple(asked)
+        assert prompt.stop == NEXT_QUESTION  # as the example goes on
+    assert {prompt.stop for prompt in sampler(kind).next(3, progress=1.0)} == {""}
 
 
 def test_a_field_of_another_kind_is_an_error_and_each_kind_has_its_own():

@@ -75,6 +75,18 @@ def rollout(problem: int, text: str, *, finished: bool = True, at: int = 0) -> R
     )
 
 
+def test_eos_is_learned_where_an_answer_ended_with_a_question_of_its_own():
+    policy, problem = toy_policy(), TOY_PROBLEMS[0]
+    prompt, text = format_prompt(problem), f" {problem.solution}"
+    right = policy.encode_response(prompt, text)
+    asking = policy.encode_response(prompt, f"{text}\n\nQ:")[:-1]
+    cut = right[:-1]  # by the length limit: to add EOS would teach what was not said
+    data = [Solution(0, (), tuple(tokens)) for tokens in (right, asking, cut)]
+    tally = module.Tally((0,), (0,))
+    found = module._examples(policy, [problem], data, tally, QUICK)
+    assert [list(example.tokens) for example in found] == [right, right, cut]
+
+
 def grown(rollouts: list[Rollout], dataset=(), **changes) -> list[Solution]:
     rewards = sparse_rewards(rollouts, TOY_PROBLEMS)
     chosen = QUICK.model_copy(update=changes)

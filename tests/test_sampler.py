@@ -357,7 +357,6 @@ def test_shots_stand_in_the_prompt():
 
 
 @pytest.mark.usefixtures("engine")
-@pytest.mark.usefixtures("engine")
 def test_after_examples_an_answer_ends_where_it_asks_a_question_itself():
     policy, problem = tiny_policy(), PROBLEMS[1]
     said = " 5\n\nQ: 1+1?\nA: 2"

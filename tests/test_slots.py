@@ -122,6 +122,14 @@ def test_slots_are_filled_anew_and_places_too(monkeypatch):
     assert {*used} == {*range(rows)}
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_one_question_may_have_more_samples_than_there_are_slots(seed):
+    options = OPTIONS | {"k": 40, "seed": seed}
+    whole = by_name(sample(policy_that_ends(), PROBLEMS, **options))
+    few = sample(policy_that_ends(), PROBLEMS, byte_budget=250_000, **options)
+    assert by_name(few) == whole
+
+
 def test_wrong_what_a_slot_held_before_would_be_seen(monkeypatch):
     policy = policy_that_ends()
     whole = by_name(sample(policy, PROBLEMS, **OPTIONS))
@@ -178,9 +186,10 @@ def test_few_that_are_left_move_together(monkeypatch):
     assert all(4 * after <= before for before, after in rows)
 
 
-def test_out_of_memory_goes_on_with_half_and_draws_the_same(monkeypatch, capsys):
-    policy = policy_that_ends()
-    whole = by_name(sample(policy, PROBLEMS, **OPTIONS))
+@pytest.mark.parametrize("k", [6, 90])
+def test_out_of_memory_goes_on_with_half_and_draws_the_same(k, monkeypatch, capsys):
+    policy, options = policy_that_ends(), OPTIONS | {"k": k}
+    whole = by_name(sample(policy, PROBLEMS, **options))
     step = Slots.step
     refused = []
 
@@ -191,11 +200,29 @@ def test_out_of_memory_goes_on_with_half_and_draws_the_same(monkeypatch, capsys)
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Slots, "step", small)
-    found = sample(policy, PROBLEMS, byte_budget=2**21, **OPTIONS)
+    found = sample(policy, PROBLEMS, byte_budget=2**21, **options)
     assert refused
     assert capsys.readouterr().err.count("sampling goes on with") == len(refused)
     assert by_name(found) == whole
     assert list(by_name(found)) == list(whole)
+
+
+def test_a_step_that_is_no_graph_goes_on_without(monkeypatch, capsys):
+    def waits(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    policy = policy_that_ends()
+    whole = by_name(sample(policy, PROBLEMS, **OPTIONS))
+    monkeypatch.setattr(slot_engine, "captured", waits)
+    begin = Slots.__init__
+
+    def on_gpu(slots, *args, **more):
+        begin(slots, *args, **more)
+        slots.captures = True
+
+    monkeypatch.setattr(Slots, "__init__", on_gpu)
+    assert by_name(sample(policy, PROBLEMS, **OPTIONS)) == whole
+    assert capsys.readouterr().err.count("is no graph, but goes on") == 1
 
 
 # A step as a graph
@@ -314,8 +341,9 @@ def test_norms_are_fused_where_they_compute_the_same_and_left_elsewhere():
         assert "forward" not in vars(odd)
         with Operators() as fused:
             found = norm(x)
-        norm.weight.data.mul_(2)  # weights are read anew
-        assert torch.allclose(norm(x), 2 * expected, atol=1e-5)
     assert "forward" not in vars(norm)
+    norm.weight = torch.nn.Parameter(2 * norm.weight.data)  # another one
+    with fused_norms.fused_norms(policy.model):
+        assert torch.allclose(norm(x), 2 * expected, atol=1e-5)
     assert torch.allclose(found, expected, atol=1e-5)
     assert fused.count > 0

@@ -73,6 +73,7 @@ from rlreason.settings import (
     identity,
     settings_hash,
 )
+from rlreason.tasks.prompts import NEXT_QUESTION
 
 NAMES = ("sft", "expert-iteration", "orm")
 
@@ -146,6 +147,19 @@ def test_expert_iteration_from_the_base_may_have_more_rounds_and_a_first_of_its_
     # Wrong: from the base as from SFT
     same = plan_of("expert-iteration", toy_recipe(folder, shots=2, start="base"))
     assert same.algorithm.rounds == recipe.expert_iteration.rounds != 5
+
+
+@pytest.mark.parametrize("step", ["expert-iteration", "ppo"])
+def test_what_ends_an_answer_is_part_of_a_run_with_shots_and_of_no_other(step, folder):
+    recipe = toy_recipe(folder, shots=2)
+    from_base, from_sft = (
+        plan_of(step, recipe.changed({"start": s})) for s in ("base", "sft")
+    )
+    assert from_base.stop == NEXT_QUESTION
+    without = from_base.model_copy(update={"stop": ""})
+    assert settings_hash(without) != settings_hash(from_base)
+    # Runs without shots are named as before there was such a field
+    assert '"stop"' not in identity(from_sft)
 
 
 def test_ppo_from_the_base_starts_from_the_base_with_the_shots(

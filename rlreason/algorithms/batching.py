@@ -74,18 +74,22 @@ def tokens_that_fit(
     """
     longest = max(examples, key=len)
     kept: dict[int, int] = {}
-    room = 0.0
+    rooms: dict[str, float] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        nonlocal room
-        room = room or _room_on(tensor.device)  # asked once: it takes a while
+        if tensor.device.type not in rooms:  # asked once: it takes a while
+            rooms[tensor.device.type] = _room_on(tensor.device)
         if not tensor.is_leaf:
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss([longest])
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss([longest])
+    except torch.OutOfMemoryError:
+        return len(longest)  # whoever learns it will say so, and what to do
+    room = rooms.get("cuda", CPU_ROOM)
     return max(1, int(room * len(longest) / max(1, sum(kept.values()))))
 
 

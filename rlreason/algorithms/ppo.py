@@ -380,6 +380,7 @@ class Learner:
             tensors |= {f"value.{name}": t for name, t in state.items()}
         tensors |= optimizer_tensors(self.optimizer, "adamw")
         state = {"kl_coef": self.kl_coef, "questions": self.questions.state()}
+        state["micro_tokens"] = self.micro_tokens  # which may have been measured
         if isinstance(self.reward, RememberingReward):
             state["reward"] = self.reward.state()
         recorder.save(tensors, {"phase": phase, **state})
@@ -402,6 +403,7 @@ class Learner:
             self.value_function.load_state_dict(named("value."))
         load_optimizer_tensors(self.optimizer, "adamw", saved.tensors)
         self.kl_coef = saved.state["kl_coef"]
+        self.micro_tokens = self.micro_tokens or saved.state.get("micro_tokens")
         self.questions.restore(saved.state["questions"])
         if isinstance(self.reward, RememberingReward):
             self.reward.restore(saved.state["reward"])

@@ -7,7 +7,8 @@ tokens so far can share a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +24,16 @@ class Request:
 
     problem: int  # index in the caller's list
     prompt: tuple[int, ...]
-    first: int  # index of the first sample
-    keys: list[int]  # start of each sample's random stream
+    numbers: Sequence[int]  # which samples
+    keys: Sequence[int]  # start of each sample's random stream
+
+    def cut(self, count: int) -> tuple[Request, Request | None]:
+        """The first so many samples, and the others if there are any."""
+        first, rest = (
+            replace(self, numbers=self.numbers[part], keys=self.keys[part])
+            for part in (slice(count), slice(count, None))
+        )
+        return first, rest if rest.keys else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +154,7 @@ class Cohort:
         tokens = self.tokens[:, : self.drawn].tolist()
         logprobs = self.logprobs[:, : self.drawn].tolist()
         owners = [
-            (request, request.first + j)
-            for request in self.requests
-            for j in range(len(request.keys))
+            (request, number) for request in self.requests for number in request.numbers
         ]
         answers = []
         for (request, number), ids, logps in zip(owners, tokens, logprobs, strict=True):

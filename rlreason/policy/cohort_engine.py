@@ -12,7 +12,7 @@ new cohorts enter when enough have left.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import accumulate
 
 import torch
@@ -58,14 +58,12 @@ class CohortEngine:
         self.queue: deque[Request] = deque()
         self.cohorts: list[Cohort] = []
 
-    def ask(
-        self, problem: int, prompt: Sequence[int], keys: list[int], first: int = 0
-    ) -> None:
+    def ask(self, request: Request) -> None:
         """Queue one problem, in parts if its samples alone exceed the budget."""
-        most = self.costs.rows_within(self.budget, len(prompt))
-        for start in range(0, len(keys), most):
-            part = keys[start : start + most]
-            self.queue.append(Request(problem, tuple(prompt), first + start, part))
+        most = self.costs.rows_within(self.budget, len(request.prompt))
+        while request is not None:
+            part, request = request.cut(most)
+            self.queue.append(part)
 
     def run(self) -> Iterator[list[Answer]]:
         """Decode until the queue is empty; yields cohort by cohort."""
@@ -96,7 +94,7 @@ class CohortEngine:
         self.cohorts.clear()
         self.queue.clear()
         for request in again:
-            self.ask(request.problem, request.prompt, request.keys, request.first)
+            self.ask(request)
 
     def admit(self) -> None:
         """Start a cohort if there is work and room for it."""

@@ -3,7 +3,9 @@
 On a GPU most of the time of a small model's update goes into launching kernels for
 norms, rotations and activations, one operator each, and into their passes over memory.
 The compiler fuses them. Layers of a model are alike, so one is compiled and serves all
-of them, for any number of tokens: half a minute at the first update, once a process.
+of them, for any number of tokens: half a minute at the first update. Another kind of
+pass (without gradients, with adapters, of a single sequence) is compiled when it first
+comes.
 
 Only layers are compiled, and only in the block: the output layer, losses, optimiser
 and sampler stay as they are, and so do names of weights.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,9 +30,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlreason.policy.logprobs import trunk_of
 from rlreason.policy.packing import packs
 
-# Beside a model and a layer, since they cannot be copied with these
+_VARIANTS = 64  # kinds of passes that are compiled; torch would stop at 8
+
 _layers: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
-_compiled: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -48,12 +51,19 @@ def compiled_layers(
         if model is not None and (_on_gpu(model) if compiled is None else compiled)
         for layer in _layers_of(model)
     ]
+    if not layers:
+        yield
+        return
+    from torch._dynamo import config  # takes a second
+
+    # Of the function, not of a layer: what is compiled belongs to it, and keeps no
+    # model alive
+    call = torch.compile(nn.Module._call_impl, dynamic=True)
     try:
         for layer in layers:
-            if layer not in _compiled:
-                _compiled[layer] = torch.compile(layer._call_impl, dynamic=True)
-            layer._compiled_call_impl = _compiled[layer]
-        yield
+            layer._compiled_call_impl = partial(call, layer)
+        with config.patch(recompile_limit=_VARIANTS):
+            yield
     finally:
         for layer in layers:
             layer._compiled_call_impl = None

@@ -21,8 +21,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import rms_norm
 
-# What stands in for each norm that was looked at, or None
-_fused: WeakKeyDictionary[nn.Module, partial | None] = WeakKeyDictionary()
+# Epsilon of each norm that was looked at, by the weight's number format; or None
+_seen: WeakKeyDictionary[nn.Module, dict[torch.dtype, float | None]] = (
+    WeakKeyDictionary()
+)
 
 
 @contextmanager
@@ -33,10 +35,9 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if not type(module).__name__.endswith("RMSNorm"):
                 continue
-            if module not in _fused:
-                _fused[module] = _same(module)
-            if _fused[module] is not None and "forward" not in vars(module):
-                module.forward = _fused[module]
+            eps = _epsilon(module)
+            if eps is not None and "forward" not in vars(module):
+                module.forward = partial(_norm, module.weight, eps)
                 replaced.append(module)
         yield
     finally:
@@ -44,10 +45,18 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-@torch.no_grad()
-def _same(module: nn.Module) -> partial | None:
-    """The kernel that computes the same as a norm, if it does."""
+def _epsilon(module: nn.Module) -> float | None:
+    """What the kernel needs to compute the same as a norm; None where it does not."""
+    seen = _seen.setdefault(module, {})
     weight = getattr(module, "weight", None)
+    dtype = getattr(weight, "dtype", None)
+    if dtype not in seen:
+        seen[dtype] = _same(module, weight)
+    return seen[dtype]
+
+
+@torch.no_grad()
+def _same(module: nn.Module, weight: torch.Tensor | None) -> float | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if weight is None or weight.dim() != 1 or not isinstance(eps, float):
         return None
@@ -64,9 +73,9 @@ def _same(module: nn.Module) -> partial | None:
         found, expected, rtol=close, atol=close
     ):
         return None
-    return partial(_norm, weight, eps)
+    return eps
 
 
 def _norm(weight: torch.Tensor, eps: float, hidden: torch.Tensor) -> torch.Tensor:
-    """(..., H), by the weight as it is when this is called."""
+    """(..., H)."""
     return rms_norm(hidden, weight.shape, weight, eps)

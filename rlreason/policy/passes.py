@@ -90,7 +90,16 @@ def borrowed(model: PreTrainedModel, store: type[Store]) -> Iterator[None]:
         store: Where its keys and values will be kept; a slot asks for fast norms too.
     """
     norms = fused_norms if store is SlotStore else nullcontext
-    with _turn(model), _evaluating(model), _our_attention(model), norms(model):
+    device = model.device
+    # Kernels of Triton and graphs go to the current GPU, not to that of the tensors
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with (
+        _turn(model),
+        _evaluating(model),
+        _our_attention(model),
+        norms(model),
+        current,
+    ):
         yield
 
 

@@ -36,6 +36,7 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from rlreason.policy.budget import Costs
+from rlreason.policy.cohort import Request
 from rlreason.policy.cohort_engine import CohortEngine
 from rlreason.policy.load import Policy, vocabulary_rows
 from rlreason.policy.parallel import joined_groups, my_share
@@ -223,7 +224,7 @@ def _sample_own(
     for index in range(len(prompts)):  # the longest first
         stream = prompts[index].problem_id + prompts[index].stream
         keys = [stream_key(seed, stream, j) for j in range(k)]
-        engine.ask(index, tokens[index], keys)
+        engine.ask(Request(index, tuple(tokens[index]), range(k), keys))
     groups: dict[int, list[Rollout]] = {}
     total = len(prompts) * k
     with progress_bar(total, "sampling", unit="sample", show=progress) as bar:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 
 import torch
@@ -40,6 +40,7 @@ from rlreason.policy.slots import SlotStore
 from rlreason.policy.streams import next_uniforms
 
 LOOK_EVERY = 8  # steps from one look at the device to the next
+_SPARE_PLACES = 3
 _WORTH_SHRINKING = 1024  # rows from which a smaller graph repays its capture
 
 
@@ -61,7 +62,7 @@ class Part:
     prompt: tuple[int, ...]
     place: int
     slots: list[int]
-    keys: list[int]
+    keys: Sequence[int]
 
 
 class SlotEngine:
@@ -86,15 +87,14 @@ class SlotEngine:
         self.limit = max_new_tokens
         self.costs = costs
         self.budget = byte_budget or default_budget(policy.device)
+        self.prefill_tokens = PREFILL_TOKENS
         self.queue: deque[Request] = deque()
         self.occupants: dict[int, Occupant] = {}  # by slot
         self.slots: Slots | None = None
 
-    def ask(
-        self, problem: int, prompt: Sequence[int], keys: list[int], first: int = 0
-    ) -> None:
+    def ask(self, request: Request) -> None:
         """Queue one problem."""
-        self.queue.append(Request(problem, tuple(prompt), first, keys))
+        self.queue.append(request)
 
     def run(self) -> Iterator[list[Answer]]:
         """Decode until the queue is empty; yields answers some at a time."""
@@ -121,12 +121,14 @@ class SlotEngine:
     def halve(self) -> None:
         """Begin what is in flight again, in half of the memory."""
         self.budget //= 2
+        self.prefill_tokens = max(1, self.prefill_tokens // 2)
         tell(f"out of memory: sampling goes on with {self.budget:,} bytes")
-        again = [
-            Request(o.problem, o.prompt, o.sample, [o.key])
-            for o in self.occupants.values()
-        ]
-        self.queue.extendleft(again)
+        again: dict[int, list[Occupant]] = {}
+        for occupant in self.occupants.values():
+            again.setdefault(occupant.problem, []).append(occupant)
+        for problem, group in again.items():
+            numbers, keys = [o.sample for o in group], [o.key for o in group]
+            self.queue.append(Request(problem, group[0].prompt, numbers, keys))
         self.occupants.clear()
         self.slots = None
 
@@ -139,14 +141,14 @@ class SlotEngine:
         width = max(len(request.prompt) for request in self.queue)
         samples = sum(len(request.keys) for request in self.queue)
         most = max(len(request.keys) for request in self.queue)
-        # Places for twice the questions that fill the slots, as some wait for their
-        # last sample
-        bytes_of = self.costs.token * width
+        # Places for twice the questions that fill the slots and a few, as each waits
+        # for its last sample, and one with many samples takes a place at each refill
+        place = self.costs.token * width
         share = min(1.0, 2 / most)
-        row = self.costs.of_request(width, 1) - bytes_of + int(share * bytes_of)
+        row = self.costs.of_request(width, 1) - place + int(share * place)
         self.costs.rows_within(self.budget, width)
-        rows = max(1, min(samples, (self.budget - 2 * bytes_of) // row))
-        places = min(rows, 2 * -(-rows // most), len(self.queue) + rows // most)
+        rows = max(1, min(samples, (self.budget - _SPARE_PLACES * place) // row))
+        places = min(rows, 2 * -(-rows // most) + _SPARE_PLACES)
         self.slots = Slots(
             self.model,
             rows=rows,
@@ -175,22 +177,24 @@ class SlotEngine:
         parts: list[Part] = []
         while self.queue and self.free and self.places:
             request = self.queue.popleft()
-            now, later = request.keys[: len(self.free)], request.keys[len(self.free) :]
-            if later:
-                first = request.first + len(now)
-                self.queue.appendleft(replace(request, first=first, keys=later))
-            own = [self.free.pop() for _ in now]
-            parts.append(Part(request.prompt, self.places.pop(), own, now))
-            self.enter(request, parts[-1])
-        stride = max(1, PREFILL_TOKENS // max(len(part.prompt) for part in parts))
+            now, later = request.cut(len(self.free))
+            if later is not None:
+                self.queue.appendleft(later)
+            own = [self.free.pop() for _ in now.keys]
+            parts.append(Part(now.prompt, self.places.pop(), own, now.keys))
+            self.enter(now, parts[-1])
+        if not parts:  # the last samples of others hold all places
+            return
+        stride = max(1, self.prefill_tokens // max(len(part.prompt) for part in parts))
         for start in range(0, len(parts), stride):
             self.slots.fill(parts[start : start + stride], pad_id=self.pad_id)
 
     def enter(self, request: Request, part: Part) -> None:
         """Note whose the slots of a part are."""
-        for i, (slot, key) in enumerate(zip(part.slots, part.keys, strict=True)):
+        samples = zip(part.slots, request.numbers, request.keys, strict=True)
+        for slot, number, key in samples:
             self.occupants[slot] = Occupant(
-                request.problem, request.first + i, request.prompt, key, part.place
+                request.problem, number, request.prompt, key, part.place
             )
         self.users[part.place] += len(part.slots)
 
@@ -275,14 +279,24 @@ class Slots:
 
     def step(self) -> None:
         """Advance: once operator by operator, then captured, then replayed."""
-        if self.graph is not None:
-            self.graph.replay()
-        elif self.warm and self.captures:
-            self.graph = captured(self.advance)
+        if self.graph is not None or (self.warm and self.captures and self.captured()):
             self.graph.replay()
         else:
             self.advance()
             self.warm = True
+
+    def captured(self) -> bool:
+        """Make the graph; False, from now on, of a model that waits in its pass."""
+        try:
+            self.graph = captured(self.advance)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            said = " ".join(str(error).split())[:100]
+            name = type(self.model).__name__
+            tell(f"a step of {name} is no graph, but goes on: {said}")
+            self.captures = False
+        return self.captures
 
     def fill(self, parts: Sequence[Part], *, pad_id: int) -> None:
         """Begin samples: compute g prompts, and draw the first token of S samples."""

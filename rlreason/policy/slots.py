@@ -17,6 +17,7 @@ Left out: as in ``kv_cache``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -75,12 +76,13 @@ def attend(
 
 
 def attention_on(device: torch.device) -> Callable[..., Tensor]:
-    """``attend``, or the kernel that does the same."""
-    if device.type != "cuda":
-        return attend
-    from rlreason.policy import slot_attention
+    """``attend``, or the kernel that does the same; not all systems have Triton."""
+    if device.type == "cuda":
+        with suppress(ImportError):
+            from rlreason.policy import slot_attention
 
-    return slot_attention.attend
+            return slot_attention.attend
+    return attend
 
 
 class SlotStore:

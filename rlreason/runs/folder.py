@@ -525,7 +525,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _known_part(written: Any, known: Any) -> Any:
-    """What is written without keys that are not known, at any depth."""
+    """What is written without keys that are not known, in mappings within mappings."""
     if not isinstance(written, dict) or not isinstance(known, dict):
         return written
     return {
