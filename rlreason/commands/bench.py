@@ -103,25 +103,33 @@ def bench_train_command(
     show_default=True,
     help="Percentage points of maj@1 to gain.",
 )
+@click.option(
+    "--phases", type=click.IntRange(min=1), help="At most. [default: the profile's]"
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-def bench_trl_command(points: float, seed: int) -> None:
-    """Seconds until RL has gained so much, ours and TRL's GRPO. Takes ten minutes."""
+def bench_trl_command(points: float, phases: int | None, seed: int) -> None:
+    """Seconds of a phase, and until RL has gained so much, ours and TRL's GRPO.
+
+    Takes a quarter of an hour with all phases.
+    """
     from rlreason.bench.trl import bench_trl
 
     try:
         found = bench_trl(
-            points=points, seed=seed, report=lambda line: click.echo(line, err=True)
+            points=points,
+            phases=phases,
+            seed=seed,
+            report=lambda line: click.echo(line, err=True),
         )
     except ModuleNotFoundError as error:
         raise click.ClickException(str(error)) from error
-    ours, theirs, ratio = (
-        "not reached" if value is None else f"{value:,.1f}"
-        for value in (found["ours"], found["trl"], found["ratio"])
-    )
-    click.echo(
-        f"+{points:g} points from {found['start']:.1%}: rlreason {ours} s, "
-        f"TRL {theirs} s, ratio {ratio}, {found['threads']} threads"
-    )
+    what = {"a_phase": "a phase", "reached": f"to +{points:g} points"}
+    for key, name in what.items():
+        ours, theirs = found["ours"][key], found["trl"][key]
+        said = [f"{t:,.1f} s" if t else "not reached" for t in (ours, theirs)]
+        ratio = f", ratio {theirs / ours:.2f}" if ours and theirs else ""
+        click.echo(f"{name}: rlreason {said[0]}, TRL {said[1]}{ratio}")
+    click.echo(f"from {found['start']:.1%}, {found['threads']} threads")
 
 
 @bench.command("ppo")
