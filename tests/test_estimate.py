@@ -213,12 +213,15 @@ def _measure() -> None:
     finetune(small, [Example((1, 2), (3, 4))], FinetuneSettings(epochs=1))
     gc.collect()
     before = resident("VmRSS")
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
     policy = make_policy(model, tiny_tokenizer(), name="measured")
     problems = [Problem(f"p/{i}", "x" * 57, "", "") for i in range(QUESTIONS)]
-    forget_peak()
-    sample(policy, problems, k=K, max_new_tokens=64)
-    peaks = {"sampling": resident("VmHWM") - before}
+    peaks = {"sampling": 0}
+    for _ in range(2):  # a busy system may have taken pages back for a while
+        forget_peak()
+        sample(policy, problems, k=K, max_new_tokens=64)
+        peaks["sampling"] = max(peaks["sampling"], resident("VmHWM") - before)
     forget_peak()
     example = Example((1,) * 64, (5,) * 64)
     settings = FinetuneSettings(epochs=2, batch_size=16, micro_tokens=1024)
