@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rlreason.policy.memory import free_bytes
+
 AnyExample = TypeVar("AnyExample", bound="Example")
 # What a micro-batch may keep for the backward pass. A CPU gains nothing by large ones;
 # on a GPU gradients, and what is not kept, need room beside it
@@ -95,7 +97,4 @@ def tokens_that_fit(
 
 def _room_on(device: torch.device) -> float:
     """Bytes for what is kept: a share of a GPU's that nothing holds, or of a CPU's."""
-    if device.type != "cuda":
-        return CPU_ROOM
-    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + reserve)
+    return GPU_SHARE * free_bytes(device) if device.type == "cuda" else CPU_ROOM

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlreason.policy.memory import free_bytes
 from rlreason.policy.passes import Checked
 
 PREFILL_TOKENS = 8192  # prompt tokens in one forward pass, bounds its activations
@@ -22,9 +23,9 @@ class Costs:
 
     @classmethod
     def of(cls, model: Checked, max_new_tokens: int) -> Costs:
-        # Logits as the model gives them, in float32, divided by the temperature, their
-        # softmax, and its cumulative sum in float64.
-        logits = model.logits * (4 + 4 + 4 + 4 + 8)
+        # Logits as the model gives them, divided by the temperature, their softmax, and
+        # its cumulative sum in float64.
+        logits = model.logits * (4 + 4 + 4 + 8)
         records = 12 * max_new_tokens
         score = 16 * model.heads  # by question and by row, joined, and their softmax
         row = (model.token_bytes + score) * max_new_tokens + logits + records
@@ -52,11 +53,4 @@ class Costs:
 
 def default_budget(device: torch.device) -> int:
     """1 GiB on a CPU, and half of what is free on a GPU."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # What PyTorch has set aside and does not use is taken only on paper
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )
-        return (free + cached) // 2
-    return 2**30
+    return free_bytes(device) // 2 if device.type == "cuda" else 2**30

@@ -7,56 +7,12 @@ tokens so far can share a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
+from rlreason.policy.engine import Answer, Request
 from rlreason.policy.kv_cache import CohortStore
 from rlreason.policy.passes import NOT_FINITE
-from rlreason.policy.rollout import Rollout
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Some of the samples of one problem, admitted together."""
-
-    problem: int  # index in the caller's list
-    prompt: tuple[int, ...]
-    numbers: Sequence[int]  # which samples
-    keys: Sequence[int]  # start of each sample's random stream
-
-    def cut(self, count: int) -> tuple[Request, Request | None]:
-        """The first so many samples, and the others if there are any."""
-        first, rest = (
-            replace(self, numbers=self.numbers[part], keys=self.keys[part])
-            for part in (slice(count), slice(count, None))
-        )
-        return first, rest if rest.keys else None
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A finished or truncated sample."""
-
-    problem: int
-    sample: int
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finished: bool
-
-    def rollout(self, problem_id: str, text: str) -> Rollout:
-        return Rollout(
-            problem_id=problem_id,
-            sample=self.sample,
-            prompt_tokens=self.prompt,
-            tokens=self.tokens,
-            logprobs=self.logprobs,
-            text=text,
-            finished=self.finished,
-        )
 
 
 class Cohort:

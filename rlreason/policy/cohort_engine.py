@@ -11,51 +11,29 @@ new cohorts enter when enough have left.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from rlreason.policy.budget import (
-    PREFILL_TOKENS,
-    REFILL_BELOW,
-    Costs,
-    default_budget,
-)
-from rlreason.policy.cohort import Answer, Cohort, Request
+from rlreason.policy.budget import REFILL_BELOW
+from rlreason.policy.cohort import Cohort
 from rlreason.policy.drawing import draw_tokens
+from rlreason.policy.engine import Answer, Engine, Request
 from rlreason.policy.kv_cache import CohortStore, DecodeCache
 from rlreason.policy.load import Policy
 from rlreason.policy.passes import borrowed, next_logits, prompt_logits
-from rlreason.policy.progress import tell
 from rlreason.policy.streams import next_uniforms
 
 
-class CohortEngine:
-    """Takes requests, keeps cohorts in flight, gives answers."""
+class CohortEngine(Engine):
+    """Keeps cohorts in flight."""
 
     store = CohortStore
 
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        costs: Costs,
-        temperature: float,
-        max_new_tokens: int,
-        byte_budget: int | None,
-        stop_ids: tuple[int, ...],
-    ) -> None:
-        self.model = policy.model
-        self.ends, self.pad_id = (*policy.eos_ids, *stop_ids), policy.pad_id
-        self.device = policy.device
-        self.temperature = temperature
-        self.limit = max_new_tokens
-        self.costs = costs
-        self.budget = byte_budget or default_budget(policy.device)
-        self.queue: deque[Request] = deque()
+    def __init__(self, policy: Policy, **settings) -> None:
+        super().__init__(policy, **settings)
         self.cohorts: list[Cohort] = []
 
     def ask(self, request: Request) -> None:
@@ -82,19 +60,11 @@ class CohortEngine:
             for cohort in finished:
                 yield cohort.answers(self.ends)
 
-    def halve(self) -> None:
-        """Begin what is in flight again, in half of the memory.
-
-        Raises:
-            ValueError: That does not hold one row.
-        """
-        self.budget //= 2
-        tell(f"out of memory: sampling goes on with {self.budget:,} bytes")
-        again = [r for cohort in self.cohorts for r in cohort.requests] + [*self.queue]
+    def give_up(self) -> list[Request]:
+        """The requests of all cohorts, whole: none has been answered."""
+        requests = [r for cohort in self.cohorts for r in cohort.requests]
         self.cohorts.clear()
-        self.queue.clear()
-        for request in again:
-            self.ask(request)
+        return requests
 
     def admit(self) -> None:
         """Start a cohort if there is work and room for it."""
@@ -125,7 +95,7 @@ class CohortEngine:
     def prefill(self, cohort: Cohort) -> None:
         """Compute the prompts and draw every sample's first token."""
         store = cohort.store
-        stride = max(1, PREFILL_TOKENS // store.width)
+        stride = max(1, self.prefill_tokens // store.width)
         parts = []
         for start in range(0, len(cohort.requests), stride):
             prompts = [r.prompt for r in cohort.requests[start : start + stride]]

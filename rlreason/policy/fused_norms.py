@@ -37,7 +37,10 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
                 continue
             eps = _epsilon(module)
             if eps is not None and "forward" not in vars(module):
-                module.forward = partial(_norm, module.weight, eps)
+                weight = module.weight
+                module.forward = partial(
+                    rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps
+                )
                 replaced.append(module)
         yield
     finally:
@@ -74,8 +77,3 @@ def _same(module: nn.Module, weight: torch.Tensor | None) -> float | None:
     ):
         return None
     return eps
-
-
-def _norm(weight: torch.Tensor, eps: float, hidden: torch.Tensor) -> torch.Tensor:
-    """(..., H)."""
-    return rms_norm(hidden, weight.shape, weight, eps)

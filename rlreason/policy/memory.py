@@ -14,6 +14,13 @@ from rlreason.policy.progress import tell
 T = TypeVar("T")
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nothing holds, what PyTorch has set aside included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    return free + reserved - torch.cuda.memory_allocated(device)
+
+
 def within_memory(
     work: Callable[..., T], tokens: int, *, undo: Callable[[], Any]
 ) -> tuple[T, int]:

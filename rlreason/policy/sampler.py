@@ -36,8 +36,8 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from rlreason.policy.budget import Costs
-from rlreason.policy.cohort import Request
 from rlreason.policy.cohort_engine import CohortEngine
+from rlreason.policy.engine import Request
 from rlreason.policy.load import Policy, vocabulary_rows
 from rlreason.policy.parallel import joined_groups, my_share
 from rlreason.policy.passes import check_model

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlreason.policy.slots import Held
+
 
 @triton.jit
 def _attend(
@@ -96,36 +98,21 @@ def _attend(
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompts: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor, Tensor],
-    *,
-    scaling: float,
+    query: Tensor, key: Tensor, value: Tensor, held: Held, *, scaling: float
 ) -> Tensor:
     """As ``rlreason.policy.slots.attend``."""
-    (prompt_keys, prompt_values), (own_keys, own_values) = prompts, own
-    group, pads, length = rows
-    count, heads, dim = query.shape
-    key_heads, width = prompt_keys.shape[1:3]
-    out = torch.empty((count, heads, dim), dtype=query.dtype, device=query.device)
-    _attend[(count, key_heads)](
+    key_heads, width = held.prompt_keys.shape[1:3]
+    rows, heads, dim = query.shape
+    out = torch.empty((rows, heads, dim), dtype=query.dtype, device=query.device)
+    _attend[(rows, key_heads)](
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
-        prompt_keys,
-        prompt_values,
-        own_keys,
-        own_values,
-        group,
-        pads,
-        length,
+        *held,
         out,
         scaling,
         width,
-        own_keys.shape[2],
+        held.own_keys.shape[2],
         KEY_HEADS=key_heads,
         SHARED=heads // key_heads,
         D=dim,

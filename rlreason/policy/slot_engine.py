@@ -16,7 +16,7 @@ Left out: slots of several lengths. Each has room for ``max_new_tokens``.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -25,14 +25,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlreason.policy.budget import (
-    PREFILL_TOKENS,
-    REFILL_BELOW,
-    Costs,
-    default_budget,
-)
-from rlreason.policy.cohort import Answer, Request
+from rlreason.policy.budget import REFILL_BELOW
 from rlreason.policy.drawing import draw_tokens
+from rlreason.policy.engine import Answer, Engine, Request
 from rlreason.policy.load import Policy
 from rlreason.policy.passes import NOT_FINITE, borrowed, next_logits, prompt_logits
 from rlreason.policy.progress import tell
@@ -65,30 +60,13 @@ class Part:
     keys: Sequence[int]
 
 
-class SlotEngine:
-    """Takes requests, keeps slots filled, gives answers."""
+class SlotEngine(Engine):
+    """Keeps slots filled."""
 
     store = SlotStore
 
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        costs: Costs,
-        temperature: float,
-        max_new_tokens: int,
-        byte_budget: int | None,
-        stop_ids: tuple[int, ...],
-    ) -> None:
-        self.model, self.pad_id = policy.model, policy.pad_id
-        self.device = policy.device
-        self.ends = (*policy.eos_ids, *stop_ids)
-        self.temperature = temperature
-        self.limit = max_new_tokens
-        self.costs = costs
-        self.budget = byte_budget or default_budget(policy.device)
-        self.prefill_tokens = PREFILL_TOKENS
-        self.queue: deque[Request] = deque()
+    def __init__(self, policy: Policy, **settings) -> None:
+        super().__init__(policy, **settings)
         self.occupants: dict[int, Occupant] = {}  # by slot
         self.slots: Slots | None = None
 
@@ -118,19 +96,18 @@ class SlotEngine:
         """Answers that wait for more to come before they are given."""
         return 0 if self.slots is None else self.slots.rows // 4
 
-    def halve(self) -> None:
-        """Begin what is in flight again, in half of the memory."""
-        self.budget //= 2
-        self.prefill_tokens = max(1, self.prefill_tokens // 2)
-        tell(f"out of memory: sampling goes on with {self.budget:,} bytes")
-        again: dict[int, list[Occupant]] = {}
+    def give_up(self) -> list[Request]:
+        """The samples in flight, those of a problem together."""
+        groups: dict[int, list[Occupant]] = {}
         for occupant in self.occupants.values():
-            again.setdefault(occupant.problem, []).append(occupant)
-        for problem, group in again.items():
-            numbers, keys = [o.sample for o in group], [o.key for o in group]
-            self.queue.append(Request(problem, group[0].prompt, numbers, keys))
+            groups.setdefault(occupant.problem, []).append(occupant)
         self.occupants.clear()
         self.slots = None
+        requests = []
+        for problem, group in groups.items():
+            numbers, keys = [o.sample for o in group], [o.key for o in group]
+            requests.append(Request(problem, group[0].prompt, numbers, keys))
+        return requests
 
     def set_up(self) -> None:
         """As many slots and places as there is work for and memory.
@@ -279,13 +256,13 @@ class Slots:
 
     def step(self) -> None:
         """Advance: once operator by operator, then captured, then replayed."""
-        if self.graph is not None or (self.warm and self.captures and self.captured()):
+        if self.graph is not None or (self.warm and self.captures and self.capture()):
             self.graph.replay()
         else:
             self.advance()
             self.warm = True
 
-    def captured(self) -> bool:
+    def capture(self) -> bool:
         """Make the graph; False, from now on, of a model that waits in its pass."""
         try:
             self.graph = captured(self.advance)

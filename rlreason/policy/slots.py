@@ -18,21 +18,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 
+class Held(NamedTuple):
+    """What a layer attends to, in memory that is never moved.
+
+    Attributes:
+        prompt_keys: (G, Hkv, P, D), aligned to the right, as ``prompt_values`` are.
+        own_keys: (R, Hkv, C, D), as ``own_values``.
+        group: The question of each row, (R,).
+        pads: Columns at the left of each prompt that hold nothing, (G,).
+        length: Own tokens of each row so far, (R,).
+    """
+
+    prompt_keys: Tensor
+    prompt_values: Tensor
+    own_keys: Tensor
+    own_values: Tensor
+    group: Tensor
+    pads: Tensor
+    length: Tensor
+
+
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompts: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor, Tensor],
-    *,
-    scaling: float,
+    query: Tensor, key: Tensor, value: Tensor, held: Held, *, scaling: float
 ) -> Tensor:
     """Keep each row's newest key and value, and attend to its prompt and own tokens.
 
@@ -41,25 +55,21 @@ def attend(
     Args:
         query: Of the newest token, (R, H, D).
         key: Likewise, (R, Hkv, D), as is ``value``.
-        prompts: Keys and values, both (G, Hkv, P, D), aligned to the right.
-        own: Keys and values, both (R, Hkv, C, D), written to.
-        rows: The question of each row (R,), the columns of each prompt that hold
-            nothing (G,), and the number of each row's own tokens so far (R,).
+        held: Of this layer; own keys and values are written to.
         scaling: Factor of the scores, usually D ** -0.5.
 
     Returns:
         (R, H, D).
     """
-    group, pads, length = rows
+    group, pads, length = held.group, held.pads, held.length
     count, key_heads, dim = key.shape
-    width, columns = prompts[0].shape[2], own[0].shape[2]
+    width, columns = held.prompt_keys.shape[2], held.own_keys.shape[2]
     device = query.device
-    for slab, new in zip(own, (key, value), strict=True):
-        slab[torch.arange(count, device=device), :, length] = new
-    keys, values = (
-        torch.cat([there[group], here], dim=2)
-        for there, here in zip(prompts, own, strict=True)
-    )  # (R, Hkv, P + C, D)
+    every = torch.arange(count, device=device)
+    held.own_keys[every, :, length] = key
+    held.own_values[every, :, length] = value
+    keys = torch.cat([held.prompt_keys[group], held.own_keys], dim=2)
+    values = torch.cat([held.prompt_values[group], held.own_values], dim=2)
     column = torch.arange(columns, device=device)
     hidden = torch.cat(
         [
@@ -147,15 +157,9 @@ class SlotStore:
     ) -> Tensor:
         """``attend`` in one layer: (R, H, D)."""
         self.heads = query.shape[1]
-        return self._attend(
-            query,
-            key,
-            value,
-            self._prompts[layer],
-            self._own[layer],
-            (self.group, self.pads, self.length),
-            scaling=scaling,
-        )
+        slabs = (*self._prompts[layer], *self._own[layer])
+        held = Held(*slabs, self.group, self.pads, self.length)
+        return self._attend(query, key, value, held, scaling=scaling)
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but some, (N,), which from now on are 0 to N - 1."""
