@@ -76,11 +76,8 @@ def tokens_that_fit(
     """
     longest = max(examples, key=len)
     kept: dict[int, int] = {}
-    rooms: dict[str, float] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.device.type not in rooms:  # asked once: it takes a while
-            rooms[tensor.device.type] = _room_on(tensor.device)
         if not tensor.is_leaf:
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
@@ -88,13 +85,8 @@ def tokens_that_fit(
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss([longest])
+            device = loss([longest]).device
     except torch.OutOfMemoryError:
         return len(longest)  # whoever learns it will say so, and what to do
-    room = rooms.get("cuda", CPU_ROOM)
+    room = GPU_SHARE * free_bytes(device) if device.type == "cuda" else CPU_ROOM
     return max(1, int(room * len(longest) / max(1, sum(kept.values()))))
-
-
-def _room_on(device: torch.device) -> float:
-    """Bytes for what is kept: a share of a GPU's that nothing holds, or of a CPU's."""
-    return GPU_SHARE * free_bytes(device) if device.type == "cuda" else CPU_ROOM

@@ -137,11 +137,11 @@ def pad_batch(
     mask = np.arange(counts.max()) < counts[:, None]  # (B, T)
     rows, steps = mask.nonzero()
     columns = starts[rows] - 1 + steps
-    responses_ = np.zeros(mask.shape, np.int64)
-    responses_[mask] = targets = input_ids[rows, columns + 1]
+    padded = np.zeros(mask.shape, np.int64)
+    padded[mask] = targets = input_ids[rows, columns + 1]
     arrays = {
         "input_ids": input_ids,
-        "responses": responses_,
+        "responses": padded,
         "response_mask": mask,
         "targets": targets,
         "rows": rows,
