@@ -108,9 +108,9 @@ def bench_train_command(
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def bench_trl_command(points: float, phases: int | None, seed: int) -> None:
-    """Seconds of a phase, and until RL has gained so much, ours and TRL's GRPO.
+    """How soon RL has gained so much, ours and TRL's GRPO.
 
-    Takes a quarter of an hour with all phases.
+    Also the seconds of a phase. Takes a quarter of an hour with all phases.
     """
     from rlreason.bench.trl import bench_trl
 

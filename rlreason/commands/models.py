@@ -53,7 +53,7 @@ def models() -> None:
 @models.command("import")
 @click.argument("name")
 def import_command(name: str) -> None:
-    """Make an ordinary local policy of a GGUF file, a folder or a hub name.
+    """Make an ordinary local policy of a GGUF, folder or hub name.
 
     Weights as safetensors and the tokenizer are put into a folder of the model's name
     in RLREASON_MODELS (~/.cache/rlreason if that is not set), and `--set policy NAME`
