@@ -31,7 +31,11 @@ def no_code_is_generated(monkeypatch):
 
 
 def examples(*lengths: int) -> list[Example]:
-    return [Example((1, *range(3, 3 + n)), (40 + n, 50, 2)) for n in lengths]
+    """No two of which begin alike."""
+    return [
+        Example((n, i, *range(3, 3 + n)), (40 + n, 50, 2))
+        for i, n in enumerate(lengths)
+    ]
 
 
 BATCHES = [examples(5, 9, 2), examples(7, 6), examples(3, 3, 8, 20, 1), examples(11, 4)]

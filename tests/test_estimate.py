@@ -223,9 +223,9 @@ def _measure() -> None:
         sample(policy, problems, k=K, max_new_tokens=64)
         peaks["sampling"] = max(peaks["sampling"], resident("VmHWM") - before)
     forget_peak()
-    example = Example((1,) * 64, (5,) * 64)
+    examples = [Example((i, *(1,) * 63), (5,) * 64) for i in range(16)]
     settings = FinetuneSettings(epochs=2, batch_size=16, micro_tokens=1024)
-    finetune(policy, [example] * 16, settings)
+    finetune(policy, examples, settings)
     peaks["update"] = resident("VmHWM") - before
     print(json.dumps(peaks))
 

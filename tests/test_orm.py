@@ -207,15 +207,15 @@ def test_what_is_scored_at_once_stays_within_the_budget(monkeypatch):
     together, whole = [], OutcomeRewardModel.logits
 
     def counted(self, responses):
-        longest = max(len(r.prompt_tokens) + len(r.tokens) for r in responses)
-        together.append((len(responses), len(responses) * longest))
-        return whole(self, responses)
+        logits, batch = whole(self, responses)
+        together.append((len(responses), len(batch.layout.tokens)))
+        return logits, batch
 
     monkeypatch.setattr(OutcomeRewardModel, "logits", counted)
-    score_tokens(orm, rollouts, micro_tokens=200)
+    score_tokens(orm, rollouts, micro_tokens=60)
     assert sum(rows for rows, _ in together) == len(rollouts)
     assert max(rows for rows, _ in together) > 1
-    assert all(rows == 1 or tokens <= 200 for rows, tokens in together)
+    assert all(rows == 1 or tokens <= 60 for rows, tokens in together)
 
 
 def test_p27_every_score_is_one_half_at_first_and_no_random_number_is_drawn():

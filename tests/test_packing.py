@@ -7,6 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import KINDS, tiny_policy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,8 +18,20 @@ from rlreason.algorithms import batching
 from rlreason.algorithms.batching import Example, tokens_that_fit
 from rlreason.algorithms.finetune import accumulate_gradients, nll
 from rlreason.policy import packing
-from rlreason.policy.logprobs import pad_batch, response_logits, trunk_of
-from rlreason.policy.packing import Inputs, pack
+from rlreason.policy.logprobs import (
+    alike_batches,
+    pad_batch,
+    response_logits,
+    token_logprobs,
+    trunk_of,
+)
+from rlreason.policy.packing import (
+    Inputs,
+    Layout,
+    common_beginnings,
+    lay_out,
+    pack,
+)
 
 PROMPTS = [[1, 40, 50, 60], [1, 41], [1, 90, 95], [1, 42, 43]]
 RESPONSES = [[70, 71, 72, 2], [73, 2], [80, 81, 82, 83, 84, 2], [2]]
@@ -58,8 +72,9 @@ def test_attention_across_examples_would_be_seen():
     batch = pad_batch(PROMPTS, RESPONSES)
     right = batch.inputs(policy.model)
     # Wrong: one sequence as far as attention is concerned, positions as they are
-    across = pack(batch.tokens, [len(batch.tokens)]).options["packed"]
-    wrong = Inputs(right.input_ids, right.options | {"packed": across}, right.starts)
+    weight = policy.model.get_input_embeddings().weight
+    across = pack(lay_out([batch.layout.tokens.tolist()]), weight).options["packed"]
+    wrong = Inputs(right.input_ids, right.options | {"packed": across}, right.places)
     logits = [response_logits(policy.model, batch, each) for each in (right, wrong)]
     apart = (logits[0] - logits[1]).abs().amax(-1)
     assert apart[batch.rows == 0].max() < 1e-5  # the first has nothing before it
@@ -77,8 +92,10 @@ def test_a_model_that_does_not_pack_gets_padded_rows(why, monkeypatch):
         model.config.sliding_window = 6  # some sequences are longer
     else:  # a family that looks across sequences is found out
 
-        def leaky(ids: Tensor, _) -> Inputs:
-            return pack(ids, [len(ids)])
+        def leaky(layout: Layout, weight: Tensor) -> Inputs:
+            everything = layout.tokens[layout.places].flatten().tolist()
+            found = pack(lay_out([everything]), weight)
+            return replace(found, places=found.places.view(layout.places.shape))
 
         monkeypatch.setattr(packing, "pack", leaky)
     own = model.config._attn_implementation
@@ -88,6 +105,130 @@ def test_a_model_that_does_not_pack_gets_padded_rows(why, monkeypatch):
         assert trunk_of(model).config._attn_implementation == own
     assert accumulate_gradients(policy, BATCH, 10_000) == pytest.approx(loss, rel=1e-5)
     assert torch.allclose(gradients(policy), expected, atol=1e-5)
+
+
+# --- Common beginnings ----------------------------------------------------------------
+
+EXAMPLES = [1, 40, 50, 60, 55, 44, 45, 46, 47, 48]
+ASKED = [[*EXAMPLES, 20, 21], [*EXAMPLES, 20, 22, 23, 24]]
+SAMPLES = [
+    (ASKED[0], [70, 71, 72, 2]),
+    (ASKED[1], [2]),
+    (ASKED[0], [70, 71, 80, 81, 82, 83, 2]),
+    (ASKED[1], [90, 2]),
+    (ASKED[0], [70, 71, 72, 2]),  # once more
+    ([1, 30, 31], [33, 34, 2]),
+]
+
+
+def token_by_token(policy) -> tuple[list[Tensor], Tensor]:
+    """Log-probabilities of the samples, each by a pass of its own, and a gradient."""
+    logprobs = []
+    for prompt, response in SAMPLES:
+        logits = policy.model(torch.tensor([prompt + response])).logits[0]
+        every = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        logprobs.append(every[range(len(response)), response])
+    weighted(logprobs).backward()
+    return [each.detach() for each in logprobs], gradients(policy)
+
+
+def weighted(logprobs: list[Tensor]) -> Tensor:
+    """A loss to which each token counts differently."""
+    every = torch.cat(list(logprobs))
+    return (every * torch.arange(1.0, len(every) + 1).cos()).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_common_beginning_goes_through_once_and_nothing_else_changes(kind):
+    policy = tiny_policy(kind)
+    expected, gradient = token_by_token(policy)
+    prompts, responses = map(list, zip(*SAMPLES, strict=True))
+    inputs = pad_batch(prompts, responses).inputs(policy.model)
+    # Examples, questions, and what each response or its repeat has of its own
+    assert inputs.input_ids.shape == (1, 10 + 2 + 3 + 4 + 1 + 5 + 2 + 1 + 5)
+    logprobs, _ = token_logprobs(policy.model, prompts, responses)
+    found = [row[: len(r)] for row, r in zip(logprobs, responses, strict=True)]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    weighted(found).backward()
+    assert (gradients(policy) - gradient).abs().max() < 1e-5 * gradient.abs().max()
+
+
+@pytest.mark.parametrize("wrong", ["all that follows too", "its own alone"])
+def test_attention_to_more_or_less_than_the_beginning_would_be_seen(wrong, monkeypatch):
+    policy = tiny_policy()
+    packing.packs(trunk_of(policy.model), 0)
+    expected, _ = token_by_token(policy)
+    right = packing._padded_rows
+
+    def rows(*given):
+        for part in right(*given):
+            seen = torch.ones_like(part.mask)
+            if wrong == "its own alone":
+                shared = part.mask[:, :, :1].sum(-1, keepdim=True) - 1
+                seen = part.mask & (torch.arange(seen.shape[-1]) >= shared)
+            yield replace(part, mask=seen)
+
+    monkeypatch.setattr(packing, "_padded_rows", rows)
+    prompts, responses = map(list, zip(*SAMPLES, strict=True))
+    logprobs, mask = token_logprobs(policy.model, prompts, responses)
+    assert (logprobs[mask] - torch.cat(expected)).abs().max() > 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_in_half_precision_shares_beginnings_too():
+    policy = tiny_policy()
+    expected, gradient = token_by_token(policy)
+    policy = replace(policy, model=policy.model.cuda().bfloat16())
+    prompts, responses = map(list, zip(*SAMPLES, strict=True))
+    assert "packed" in pad_batch(prompts, responses).inputs(policy.model).options
+    logprobs, mask = token_logprobs(policy.model, prompts, responses)
+    assert (logprobs[mask].cpu() - torch.cat(expected)).abs().max() < 0.05
+    weighted([logprobs[mask].cpu()]).backward()
+    found = gradients(policy).float().cpu()
+    assert torch.cosine_similarity(found, gradient, dim=0) > 0.999
+
+
+def test_few_common_tokens_are_not_worth_it():
+    far = [(1, *range(n, n + 30)) for n in (10, 50, 90)]
+    assert not lay_out(far).begins.any()
+    assert lay_out([(*range(10), *row) for row in far]).begins.tolist() == [0, 11, 11]
+
+
+sequences = st.lists(
+    st.lists(st.integers(0, 1), min_size=1, max_size=12).map(tuple),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(sequences, st.booleans())
+def test_a_layout_holds_each_beginning_where_it_says(rows, alike):
+    rows = [(*range(8), *row) for row in rows] if alike else rows
+    layout = lay_out(rows)
+    for row, places in zip(rows, layout.places, strict=True):
+        assert tuple(layout.tokens[places[: len(row)]]) == row
+        assert layout.columns[places[: len(row)]].tolist() == [*range(len(row))]
+    # What a token stands for is its whole beginning, so two places are never one
+    beginnings: dict[int, set] = {}
+    for row, places in zip(rows, layout.places, strict=True):
+        for n in range(len(row)):
+            beginnings.setdefault(int(places[n]), set()).add(row[: n + 1])
+    assert all(len(found) == 1 for found in beginnings.values())
+
+
+@given(sequences, st.integers(1, 40), st.booleans())
+def test_alike_batches_hold_each_item_once_within_the_budget(rows, most, alike):
+    rows = [(*range(8), *row) for row in rows] if alike else rows
+    batches = [
+        *alike_batches(range(len(rows)), max_tokens=most, sequence=rows.__getitem__)
+    ]
+    assert sorted(i for mb in batches for i in mb) == [*range(len(rows))]
+    for mb in batches:
+        chosen = sorted(rows[i] for i in mb)
+        own = sum(map(len, chosen)) - sum(common_beginnings(chosen))
+        looked_at = len(mb) * max(map(len, chosen))
+        assert len(mb) == 1 or max(own, looked_at / 4) <= most
 
 
 class Calls(TorchDispatchMode):

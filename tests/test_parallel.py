@@ -314,9 +314,9 @@ def test_phases_of_ppo_come_to_the_same(alone, together):
             zip(each["phases"], alone["phases"], strict=True)
         ):
             assert found["tokens"] == expected["tokens"]
-            assert close(found["metrics"], expected["metrics"])
             # Adam makes full steps of gradients that are nothing but rounding
             atol = 1e-5 if phase else 1e-6
+            assert close(found["metrics"], expected["metrics"], atol=atol)
             assert close(found["scores"], expected["scores"], atol=atol)
 
 

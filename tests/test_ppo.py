@@ -72,7 +72,7 @@ QUICK = PpoSettings(
     lr=1e-3,
     lr_floor=1e-4,
     lora=None,
-    micro_tokens=300,
+    micro_tokens=150,
     credit=GaeSettings(lam=1.0, value=HEAD),
 )
 

@@ -36,7 +36,7 @@ from rlreason.algorithms.ppo_settings import (
     LoraSettings,
     PpoSettings,
 )
-from rlreason.policy.logprobs import token_logprobs, trunk_of
+from rlreason.policy.logprobs import pad_batch, token_logprobs, trunk_of
 from rlreason.policy.packing import packs
 from rlreason.policy.value import ValueSettings
 from rlreason.rewards.base import last_token_reward
@@ -430,7 +430,8 @@ def test_a_policy_comes_back_without_gradient_checkpointing():
 def test_micro_tokens_bounds_what_goes_through_a_model_at_once(rollouts):
     longest = max(len(r.prompt_tokens) + len(r.tokens) for r in rollouts)
     whole = len(rollouts) * longest
-    tokens = sum(len(r.prompt_tokens) + len(r.tokens) for r in rollouts)
+    pairs = [(r.prompt_tokens, r.tokens) for r in rollouts]
+    tokens = len(pad_batch(*zip(*pairs, strict=True)).layout.tokens)
 
     def passes(budget: int) -> dict[str, tuple[list[int], list[int]]]:
         """Tokens of each call, in scoring and learning."""
@@ -457,7 +458,7 @@ def test_micro_tokens_bounds_what_goes_through_a_model_at_once(rollouts):
         assert once[name] == ([tokens], [tokens] * learns)  # and no padding
         for calls in cut[name][: 1 + learns]:
             assert max(calls) <= 3 * longest
-            assert len(calls) >= len(rollouts) / 3
+            assert len(calls) >= tokens / (3 * longest)
     assert cut["reference"][1] == []
 
 

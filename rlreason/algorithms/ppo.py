@@ -61,7 +61,7 @@ from rlreason.algorithms.ppo_settings import (  # noqa: F401  asked for here
 from rlreason.algorithms.recorder import NullRecorder, Recorder
 from rlreason.policy.compiling import compiled_layers
 from rlreason.policy.load import Policy
-from rlreason.policy.logprobs import micro_batches
+from rlreason.policy.logprobs import alike_batches
 from rlreason.policy.lora import (
     load_trainable_tensors,
     merge_adapters,
@@ -462,11 +462,14 @@ class Learner:
 
     def _parts(self, rollouts, rows=None) -> Iterator[tuple[Tensor, list, list]]:
         """Places, prompts, responses: what goes through the model at once, my share."""
-        sizes = [len(r.prompt_tokens) + len(r.tokens) for r in rollouts]
         rows = range(len(rollouts)) if rows is None else rows
-        share = my_share(sorted(rows, key=sizes.__getitem__, reverse=True))
-        budget, size = self.micro_tokens, sizes.__getitem__
-        for mb in micro_batches(share, max_tokens=budget, size=size):
+        asked = dict.fromkeys(rollouts[i].prompt_tokens for i in rows)
+        mine = {*my_share([*asked])}  # whole questions: their samples begin alike
+        for mb in alike_batches(
+            [i for i in rows if rollouts[i].prompt_tokens in mine],
+            max_tokens=self.micro_tokens,
+            sequence=lambda i: (*rollouts[i].prompt_tokens, *rollouts[i].tokens),
+        ):
             yield (
                 torch.tensor(mb, device=self.policy.device),
                 [rollouts[i].prompt_tokens for i in mb],

@@ -5,8 +5,8 @@ through the trunk, those that did (padding included), and how many a second. The
 over the first says whether anything was computed twice: 1 would be no padding at all.
 
 What has to go through: in sampling a prompt once a question and each sampled token but
-the last; in scoring prompt and response once for the policy (V comes along) and once
-for the reference; in learning once an epoch.
+the last; in scoring each beginning that sequences have in common once, for the policy
+(V comes along) and for the reference; in learning once an epoch.
 """
 
 from __future__ import annotations
@@ -156,18 +156,22 @@ def _counting(
     def counted(
         rollouts: Sequence[Rollout], problems: Sequence[Problem]
     ) -> list[tuple[float, ...]]:
-        whole = sum(len(r.prompt_tokens) + len(r.tokens) for r in rollouts)
+        # What sequences have in common at their beginning can be computed once
+        whole = {
+            (*r.prompt_tokens, *r.tokens)[:n]
+            for r in rollouts
+            for n in range(1, len(r.prompt_tokens) + len(r.tokens) + 1)
+        }
         prompts = sum(len(r.prompt_tokens) for r in rollouts[:: settings.n])
-        # What samples of a question have in common can be computed once
-        prefixes = {
+        drawn = {
             (r.problem_id, r.tokens[:n])
             for r in rollouts
             for n in range(1, len(r.tokens))
         }
-        meter.now["sampling"]["needed"] = prompts + len(prefixes)
+        meter.now["sampling"]["needed"] = prompts + len(drawn)
         passes = 2 if settings.measures_kl else 1
-        meter.now["scoring"]["needed"] = passes * whole
-        meter.now["learning"]["needed"] = settings.epochs * whole
+        meter.now["scoring"]["needed"] = passes * len(whole)
+        meter.now["learning"]["needed"] = settings.epochs * len(whole)
         return reward(rollouts, problems)
 
     return counted

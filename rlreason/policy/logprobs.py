@@ -31,7 +31,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from rlreason.policy.packing import Inputs, moved, pack, packs, pad
+from rlreason.policy.packing import (
+    Inputs,
+    Layout,
+    begin_alike,
+    common_beginnings,
+    lay_out,
+    moved,
+    pack,
+    packs,
+    pad,
+)
 
 # exp of it is 0 in float64 too, and it times 0 is 0, which minus infinity would not be.
 _LOWEST_LOGPROB = -1e4
@@ -52,8 +62,7 @@ class PaddedBatch:
         steps: Which token of its response it is, (N,).
         columns: The place in ``input_ids`` whose output predicts it, (N,).
         ends: The place of each sequence's last token, (B,).
-        tokens: All sequences end to end, without padding.
-        lengths: Of the B sequences.
+        layout: What of the sequences goes through a model.
     """
 
     input_ids: Tensor
@@ -64,13 +73,12 @@ class PaddedBatch:
     steps: Tensor
     columns: Tensor
     ends: Tensor
-    tokens: Tensor
-    lengths: tuple[int, ...]
+    layout: Layout
 
     def inputs(self, model: PreTrainedModel) -> Inputs:
         """The batch as the model takes it: packed, or padded where it cannot be."""
-        if packs(trunk_of(model), max(self.lengths)):
-            return pack(self.tokens, self.lengths)
+        if packs(trunk_of(model), self.input_ids.shape[1]):
+            return pack(self.layout, model.get_input_embeddings().weight)
         return pad(self.input_ids)
 
     def unpack(self, values: Tensor) -> Tensor:
@@ -102,6 +110,44 @@ def micro_batches(
         yield mb
 
 
+def alike_batches(
+    batch: Sequence[Item],
+    *,
+    max_tokens: int,
+    sequence: Callable[[Item], tuple[int, ...]],
+) -> Iterator[list[Item]]:
+    """As ``micro_batches``, but items that begin alike go together where many do.
+
+    Common beginnings count once, since they go through a model once. Attention looks at
+    them from each row; of what is kept for the backward pass that is a quarter at most.
+
+    Args:
+        sequence: All tokens of an item.
+    """
+    tokens = [sequence(item) for item in batch]
+    order = sorted(range(len(batch)), key=tokens.__getitem__)
+    begins = common_beginnings([tokens[i] for i in order])
+    if not begin_alike([*map(len, tokens)], begins):
+        alone = micro_batches(
+            range(len(batch)), max_tokens=max_tokens, size=lambda i: len(tokens[i])
+        )
+        yield from ([batch[i] for i in mb] for mb in alone)
+        return
+    mb: list[Item] = []
+    own = longest = 0
+    for i, begin in zip(order, begins, strict=True):
+        length = len(tokens[i])
+        looked_at = (len(mb) + 1) * max(longest, length)
+        if mb and max(own + length - begin, looked_at / 4) > max_tokens:
+            yield mb
+            mb, own, longest = [], 0, 0
+        own += length - (begin if mb else 0)
+        longest = max(longest, length)
+        mb.append(batch[i])
+    if mb:
+        yield mb
+
+
 def pad_batch(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
@@ -129,11 +175,10 @@ def pad_batch(
     starts = np.array([len(prompt) for prompt in prompts])
     counts = np.array([len(response) for response in responses])
     pairs = zip(prompts, responses, strict=True)
-    tokens = np.fromiter((t for pair in pairs for ids in pair for t in ids), np.int64)
-    lengths = starts + counts
+    layout = lay_out([(*prompt, *response) for prompt, response in pairs])
+    lengths = layout.lengths
     real = np.arange(lengths.max()) < lengths[:, None]  # (B, L)
-    input_ids = np.full(real.shape, pad_id)
-    input_ids[real] = tokens
+    input_ids = np.where(real, layout.tokens[layout.places], pad_id)
     mask = np.arange(counts.max()) < counts[:, None]  # (B, T)
     rows, steps = mask.nonzero()
     columns = starts[rows] - 1 + steps
@@ -148,10 +193,9 @@ def pad_batch(
         "steps": steps,
         "columns": columns,
         "ends": lengths - 1,
-        "tokens": tokens,
     }
     tensors = {name: moved(array, device) for name, array in arrays.items()}
-    return PaddedBatch(**tensors, lengths=tuple(lengths.tolist()))
+    return PaddedBatch(**tensors, layout=layout)
 
 
 def response_logits(
@@ -163,7 +207,7 @@ def response_logits(
     ``inputs`` are the batch's for the model, where they are known already.
     """
     inputs = inputs or batch.inputs(model)
-    with output_layer_at(model, inputs.starts[batch.rows] + batch.columns):
+    with output_layer_at(model, inputs.places[batch.rows, batch.columns]):
         return model(input_ids=inputs.input_ids, **inputs.options).logits[0]
 
 
@@ -313,7 +357,7 @@ def _chunk_by_chunk(
         model(input_ids=inputs.input_ids, **inputs.options)
     output: BaseModelOutput = seen["output"]
     hidden = output.last_hidden_state.flatten(0, 1)
-    places = hidden[inputs.starts[batch.rows] + batch.columns]  # (N, H)
+    places = hidden[inputs.places[batch.rows, batch.columns]]  # (N, H)
 
     def of_places(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         part = copy.copy(output)

@@ -6,6 +6,11 @@ attention function registered with transformers' ``AttentionInterface``: on a GP
 half precision by one kernel for sequences of any lengths, elsewhere on rows that are
 padded for attention alone. Without packed sequences it is transformers' own ``sdpa``.
 
+In a causal model what a token becomes depends on what stands before it alone. So where
+many sequences begin alike, as the samples of one question do, and questions after the
+same examples, a common beginning goes through the model once: each token is the query
+of one sequence, and a key of all that hold it.
+
 transformers promises no family that it packs, so each model is compared once with
 itself on padded rows. One that differs, or whose attention is not ``sdpa``, gets
 padded rows: in a causal model nothing looks to the right, so padding on the right needs
@@ -18,8 +23,9 @@ are padded too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -42,21 +48,74 @@ _ASKED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _longest: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 
 
+# Looking up common beginnings costs attention a little, so it has to save this share
+_SAVES = 0.1
+
+
 @dataclass(frozen=True)
-class Packed:
-    """Where the sequences of a row lie.
+class Layout:
+    """Which tokens of B sequences go through a model, and where they stand.
 
     Attributes:
-        count: B, of the sequences.
-        longest: L, tokens of the longest.
-        bounds: The place where each starts, and the end of the last, (B + 1,), int32.
-        places: Of each token among those of padded rows, (N,).
+        tokens: Ids, (N,): all of them, or those of a common beginning once.
+        rows: The sequence that each of them was taken from, (N,).
+        columns: Its place there, (N,).
+        order: The sequences as their tokens follow each other, (B,).
+        begins: How many tokens a sequence shares with one before it, (B,).
+        lengths: Of the sequences, (B,).
+        places: Where each token of padded rows (B, L) is among the N; 0 for padding.
+    """
+
+    tokens: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    order: np.ndarray
+    begins: np.ndarray
+    lengths: np.ndarray
+    places: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some of the sequences of a layout, as padded rows for attention.
+
+    Attributes:
+        count: b, of the sequences.
+        most: Q, the most tokens that one of them asks.
+        places: Of the tokens that ask among b * Q.
+        asked: Which of the N tokens ask, (b, Q); None: all.
+        keys: What they look at, (b, K); None: each other.
+        mask: Which keys a token may look at, (b, 1, Q, K); None: those to its left.
     """
 
     count: int
-    longest: int
-    bounds: Tensor
+    most: int
     places: Tensor
+    asked: Tensor | None
+    keys: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How the tokens of a row attend.
+
+    Attributes:
+        query_bounds: Where the tokens of each sequence start, and the end of the last,
+            (B + 1,), int32.
+        key_bounds: The same, of what they look at.
+        keys: Which of the N tokens that is; None: the tokens themselves.
+        most: Tokens that one sequence asks at most.
+        longest: Tokens of the longest sequence.
+        rows: The same as padded rows; none where there is a kernel for it.
+    """
+
+    query_bounds: Tensor
+    key_bounds: Tensor
+    keys: Tensor | None
+    most: int
+    longest: int
+    rows: tuple[Rows, ...]
 
 
 @dataclass(frozen=True)
@@ -66,35 +125,124 @@ class Inputs:
     Attributes:
         input_ids: (1, N) packed, (B, L) padded.
         options: What else its trunk is given, the positions among it.
-        starts: The place of each sequence's first token among all places, row by row,
-            (B,).
+        places: Where each token of padded rows (B, L) is among all, row by row.
     """
 
     input_ids: Tensor
     options: dict[str, Any]
-    starts: Tensor
+    places: Tensor
 
 
-def pack(tokens: Tensor, lengths: Sequence[int]) -> Inputs:
-    """The inputs of sequences that stand end to end.
+def common_beginnings(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens each shares with the one before it; put them in order first."""
+    alike = [_common(one, other) for one, other in pairwise(sequences)]
+    return [0, *alike] if sequences else []
 
-    Args:
-        tokens: All tokens, (N,).
-        lengths: Of the B sequences, N in all.
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Of two sequences: by halves, since tuples are compared quickly."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def begin_alike(lengths: Sequence[int], begins: Sequence[int]) -> bool:
+    """Whether it pays to let common beginnings go through a model once."""
+    return sum(begins) >= _SAVES * sum(lengths)
+
+
+def lay_out(sequences: Sequence[Sequence[int]]) -> Layout:
+    """Decide what of B sequences of token ids goes through a model.
+
+    The last token of each is always its own.
     """
-    device, longest = tokens.device, max(lengths)
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.arange(len(tokens)) - bounds[:-1].repeat(lengths)
-    places = np.arange(len(lengths)).repeat(lengths) * longest + positions
-    ends = moved(bounds, device)
+    lengths = np.array([len(ids) for ids in sequences])
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    alike = common_beginnings([sequences[i] for i in order])
+    begins = np.zeros_like(lengths)
+    if begin_alike(lengths, alike):
+        begins[order] = np.minimum(alike, lengths[order] - 1)
+    own = lengths - begins
+    # What asks little and what asks much is padded apart, so they lie together
+    laid = np.argsort(-own, kind="stable") if begins.any() else np.arange(len(own))
+    rows = laid.repeat(own[laid])
+    ends = own[laid].cumsum()
+    columns = np.arange(len(rows)) - (ends - lengths[laid]).repeat(own[laid])
+    places = np.zeros((len(own), lengths.max()), np.int64)
+    places[rows, columns] = np.arange(len(rows))
+    for before, row in pairwise(order):
+        places[row, : begins[row]] = places[before, : begins[row]]
+    every = (sequences[row][begins[row] :] for row in laid)
+    tokens = np.fromiter((token for ids in every for token in ids), np.int64)
+    return Layout(tokens, rows, columns, laid, begins, lengths, places)
+
+
+def pack(layout: Layout, weight: Tensor) -> Inputs:
+    """The inputs of sequences that stand end to end, for a model with such weights."""
+    device = weight.device
+    order, lengths = layout.order, layout.lengths[layout.order]
+    own = lengths - layout.begins[order]
+    shares = bool(layout.begins.any())
+    real = np.arange(lengths.max()) < lengths[:, None]
+    packed = Packed(
+        query_bounds=moved(np.append(0, own.cumsum()), device).int(),
+        key_bounds=moved(np.append(0, lengths.cumsum()), device).int(),
+        keys=moved(layout.places[order][real], device) if shares else None,
+        most=int(own.max()),
+        longest=int(lengths.max()),
+        rows=() if _has_kernel(weight) else tuple(_padded_rows(layout, device)),
+    )
     options = {
-        "position_ids": moved(positions, device)[None],
+        "position_ids": moved(layout.columns, device)[None],
         # A mask of four dimensions is passed on as it is; ``packed`` knows better.
         "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
-        "packed": Packed(len(lengths), longest, ends.int(), moved(places, device)),
+        "packed": packed,
         "use_cache": False,
     }
-    return Inputs(tokens[None], options, ends[:-1])
+    places = moved(layout.places, device)
+    return Inputs(moved(layout.tokens, device)[None], options, places)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether one kernel attends among sequences of any lengths."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _padded_rows(layout: Layout, device: torch.device) -> Iterator[Rows]:
+    """All sequences as padded rows; apart, where some ask much more than others."""
+    order = layout.order
+    own = (layout.lengths - layout.begins)[order]
+    shares = bool(layout.begins.any())
+    cut = _cut(own, layout.lengths[order]) if shares else len(own)
+    for part in filter(len, (order[:cut], order[cut:])):
+        asks = (layout.lengths - layout.begins)[part]
+        most, longest = int(asks.max()), int(layout.lengths[part].max())
+        real = np.arange(most) < asks[:, None]  # (b, Q)
+        asked = keys = mask = None
+        if shares:
+            columns = layout.begins[part, None] + np.arange(most)  # (b, Q)
+            last = layout.lengths[part, None] - 1  # stands where nothing is asked
+            asked = layout.places[part[:, None], np.minimum(columns, last)]
+            asked = moved(asked, device)
+            keys = moved(layout.places[part, :longest], device)
+            mask = moved(np.arange(longest) <= columns[..., None], device)[:, None]
+        places = moved(real.ravel().nonzero()[0], device)
+        yield Rows(len(part), most, places, asked, keys, mask)
+
+
+def _cut(own: np.ndarray, lengths: np.ndarray) -> int:
+    """Where to cut rows that ask less and less, so that the least is padding."""
+    before = np.maximum.accumulate(lengths)
+    behind = np.append(np.maximum.accumulate(lengths[::-1])[-2::-1], 0)
+    count = np.arange(1, len(own) + 1)
+    area = count * own[0] * before
+    area += (len(own) - count) * np.append(own[1:], 0) * behind
+    return int(area.argmin()) + 1
 
 
 def moved(array: np.ndarray, device: torch.device | str | None) -> Tensor:
@@ -108,9 +256,9 @@ def moved(array: np.ndarray, device: torch.device | str | None) -> Tensor:
 def pad(input_ids: Tensor) -> Inputs:
     """The inputs of rows (B, L) that are padded on the right."""
     rows, width = input_ids.shape
-    places = torch.arange(max(rows, width), device=input_ids.device)
-    options = {"position_ids": places[None, :width], "use_cache": False}
-    return Inputs(input_ids, options, places[:rows] * width)
+    places = torch.arange(rows * width, device=input_ids.device).view(rows, width)
+    options = {"position_ids": places[:1], "use_cache": False}
+    return Inputs(input_ids, options, places)
 
 
 def packs(trunk: PreTrainedModel, longest: int) -> bool:
@@ -139,16 +287,20 @@ def _agrees(trunk: PreTrainedModel) -> bool:
     if own not in ("sdpa", PACKED):
         return False
     weight = trunk.get_input_embeddings().weight
-    ids = torch.arange(1, 11, device=weight.device).view(2, 5) % len(weight)
+    ids = torch.arange(1, 19, device=weight.device).view(3, 6) % len(weight)
+    ids[2, :3] = ids[1, :3]
+    sequences = [row[:n] for row, n in zip(ids.tolist(), (5, 6, 6), strict=True)]
+    real = [*range(5), *range(6, 18)]
     try:
-        expected = _hidden(trunk, pad(ids)).flatten(0, 1)[:8]  # two of padding
+        expected = _hidden(trunk, pad(ids)).flatten(0, 1)[real]
         allow_packing(trunk)
-        found = _hidden(trunk, pack(ids.flatten()[:8], (5, 3)))[0]
+        inputs = pack(lay_out(sequences), weight)
+        found = _hidden(trunk, inputs)[0][inputs.places.flatten()[real]]
     except Exception:  # an unknown family may raise anything
         trunk.set_attn_implementation(own)
         return False
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    if (found - expected).norm() <= tolerance * expected.norm():
+    apart = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    if apart.max() <= torch.finfo(expected.dtype).eps ** 0.5:
         return True
     trunk.set_attn_implementation(own)
     return False
@@ -187,33 +339,53 @@ def _attention(
         )
     if any(options.get(name) is not None for name in ("softcap", "s_aux")):
         raise ValueError(f"{type(module).__name__} has an attention of its own")
-    heads = [x.transpose(1, 2)[0] for x in (query, key, value)]  # (N, H, D)
+    queries, keys, values = (x.transpose(1, 2)[0] for x in (query, key, value))
     grouped = {"enable_gqa": query.shape[1] != key.shape[1]}
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        bounds, longest = packed.bounds, packed.longest
+    if not packed.rows:
+        if packed.keys is not None:
+            keys, values = (_at(x, packed.keys) for x in (keys, values))
         out = varlen_attn(
-            *heads,
-            bounds,
-            bounds,
-            longest,
-            longest,
+            queries,
+            keys,
+            values,
+            packed.query_bounds,
+            packed.key_bounds,
+            packed.most,
+            packed.longest,
             scale=scaling,
-            window_size=(-1, 0),  # causal
+            window_size=(-1, 0),  # causal, the last query being at the last key
             **(grouped if _ASKED else {}),
         )
         return out[None], None
-    shape = packed.count, packed.longest  # (B, L)
-    rows = [_pad(x, packed.places, shape).transpose(1, 2) for x in heads]
-    out = scaled_dot_product_attention(
-        *rows, is_causal=True, scale=scaling, **grouped
-    )  # (B, H, L, D); what is made of padding is dropped
-    return _Unpad.apply(out.transpose(1, 2).flatten(0, 1), packed.places)[None], None
+    outs = []
+    for part in packed.rows:
+        if part.keys is None:
+            heads = [_pad(x, part) for x in (queries, keys, values)]
+        else:
+            heads = [_at(x, part.keys) for x in (keys, values)]
+            heads.insert(0, _at(queries, part.asked))
+        out = scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in heads),
+            attn_mask=part.mask,
+            is_causal=part.mask is None,
+            scale=scaling,
+            **grouped,
+        )  # (b, H, Q, D); what is made of padding is dropped
+        outs.append(_Unpad.apply(out.transpose(1, 2).flatten(0, 1), part.places))
+    return torch.cat(outs)[None] if len(outs) > 1 else outs[0][None], None
 
 
-def _pad(x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(N, H, D) as rows (B, L, H, D), with zeros at the right."""
-    zeros = x.new_zeros((shape[0] * shape[1], *x.shape[1:]))
-    return zeros.index_copy(0, places, x).unflatten(0, shape)
+def _pad(x: Tensor, part: Rows) -> Tensor:
+    """(n, H, D) as rows (b, Q, H, D), with zeros at the right."""
+    zeros = x.new_zeros((part.count * part.most, *x.shape[1:]))
+    rows = zeros.index_copy(0, part.places, x)
+    return rows.unflatten(0, (part.count, part.most))
+
+
+def _at(x: Tensor, places: Tensor) -> Tensor:
+    """(N, H, D) at places (...), as (..., H, D); its gradient is quicker than that of
+    ``index_select``, and the same each time."""
+    return embedding(places, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 
 class _Unpad(torch.autograd.Function):

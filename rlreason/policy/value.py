@@ -244,8 +244,9 @@ def _values_at(
     V of a place is that of the state with its token, so the state before token t is
     found one place to the left of it, as its log-probability is.
     """
-    before = inputs.starts[batch.rows] + batch.columns
-    return batch.unpack(everywhere[before]), everywhere[inputs.starts + batch.ends]
+    before = inputs.places[batch.rows, batch.columns]
+    ends = inputs.places.gather(1, batch.ends[:, None])[:, 0]
+    return batch.unpack(everywhere[before]), everywhere[ends]
 
 
 def _run(body: PreTrainedModel, inputs: Inputs, **entering: Tensor) -> Tensor:

@@ -40,9 +40,9 @@ from rlreason.mdp import step_spans
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import (
     PaddedBatch,
+    alike_batches,
     first_call,
     logprobs_of,
-    micro_batches,
     pad_batch,
     response_logits,
     trunk_of,
@@ -92,7 +92,7 @@ class LikelihoodNetwork(nn.Module):
             lm_logits = response_logits(self.model, batch, inputs)  # (N, V)
         hidden = seen["output"].last_hidden_state.flatten(0, 1)
         so_far = batch.unpack(logprobs_of(lm_logits, batch.targets)).cumsum(1)  # (B, T)
-        after = inputs.starts[batch.rows] + batch.columns + 1
+        after = inputs.places[batch.rows, batch.columns + 1]
         here = hidden[after].to(self.weight.dtype)
         likelihood = so_far[batch.rows, batch.steps]
         return here @ self.weight + self.bias + self.beta * likelihood
@@ -144,7 +144,7 @@ class OutcomeRewardModel:
             return self.network(batch), batch
         inputs = batch.inputs(self.network.body)
         # ``columns`` predict the tokens; the tokens themselves stand one further on.
-        after = inputs.starts[batch.rows] + batch.columns + 1
+        after = inputs.places[batch.rows, batch.columns + 1]
         return self.network(inputs, {})[after], batch
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
@@ -224,12 +224,11 @@ def score_tokens(
     for i, response in enumerate(responses):
         places.setdefault((response.prompt_tokens, response.tokens), []).append(i)
     scores: list[tuple[float, ...]] = [()] * len(responses)
-    repeats = sorted(places.values(), key=lambda same: -_length(responses[same[0]]))
     own = []  # of several processes each scores its share
-    for mb in micro_batches(
-        my_share(repeats),
+    for mb in alike_batches(
+        my_share([*places.values()]),
         max_tokens=micro_tokens,
-        size=lambda same: _length(responses[same[0]]),
+        sequence=lambda same: _tokens(responses[same[0]]),
     ):
         logits, _ = orm.logits([responses[same[0]] for same in mb])
         rows = logits.sigmoid().cpu().split([len(responses[s[0]].tokens) for s in mb])
@@ -288,5 +287,5 @@ def dense_orm_reward(orm: OutcomeRewardModel) -> RewardFunction:
     return reward
 
 
-def _length(response: Response) -> int:
-    return len(response.prompt_tokens) + len(response.tokens)
+def _tokens(response: Response) -> tuple[int, ...]:
+    return (*response.prompt_tokens, *response.tokens)

@@ -35,6 +35,7 @@ from rlreason.algorithms.reward_modelling import (
     classification_loss,
 )
 from rlreason.policy.load import BUNDLED
+from rlreason.policy.logprobs import alike_batches
 from rlreason.policy.lora import trainable_weights, with_lora
 from rlreason.policy.passes import Checked
 from rlreason.policy.rollout import Rollout
@@ -409,7 +410,8 @@ class Models:
         one = example(*self._texts())
         tokens = settings.micro_tokens or self._tokens_that_fit(learns, one)
         # Two micro-batches: in the second one there are gradients already
-        batch = [one] * min(share, 2 * max(1, tokens // size))
+        count = min(share, 2 * max(1, tokens // size))
+        batch = [example(*self._texts(i)) for i in range(count)]
 
         def measure(policy: WeightlessPolicy) -> tuple[int, ...]:
             with LiveBytes() as live, torch.device("meta"):
@@ -447,8 +449,6 @@ class Models:
     def ppo(self) -> tuple[int, int, int]:
         """Of a learner: itself with its optimiser, and the peaks of scoring and update."""
         settings = self.recipe.ppo
-        prompt, response = self._texts()
-        size = len(prompt) + len(response)
         problem = Problem("", "", "", "")
 
         def learns(policy: WeightlessPolicy) -> tuple[nn.Module, Callable]:
@@ -456,16 +456,20 @@ class Models:
             return learner.policy.model, learner.kept_by
 
         tokens = settings.micro_tokens or self._tokens_that_fit(
-            learns, Example(prompt, response)
+            learns, Example(*self._texts())
         )
-        at_once = max(1, tokens // size)
         share = -(-settings.batch_size // self.machine.ranks)
-        rows = min(share, 2 * at_once)
+        texts = [self._texts(i // settings.n, i) for i in range(share)]
+        at_once, *more = alike_batches(
+            texts, max_tokens=tokens, sequence=lambda text: (*text[0], *text[1])
+        )
+        chosen = at_once + (more[0] if more else [])
+        rollouts = [
+            Rollout("", 0, *text, (0.0,) * len(text[1]), "", True) for text in chosen
+        ]
         if settings.kl.reference == "swap":  # then its weights are on the CPU
             kl = settings.kl.model_copy(update={"coef": 0.0})
             settings = settings.model_copy(update={"kl": kl, "max_kl": None})
-        rollout = Rollout("", 0, prompt, response, (0.0,) * len(response), "", True)
-
         def measure(policy: WeightlessPolicy) -> tuple[int, ...]:
             with LiveBytes() as live, torch.device("meta"):
                 learner = Learner(policy, [problem], settings)
@@ -475,9 +479,9 @@ class Models:
                 models.append(learner.reference.copy.model)
             state = _optimiser(nn.ModuleList(models), self.machine.ranks)
             learner.optimizer = torch.optim.SGD(learner.trained[0])  # counted above
-            zeros = torch.zeros((rows, len(response)), device="meta")
+            zeros = torch.zeros((len(chosen), self.work.response), device="meta")
             experience = Experience(
-                (rollout,) * rows, zeros.bool(), *(zeros,) * 3, zeros[:, 0], *(zeros,) * 4
+                tuple(rollouts), zeros.bool(), *(zeros,) * 3, zeros[:, 0], *(zeros,) * 4
             )
             with live:
                 live.hold(w for m in models for w in m.parameters())
@@ -486,23 +490,25 @@ class Models:
                 with torch.no_grad():
                     score(
                         learner.policy,
-                        [prompt] * min(rows, at_once),
-                        [response] * min(rows, at_once),
+                        *map(list, zip(*at_once, strict=True)),
                         value_function=learner.value_function,
                         entropy=False,
                         chunk=settings.logit_rows,
                     )
                 scoring, live.peak = live.peak, start
-                learner.accumulate(experience, list(range(rows)))
+                learner.accumulate(experience, list(range(len(chosen))))
             sizes = start, with_slack(start, scoring), with_slack(start, live.peak)
             return *(n + state.kept for n in sizes), live.now + state.stepping
 
         idle, scoring, backward, step = self.by_depth(measure)
         return idle, scoring, max(backward, step)
 
-    def _texts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """A prompt and a response of the length that is assumed."""
-        return (1,) * self.work.prompt, (1,) * self.work.response
+    def _texts(
+        self, question: int = 0, sample: int = 0
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A prompt and a response of the length that is assumed, like no other."""
+        prompt, response = self.work.prompt, self.work.response
+        return (question, *(1,) * (prompt - 1)), (sample, *(1,) * (response - 1))
 
     def by_depth(self, measure: Callable[[WeightlessPolicy], tuple]) -> list[int]:
         """Measure two shallow models, and go on along the line to the whole depth."""
