@@ -55,8 +55,9 @@ from rlreason.algorithms.finetune import (
 )
 from rlreason.algorithms.optim import cosine_lr
 from rlreason.algorithms.sft import sft, solution_examples
+from rlreason.policy.layout import micro_batches
 from rlreason.policy.load import Policy
-from rlreason.policy.logprobs import micro_batches, token_logprobs
+from rlreason.policy.logprobs import token_logprobs
 from rlreason.policy.lora import LoraSettings
 from rlreason.policy.sampler import sample
 from rlreason.runs import plans

@@ -18,20 +18,14 @@ from rlreason.algorithms import batching
 from rlreason.algorithms.batching import Example, tokens_that_fit
 from rlreason.algorithms.finetune import accumulate_gradients, nll
 from rlreason.policy import packing
+from rlreason.policy.layout import Layout, alike_batches, common_beginnings, lay_out
 from rlreason.policy.logprobs import (
-    alike_batches,
     pad_batch,
     response_logits,
     token_logprobs,
     trunk_of,
 )
-from rlreason.policy.packing import (
-    Inputs,
-    Layout,
-    common_beginnings,
-    lay_out,
-    pack,
-)
+from rlreason.policy.packing import Inputs, pack
 
 PROMPTS = [[1, 40, 50, 60], [1, 41], [1, 90, 95], [1, 42, 43]]
 RESPONSES = [[70, 71, 72, 2], [73, 2], [80, 81, 82, 83, 84, 2], [2]]

@@ -43,8 +43,8 @@ from rlreason.algorithms.rcrl import (
 )
 from rlreason.mdp import step_spans
 from rlreason.policy.labels import BAD, GOOD, sample_conditioned
+from rlreason.policy.layout import micro_batches
 from rlreason.policy.load import Policy
-from rlreason.policy.logprobs import micro_batches
 from rlreason.policy.rollout import Prompt, Rollout
 from rlreason.policy.sampler import sample, sample_prompts
 from rlreason.policy.vocabulary import add_tokens, token_id

@@ -40,8 +40,9 @@ from rlreason.algorithms.optim import (
 )
 from rlreason.algorithms.recorder import NullRecorder, Recorder
 from rlreason.policy.compiling import compiled_layers
+from rlreason.policy.layout import micro_batches
 from rlreason.policy.load import Policy
-from rlreason.policy.logprobs import micro_batches, token_logprobs
+from rlreason.policy.logprobs import token_logprobs
 from rlreason.policy.lora import (
     LoraSettings,
     merge_adapters,

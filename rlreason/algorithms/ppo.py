@@ -60,8 +60,8 @@ from rlreason.algorithms.ppo_settings import (  # noqa: F401  asked for here
 )
 from rlreason.algorithms.recorder import NullRecorder, Recorder
 from rlreason.policy.compiling import compiled_layers
+from rlreason.policy.layout import alike_batches
 from rlreason.policy.load import Policy
-from rlreason.policy.logprobs import alike_batches
 from rlreason.policy.lora import (
     load_trainable_tensors,
     merge_adapters,

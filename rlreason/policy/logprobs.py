@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,22 +31,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from rlreason.policy.packing import (
-    Inputs,
-    Layout,
-    begin_alike,
-    common_beginnings,
-    lay_out,
-    moved,
-    pack,
-    packs,
-    pad,
-)
+from rlreason.policy.layout import Layout, lay_out
+from rlreason.policy.packing import Inputs, moved, pack, packs, pad
 
 # exp of it is 0 in float64 too, and it times 0 is 0, which minus infinity would not be.
 _LOWEST_LOGPROB = -1e4
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -85,67 +74,6 @@ class PaddedBatch:
         """Lay N values, one a response token, out as (B, T), with 0 elsewhere."""
         out = values.new_zeros(self.response_mask.shape)
         return out.index_put((self.rows, self.steps), values)
-
-
-def micro_batches(
-    batch: Sequence[Item], *, max_tokens: int, size: Callable[[Item], int] = len
-) -> Iterator[list[Item]]:
-    """Cut a batch, sorted by length, so that rows times longest row fits the budget.
-
-    Items of like length go together: padding is computed and thrown away.
-
-    Args:
-        batch: Examples of one update, or whatever ``size`` tells the length of.
-        max_tokens: Budget in tokens, padding included. A single longer example still
-            makes a micro-batch of its own.
-        size: Tokens of an item, prompt and response.
-    """
-    mb: list[Item] = []
-    for item in sorted(batch, key=size, reverse=True):
-        if mb and size(mb[0]) * (len(mb) + 1) > max_tokens:
-            yield mb
-            mb = []
-        mb.append(item)
-    if mb:
-        yield mb
-
-
-def alike_batches(
-    batch: Sequence[Item],
-    *,
-    max_tokens: int,
-    sequence: Callable[[Item], tuple[int, ...]],
-) -> Iterator[list[Item]]:
-    """As ``micro_batches``, but items that begin alike go together where many do.
-
-    Common beginnings count once, since they go through a model once. Attention looks at
-    them from each row; of what is kept for the backward pass that is a quarter at most.
-
-    Args:
-        sequence: All tokens of an item.
-    """
-    tokens = [sequence(item) for item in batch]
-    order = sorted(range(len(batch)), key=tokens.__getitem__)
-    begins = common_beginnings([tokens[i] for i in order])
-    if not begin_alike([*map(len, tokens)], begins):
-        alone = micro_batches(
-            range(len(batch)), max_tokens=max_tokens, size=lambda i: len(tokens[i])
-        )
-        yield from ([batch[i] for i in mb] for mb in alone)
-        return
-    mb: list[Item] = []
-    own = longest = 0
-    for i, begin in zip(order, begins, strict=True):
-        length = len(tokens[i])
-        looked_at = (len(mb) + 1) * max(longest, length)
-        if mb and max(own + length - begin, looked_at / 4) > max_tokens:
-            yield mb
-            mb, own, longest = [], 0, 0
-        own += length - (begin if mb else 0)
-        longest = max(longest, length)
-        mb.append(batch[i])
-    if mb:
-        yield mb
 
 
 def pad_batch(

@@ -6,10 +6,8 @@ attention function registered with transformers' ``AttentionInterface``: on a GP
 half precision by one kernel for sequences of any lengths, elsewhere on rows that are
 padded for attention alone. Without packed sequences it is transformers' own ``sdpa``.
 
-In a causal model what a token becomes depends on what stands before it alone. So where
-many sequences begin alike, as the samples of one question do, and questions after the
-same examples, a common beginning goes through the model once: each token is the query
-of one sequence, and a key of all that hold it.
+Where sequences begin alike a token may stand for several of them, see ``layout``: then
+it is the query of one sequence, and a key of all that hold it.
 
 transformers promises no family that it packs, so each model is compared once with
 itself on padded rows. One that differs, or whose attention is not ``sdpa``, gets
@@ -23,9 +21,8 @@ are padded too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,6 +36,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
+from rlreason.policy.layout import Layout, lay_out
+
 PACKED = "rlreason_packed"
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 # Older versions of torch take fewer key heads than query heads without being asked
@@ -46,33 +45,6 @@ _ASKED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 # The longest sequence that each trunk packs; beside it, so that a copy is asked anew
 _longest: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
-
-
-# Looking up common beginnings costs attention a little, so it has to save this share
-_SAVES = 0.1
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which tokens of B sequences go through a model, and where they stand.
-
-    Attributes:
-        tokens: Ids, (N,): all of them, or those of a common beginning once.
-        rows: The sequence that each of them was taken from, (N,).
-        columns: Its place there, (N,).
-        order: The sequences as their tokens follow each other, (B,).
-        begins: How many tokens a sequence shares with one before it, (B,).
-        lengths: Of the sequences, (B,).
-        places: Where each token of padded rows (B, L) is among the N; 0 for padding.
-    """
-
-    tokens: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
-    order: np.ndarray
-    begins: np.ndarray
-    lengths: np.ndarray
-    places: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -131,55 +103,6 @@ class Inputs:
     input_ids: Tensor
     options: dict[str, Any]
     places: Tensor
-
-
-def common_beginnings(sequences: Sequence[Sequence[int]]) -> list[int]:
-    """How many tokens each shares with the one before it; put them in order first."""
-    alike = [_common(one, other) for one, other in pairwise(sequences)]
-    return [0, *alike] if sequences else []
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Of two sequences: by halves, since tuples are compared quickly."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def begin_alike(lengths: Sequence[int], begins: Sequence[int]) -> bool:
-    """Whether it pays to let common beginnings go through a model once."""
-    return sum(begins) >= _SAVES * sum(lengths)
-
-
-def lay_out(sequences: Sequence[Sequence[int]]) -> Layout:
-    """Decide what of B sequences of token ids goes through a model.
-
-    The last token of each is always its own.
-    """
-    lengths = np.array([len(ids) for ids in sequences])
-    order = sorted(range(len(sequences)), key=sequences.__getitem__)
-    alike = common_beginnings([sequences[i] for i in order])
-    begins = np.zeros_like(lengths)
-    if begin_alike(lengths, alike):
-        begins[order] = np.minimum(alike, lengths[order] - 1)
-    own = lengths - begins
-    # What asks little and what asks much is padded apart, so they lie together
-    laid = np.argsort(-own, kind="stable") if begins.any() else np.arange(len(own))
-    rows = laid.repeat(own[laid])
-    ends = own[laid].cumsum()
-    columns = np.arange(len(rows)) - (ends - lengths[laid]).repeat(own[laid])
-    places = np.zeros((len(own), lengths.max()), np.int64)
-    places[rows, columns] = np.arange(len(rows))
-    for before, row in pairwise(order):
-        places[row, : begins[row]] = places[before, : begins[row]]
-    every = (sequences[row][begins[row] :] for row in laid)
-    tokens = np.fromiter((token for ids in every for token in ids), np.int64)
-    return Layout(tokens, rows, columns, laid, begins, lengths, places)
 
 
 def pack(layout: Layout, weight: Tensor) -> Inputs:

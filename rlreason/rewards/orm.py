@@ -37,10 +37,10 @@ import torch
 from torch import Tensor, nn
 
 from rlreason.mdp import step_spans
+from rlreason.policy.layout import alike_batches
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import (
     PaddedBatch,
-    alike_batches,
     first_call,
     logprobs_of,
     pad_batch,

@@ -34,8 +34,8 @@ from rlreason.algorithms.reward_modelling import (
     OrmSettings,
     classification_loss,
 )
+from rlreason.policy.layout import alike_batches
 from rlreason.policy.load import BUNDLED
-from rlreason.policy.logprobs import alike_batches
 from rlreason.policy.lora import trainable_weights, with_lora
 from rlreason.policy.passes import Checked
 from rlreason.policy.rollout import Rollout

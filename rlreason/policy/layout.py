@@ -1,0 +1,154 @@
+"""What of some sequences goes through a model, and which go through it together.
+
+In a causal model what a token becomes depends on what stands before it alone. So where
+many sequences begin alike, as the samples of one question do, and questions after the
+same examples, a common beginning needs to go through the model once. ``lay_out`` says
+where each token then stands, ``alike_batches`` brings together what begins alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item")
+
+# Looking up common beginnings costs attention a little, so it has to save this share
+_SAVES = 0.1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens of B sequences go through a model, and where they stand.
+
+    Attributes:
+        tokens: Ids, (N,): all of them, or those of a common beginning once.
+        rows: The sequence that each of them was taken from, (N,).
+        columns: Its place there, (N,).
+        order: The sequences as their tokens follow each other, (B,).
+        begins: How many tokens a sequence shares with one before it, (B,).
+        lengths: Of the sequences, (B,).
+        places: Where each token of padded rows (B, L) is among the N; 0 for padding.
+    """
+
+    tokens: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    order: np.ndarray
+    begins: np.ndarray
+    lengths: np.ndarray
+    places: np.ndarray
+
+
+def common_beginnings(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens each shares with the one before it; put them in order first."""
+    alike = [_common(one, other) for one, other in pairwise(sequences)]
+    return [0, *alike] if sequences else []
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Of two sequences: by halves, since tuples are compared quickly."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def begin_alike(lengths: Sequence[int], begins: Sequence[int]) -> bool:
+    """Whether it pays to let common beginnings go through a model once."""
+    return sum(begins) >= _SAVES * sum(lengths)
+
+
+def lay_out(sequences: Sequence[Sequence[int]]) -> Layout:
+    """Decide what of B sequences of token ids goes through a model.
+
+    The last token of each is always its own.
+    """
+    lengths = np.array([len(ids) for ids in sequences])
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    alike = common_beginnings([sequences[i] for i in order])
+    begins = np.zeros_like(lengths)
+    if begin_alike(lengths, alike):
+        begins[order] = np.minimum(alike, lengths[order] - 1)
+    own = lengths - begins
+    # What asks little and what asks much is padded apart, so they lie together
+    laid = np.argsort(-own, kind="stable") if begins.any() else np.arange(len(own))
+    rows = laid.repeat(own[laid])
+    ends = own[laid].cumsum()
+    columns = np.arange(len(rows)) - (ends - lengths[laid]).repeat(own[laid])
+    places = np.zeros((len(own), lengths.max()), np.int64)
+    places[rows, columns] = np.arange(len(rows))
+    for before, row in pairwise(order):
+        places[row, : begins[row]] = places[before, : begins[row]]
+    every = (sequences[row][begins[row] :] for row in laid)
+    tokens = np.fromiter((token for ids in every for token in ids), np.int64)
+    return Layout(tokens, rows, columns, laid, begins, lengths, places)
+
+
+def micro_batches(
+    batch: Sequence[Item], *, max_tokens: int, size: Callable[[Item], int] = len
+) -> Iterator[list[Item]]:
+    """Cut a batch, sorted by length, so that rows times longest row fits the budget.
+
+    Items of like length go together: padding is computed and thrown away.
+
+    Args:
+        batch: Examples of one update, or whatever ``size`` tells the length of.
+        max_tokens: Budget in tokens, padding included. A single longer example still
+            makes a micro-batch of its own.
+        size: Tokens of an item, prompt and response.
+    """
+    mb: list[Item] = []
+    for item in sorted(batch, key=size, reverse=True):
+        if mb and size(mb[0]) * (len(mb) + 1) > max_tokens:
+            yield mb
+            mb = []
+        mb.append(item)
+    if mb:
+        yield mb
+
+
+def alike_batches(
+    batch: Sequence[Item],
+    *,
+    max_tokens: int,
+    sequence: Callable[[Item], tuple[int, ...]],
+) -> Iterator[list[Item]]:
+    """As ``micro_batches``, but items that begin alike go together where many do.
+
+    Common beginnings count once, since they go through a model once. Attention looks at
+    them from each row; of what is kept for the backward pass that is a quarter at most.
+
+    Args:
+        sequence: All tokens of an item.
+    """
+    tokens = [sequence(item) for item in batch]
+    order = sorted(range(len(batch)), key=tokens.__getitem__)
+    begins = common_beginnings([tokens[i] for i in order])
+    if not begin_alike([*map(len, tokens)], begins):
+        alone = micro_batches(
+            range(len(batch)), max_tokens=max_tokens, size=lambda i: len(tokens[i])
+        )
+        yield from ([batch[i] for i in mb] for mb in alone)
+        return
+    mb: list[Item] = []
+    own = longest = 0
+    for i, begin in zip(order, begins, strict=True):
+        length = len(tokens[i])
+        looked_at = (len(mb) + 1) * max(longest, length)
+        if mb and max(own + length - begin, looked_at / 4) > max_tokens:
+            yield mb
+            mb, own, longest = [], 0, 0
+        own += length - (begin if mb else 0)
+        longest = max(longest, length)
+        mb.append(batch[i])
+    if mb:
+        yield mb
