@@ -44,7 +44,8 @@ from rlreason.algorithms.credit import (
     whiten,
 )
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
-from rlreason.algorithms.ppo import DivergedError, Learner, ppo
+from rlreason.algorithms.optim import DivergedError
+from rlreason.algorithms.ppo import Learner, ppo
 from rlreason.algorithms.ppo_settings import (
     BaselineSettings,
     GaeSettings,
@@ -54,6 +55,7 @@ from rlreason.algorithms.ppo_settings import (
 )
 from rlreason.evaluation.metrics import pass_at_k
 from rlreason.policy.load import Policy
+from rlreason.policy.logprobs import token_logprobs
 from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.value import ValueSettings
@@ -645,22 +647,127 @@ def gradients(learner) -> Tensor:
 
 @pytest.mark.parametrize("micro_tokens", [1, 100, 100_000])
 def test_p25_the_gradient_does_not_depend_on_how_a_mini_batch_is_cut(
-    micro_tokens, scored
+    micro_tokens, scored, monkeypatch
 ):
     learner, experience, _ = scored
     rows = [7, 0, 3, 10, 5]
     learner.accumulate(experience, rows)
     expected = gradients(learner)
-    cut = learner.settings.model_copy(update={"micro_tokens": micro_tokens})
-    monkey, learner.settings = learner.settings, cut
+    monkeypatch.setattr(learner, "micro_tokens", micro_tokens)
     learner.accumulate(experience, rows)
-    learner.settings = monkey
     assert torch.allclose(gradients(learner), expected, atol=1e-5)
     # Wrong: the mean of the means of the micro-batches
     for row in rows:
         learner.accumulate(experience, [row])
     wrong = gradients(learner) / len(rows)
     assert not torch.allclose(wrong, expected, atol=1e-3)
+
+
+# What is not computed
+
+
+def without_value(**changes) -> Learner:
+    """A learner of a group's baseline, which nothing but advantages teaches."""
+    changes = {
+        "credit": BaselineSettings(kind="grpo"),
+        "whiten": False,
+        "kl": KlSettings(coef=0.0),
+        "n": 4,
+    } | changes
+    return Learner(toy_policy(), TOY_PROBLEMS, quick(**changes))
+
+
+def two_groups(learner: Learner) -> list[Rollout]:
+    """Four samples of two questions; those of the second will all be paid alike."""
+    return sample(learner.policy, TOY_PROBLEMS[:2], k=4, max_new_tokens=20, seed=1)
+
+
+PAID = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def credited_without_value(learner: Learner, rollouts: list[Rollout]):
+    pairs = zip(rollouts, PAID, strict=True)
+    paid = [last_token_reward(rollout, reward) for rollout, reward in pairs]
+    return learner.credit(learner.pay(learner.score(rollouts), paid))
+
+
+def test_groups_without_a_signal_are_left_out_and_the_gradient_is_the_same(monkeypatch):
+    learner = without_value()
+    experience = credited_without_value(learner, two_groups(learner))
+    rows = list(range(8))
+    assert learner.taught(experience, rows) == [0, 1, 2, 3]
+    metrics = learner.accumulate(experience, rows)
+    found = gradients(learner)
+    monkeypatch.setattr(learner, "taught", lambda experience, rows: rows)
+    learner.accumulate(experience, rows)
+    expected = gradients(learner)
+    assert torch.allclose(found, expected, atol=1e-6 * float(expected.abs().max()))
+    # Wrong: a mean over those that are left
+    learner.accumulate(experience, rows[:4])
+    assert not torch.allclose(gradients(learner), expected, rtol=0.1)
+    # What is told of the update is of the tokens that are learned from
+    assert metrics["entropy"] == pytest.approx(
+        learner.accumulate(experience, rows[:4])["entropy"], rel=1e-5
+    )
+    learner.optimizer.zero_grad()
+
+
+def test_where_no_group_has_a_signal_the_moments_still_move_the_weights():
+    learner = without_value()
+    experience = credited_without_value(learner, two_groups(learner))
+    assert learner.taught(experience, [5, 4, 7]) == [5]
+    learner.accumulate(experience, [5, 4, 7])
+    grads = [w.grad for weights in learner.trained for w in weights]
+    assert all(grad is not None and not grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"credit": GaeSettings(value=HEAD)},
+        {"entropy_coef": 0.01},
+        {"stop_kl": 1.0},
+        {"whiten": True},
+        {"kl": KlSettings(coef=0.1)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_all_are_learned_from_where_anything_else_teaches(changes):
+    learner = without_value(**changes)
+    with torch.no_grad():  # away from the reference
+        learner.policy.model.get_input_embeddings().weight.mul_(1.01)
+    experience = credited_without_value(learner, two_groups(learner))
+    if learner.settings.whiten:
+        white = whiten(experience.advantages, experience.response_mask)
+        experience = replace(experience, advantages=white)
+    assert learner.taught(experience, [*range(8)]) == [*range(8)]
+
+
+@pytest.mark.parametrize("credit", ["grpo", "gae"])
+def test_the_sampler_s_probabilities_are_the_old_ones_where_they_agree(credit):
+    settings = {"credit": GaeSettings(value=HEAD)} if credit == "gae" else {}
+    learner = without_value(**settings, kl=KlSettings(coef=0.0), max_kl=None)
+    learner.micro_tokens = 40  # several parts
+    rollouts = two_groups(learner)
+    passes = []
+    learner.policy.model.register_forward_hook(lambda *_: passes.append(1))
+    expected, mask = token_logprobs(
+        learner.policy.model,
+        [r.prompt_tokens for r in rollouts],
+        [r.tokens for r in rollouts],
+    )
+    passes.clear()
+    experience = learner.score(rollouts)
+    parts = len([*learner._parts(rollouts)])
+    assert parts > 2
+    assert len(passes) == (parts if credit == "gae" else 1)
+    assert (experience.logprobs - expected).abs()[mask].max() < 1e-4
+    # A sampler that says something else is not believed
+    passes.clear()
+    other = [replace(r, logprobs=tuple(x + 0.01 for x in r.logprobs)) for r in rollouts]
+    found = learner.score(other).logprobs
+    assert len(passes) == parts
+    assert (found - expected).abs()[mask].max() < 1e-4
 
 
 REFERENCES = {

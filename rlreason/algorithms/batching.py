@@ -18,6 +18,7 @@ from torch import Tensor
 from rlreason.policy.memory import free_bytes
 
 AnyExample = TypeVar("AnyExample", bound="Example")
+Item = TypeVar("Item")
 # What a micro-batch may keep for the backward pass. A CPU gains nothing by large ones;
 # on a GPU gradients, and what is not kept, need room beside it
 CPU_ROOM = 128 * 2**20
@@ -50,10 +51,17 @@ def shuffled_batches(
     The last batch is smaller where ``batch_size`` does not divide the examples; none is
     left out.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(examples), generator=generator).tolist()
+    return in_random_order(examples, batch_size, seed * 1_000_003 + epoch)
+
+
+def in_random_order(
+    items: Sequence[Item], batch_size: int, seed: int
+) -> Iterator[list[Item]]:
+    """Cut items into batches in an order that the seed decides."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(items), generator=generator).tolist()
     for start in range(0, len(order), batch_size):
-        yield [examples[i] for i in order[start : start + batch_size]]
+        yield [items[i] for i in order[start : start + batch_size]]
 
 
 def response_token_count(batch: Sequence[Example]) -> int:

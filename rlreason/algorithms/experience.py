@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +11,12 @@ from torch import Tensor
 
 from rlreason.algorithms.credit import explained_variance
 from rlreason.algorithms.losses import kl_estimate
+from rlreason.algorithms.optim import DivergedError, check_finite
+from rlreason.algorithms.ppo_settings import PpoSettings
+from rlreason.algorithms.recorder import Recorder
+from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
+from rlreason.policy.value import Scores
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,7 @@ def phase_metrics(
     rollouts, mask = experience.rollouts, experience.response_mask
     tokens, count = int(mask.sum()), len(rollouts)
     net = experience.rewards - experience.penalties
-    sampled = torch.zeros_like(experience.logprobs)
-    for row, rollout in enumerate(rollouts):
-        sampled[row, : len(rollout.tokens)] = torch.tensor(rollout.logprobs)
+    sampled = sampled_logprobs(rollouts, experience.logprobs)
     error = torch.where(mask, (experience.logprobs - sampled).expm1().abs(), 0.0)
     metrics = {
         "reward": sum(experience.totals) / count,
@@ -85,3 +90,58 @@ def phase_metrics(
         )
         metrics["value"] = float(experience.values[mask].mean())
     return metrics
+
+
+def sampled_logprobs(rollouts: Sequence[Rollout], like: Tensor) -> Tensor:
+    """What the sampler said of its tokens, laid out as ``like`` (B, T), 0 elsewhere."""
+    sampled = torch.zeros(like.shape)
+    for row, rollout in enumerate(rollouts):
+        sampled[row, : len(rollout.tokens)] = torch.tensor(rollout.logprobs)
+    return sampled.to(like)
+
+
+def agree(scores: Scores, rollouts: Sequence[Rollout]) -> bool:
+    """Whether a pass and the sampler give B rollouts' tokens the same probability.
+
+    Each to 1e-4; in half precision, where both round in their own way, the mean to 2%.
+    """
+    sampled = sampled_logprobs(rollouts, scores.logprobs)
+    errors = (scores.logprobs - sampled).expm1()[scores.response_mask]
+    if scores.half:
+        return bool(errors.mean().abs() <= 0.02)
+    return bool(errors.abs().max() <= 1e-4)
+
+
+def check_phase(
+    metrics: Mapping[str, float],
+    phase: int,
+    settings: PpoSettings,
+    saved: int,
+    recorder: Recorder,
+) -> None:
+    """Stop at the first number that is none, or when the policy has run away."""
+    last = (
+        f"the last good checkpoint, after phase {saved}, is kept in {recorder!r}"
+        if saved
+        else "no checkpoint had been taken yet"
+    )
+    remedy = f"Lower lr (now {settings.lr:g}), or load the policy in float32"
+    check_finite(metrics, where=f"phase {phase + 1}", then=f"{last}. {remedy}")
+    if settings.max_kl is not None and metrics["kl_token"] > settings.max_kl:
+        raise DivergedError(
+            f"phase {phase + 1}: the policy is {metrics['kl_token']:.2f} nats a token "
+            f"from the reference, more than max_kl={settings.max_kl:g}; {last}. Raise "
+            f"kl.coef (now {settings.kl.coef:g}), or lower lr (now {settings.lr:g})"
+        )
+
+
+def warn_of_mismatch(ratio_error: float, policy: Policy, phase: int) -> None:
+    """Warn where the sampler and the scoring pass are clearly not one distribution."""
+    limit = 1e-3 if policy.model.dtype == torch.float32 else 0.2
+    if ratio_error > limit:
+        warnings.warn(
+            f"phase {phase + 1}: sampler and scoring pass disagree by "
+            f"{ratio_error:.1e} on the probability of a token, more than {limit:g}: "
+            "what is trained is not what sampled",
+            stacklevel=3,
+        )

@@ -515,10 +515,6 @@ def _unpack(saved: Checkpoint) -> list[Solution]:
 
 def _with_weights(policy: Policy, saved: Checkpoint, prefix: str) -> Policy:
     clone = policy.clone()
-    named = {
-        f"model.{k[len(prefix) :]}": v
-        for k, v in saved.tensors.items()
-        if k.startswith(prefix)
-    }
+    named = {f"model.{k}": v for k, v in saved.below(prefix).items()}
     load_model_tensors(clone.model, named)
     return clone

@@ -21,16 +21,16 @@ Left out against the paper: choosing the checkpoint on a validation set.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlreason.algorithms.batching import Example, tokens_that_fit
+from rlreason.algorithms.batching import Example, in_random_order, tokens_that_fit
 from rlreason.algorithms.credit import (
     bootstrapped,
     explained_variance,  # noqa: F401  asked for here
@@ -40,12 +40,17 @@ from rlreason.algorithms.credit import (
     whiten,
 )
 from rlreason.algorithms.curriculum import QuestionSampler, best_k_of_n, learning_scores
-from rlreason.algorithms.experience import Experience, phase_metrics
+from rlreason.algorithms.experience import (
+    Experience,
+    agree,
+    check_phase,
+    phase_metrics,
+    sampled_logprobs,
+    warn_of_mismatch,
+)
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.optim import (
-    DivergedError,
     adamw,
-    check_finite,
     cosine_lr,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -165,7 +170,11 @@ class Learner:
     # 2. Score
 
     def score(self, rollouts: Sequence[Rollout]) -> Experience:
-        """One pass of policy and value function, one of the reference."""
+        """One pass of policy and value function, one of the reference.
+
+        Without a value function the pass would tell what the sampler has told already.
+        Then it ends where the first of its parts agrees with the sampler.
+        """
         if self.micro_tokens is None:
             examples = [Example(r.prompt_tokens, r.tokens) for r in rollouts]
             self.micro_tokens = tokens_that_fit(self.kept_by, examples)
@@ -180,12 +189,16 @@ class Learner:
         zeros = torch.zeros((len(rollouts), len(places)), device=device)  # (B, T)
         logprobs, values = zeros.clone(), zeros.clone()
         last_values = zeros[:, 0].clone()  # (B,)
-        for rows, scores in self._scores(rollouts):
+        for part, (rows, scores) in enumerate(self._scores(rollouts)):
             width = scores.logprobs.shape[1]
             logprobs[rows, :width] = scores.logprobs
             if scores.values is not None:
                 values[rows, :width] = scores.values
                 last_values[rows] = scores.last_values
+            elif part == 0 and agree(scores, [rollouts[i] for i in rows.tolist()]):
+                for left, *_ in islice(self._parts(rollouts), 1, None):
+                    logprobs[left] = sampled_logprobs(rollouts, zeros)[left]
+                break
         ref_logprobs = logprobs  # where neither penalty nor limit asks for another's
         if self.reference is not None:
             ref_logprobs = zeros.clone()
@@ -279,7 +292,7 @@ class Learner:
         if settings.gae is not None and phase < settings.gae.value_warmup:
             self.optimizer.param_groups[0]["lr"] = 0.0
         made = 0
-        for mb_rows in _mini_batches(rows, settings, phase, range(settings.epochs)):
+        for mb_rows in self._mini_batches(rows, phase, range(settings.epochs)):
             metrics = self.accumulate(experience, mb_rows)
             metrics["grad_norm"] = self._clip_gradients()
             far = metrics["stop_kl"] > (settings.stop_kl or math.inf)
@@ -292,7 +305,8 @@ class Learner:
             if not good:
                 break
         self.learn_values(experience, phase)
-        return _means(updates) | {"updates": made, "lr": lr}
+        means = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
+        return means | {"updates": made, "lr": lr}
 
     def learn_values(self, experience: Experience, phase: int) -> None:
         """Epochs of V alone: without a gradient AdamW leaves the policy as it is."""
@@ -301,7 +315,7 @@ class Learner:
             return
         rows = list(range(len(experience.rollouts)))
         epochs = range(settings.epochs, settings.epochs + chosen.value_epochs)
-        for mb_rows in _mini_batches(rows, settings, phase, epochs):
+        for mb_rows in self._mini_batches(rows, phase, epochs):
             self.accumulate_values(experience, mb_rows)
             if math.isfinite(self._clip_gradients()):
                 self.optimizer.step()
@@ -334,11 +348,12 @@ class Learner:
     @fewer_tokens_at_once
     def accumulate(self, experience: Experience, mb_rows: list[int]) -> dict:
         """Add the gradient of one mini-batch's loss, micro-batch by micro-batch."""
-        settings = self.settings
+        settings, rollouts = self.settings, experience.rollouts
         # Of the whole mini-batch; from lengths, so that no GPU is waited for
-        count = sum(len(experience.rollouts[row].tokens) for row in mb_rows)
+        count = sum(len(rollouts[row].tokens) for row in mb_rows)
+        taught = self.taught(experience, mb_rows)
         parts: list[Tensor] = []
-        for rows, new in self._scores(experience.rollouts, mb_rows, entropy=True):
+        for rows, new in self._scores(rollouts, taught, entropy=True):
             mask = new.response_mask  # (b, t)
             cut = {
                 name: getattr(experience, name)[rows, : mask.shape[1]]
@@ -359,8 +374,22 @@ class Learner:
             names = [*metrics]
         if not parts:  # the share of a process may be empty
             return summed({})
-        own = (torch.stack(parts).double().sum(0) / count).tolist()
+        seen = sum(len(rollouts[row].tokens) for row in taught)
+        own = (torch.stack(parts).double().sum(0) / seen).tolist()
         return summed(dict(zip(names, own, strict=True)))
+
+    def taught(self, experience: Experience, mb_rows: list[int]) -> list[int]:
+        """Those of a mini-batch that have a gradient; one at least.
+
+        Where samples of a question are all paid alike, a baseline of the question gives
+        them no advantage. If nothing else is learned from them, they can be left out.
+        """
+        settings = self.settings
+        if settings.gae or settings.entropy_coef or settings.stop_kl is not None:
+            return mb_rows
+        told = experience.advantages.any(1).tolist()
+        # AdamW goes on by its moments, so there has to be a gradient, if of zeros
+        return [row for row in mb_rows if told[row]] or mb_rows[:1]
 
     def adapt_kl(self, kl: float) -> None:
         """Move beta towards the KL that is wanted (Ziegler et al. 2019, eq. 2.2)."""
@@ -390,17 +419,9 @@ class Learner:
         saved = recorder.restore()
         if saved is None:
             return 0
-
-        def named(prefix: str) -> dict[str, Tensor]:
-            return {
-                name[len(prefix) :]: tensor
-                for name, tensor in saved.tensors.items()
-                if name.startswith(prefix)
-            }
-
-        load_trainable_tensors(self.policy.model, named("policy."))
+        load_trainable_tensors(self.policy.model, saved.below("policy."))
         if self.value_function is not None:
-            self.value_function.load_state_dict(named("value."))
+            self.value_function.load_state_dict(saved.below("value."))
         load_optimizer_tensors(self.optimizer, "adamw", saved.tensors)
         self.kl_coef = saved.state["kl_coef"]
         self.micro_tokens = self.micro_tokens or saved.state.get("micro_tokens")
@@ -476,24 +497,20 @@ class Learner:
                 [rollouts[i].tokens for i in mb],
             )
 
+    def _mini_batches(
+        self, rows: list[int], phase: int, epochs: range
+    ) -> Iterator[list[int]]:
+        """Rows of each update, in an order that (seed, phase, epoch) alone decides."""
+        for epoch in epochs:
+            seed = (self.settings.seed * 1_000_003 + phase) * 101 + epoch
+            yield from in_random_order(rows, self.settings.batch_size, seed)
+
     def _clip_gradients(self) -> float:
         """Sum over processes; clip policy and V each for itself; the policy's norm."""
         sum_gradients(weight for weights in self.trained for weight in weights)
         clip, most = nn.utils.clip_grad_norm_, self.settings.max_grad_norm
         norms = [float(clip(weights, most)) for weights in self.trained]
         return norms[0] if math.isfinite(sum(norms)) else math.nan
-
-
-def _mini_batches(
-    rows: list[int], settings: PpoSettings, phase: int, epochs: range
-) -> Iterator[list[int]]:
-    """Rows of each update, in an order that (seed, phase, epoch) alone decides."""
-    for epoch in epochs:
-        seed = (settings.seed * 1_000_003 + phase) * 101 + epoch
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        for begin in range(0, len(rows), settings.batch_size):
-            yield [rows[i] for i in order[begin : begin + settings.batch_size]]
 
 
 # --- The loop ------------------------------------------------------------------------
@@ -533,12 +550,13 @@ def ppo(
       ``kl_token``: k3 a token; ``kl_coef``: beta in this phase.
     - ``penalised_reward``: reward - KL penalty.
     - ``ratio_error``: largest abs(ratio - 1) between the sampler's probabilities and
-      those of the scoring pass. Below 1e-4 in float32, or the two disagree; far above
-      it there is a warning.
+      those of the scoring pass, where there was one. Below 1e-4 in float32, or the two
+      disagree; far above it there is a warning.
     - ``explained_variance``: 1 - Var(returns - values) / Var(returns); ``value``.
     - ``entropy``, ``policy_loss``, ``value_loss``, ``grad_norm``, ``clip_fraction``,
-      ``stop_kl``: means over the phase's updates; the last is k3 a token from the
-      sampling policy. ``updates``: made in this phase; ``lr``.
+      ``stop_kl``: means over the phase's updates, of tokens that have a gradient; the
+      last is k3 a token from the sampling policy. ``updates``: made in this phase;
+      ``lr``.
 
     Stages on the recorder's clock: ``sampling``, ``scoring``, ``learning``.
 
@@ -564,11 +582,11 @@ def ppo(
             )
             right = sparse_rewards(rollouts, problems)
             metrics["accuracy"] = sum(right) / len(right)
-            _check(metrics, phase, settings, saved, recorder)
-            _warn_of_mismatch(metrics["ratio_error"], learner.policy, phase)
+            check_phase(metrics, phase, settings, saved, recorder)
+            warn_of_mismatch(metrics["ratio_error"], learner.policy, phase)
             with recorder.clock("learning"):
                 metrics |= learner.learn(experience, phase)
-            _check(metrics, phase, settings, saved, recorder)
+            check_phase(metrics, phase, settings, saved, recorder)
             if settings.measures_kl:
                 learner.adapt_kl(metrics["kl"])
             metrics["rollouts"] = (phase + 1) * settings.rollouts
@@ -580,39 +598,3 @@ def ppo(
                 saved = phase + 1
                 learner.save(recorder, saved)
     return learner.finished()
-
-
-# --- Diagnostics ---------------------------------------------------------------------
-
-
-def _means(updates: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-
-
-def _check(metrics, phase: int, settings: PpoSettings, saved: int, recorder) -> None:
-    """Stop at the first number that is none, or when the policy has run away."""
-    last = (
-        f"the last good checkpoint, after phase {saved}, is kept in {recorder!r}"
-        if saved
-        else "no checkpoint had been taken yet"
-    )
-    remedy = f"Lower lr (now {settings.lr:g}), or load the policy in float32"
-    check_finite(metrics, where=f"phase {phase + 1}", then=f"{last}. {remedy}")
-    if settings.max_kl is not None and metrics["kl_token"] > settings.max_kl:
-        raise DivergedError(
-            f"phase {phase + 1}: the policy is {metrics['kl_token']:.2f} nats a token "
-            f"from the reference, more than max_kl={settings.max_kl:g}; {last}. Raise "
-            f"kl.coef (now {settings.kl.coef:g}), or lower lr (now {settings.lr:g})"
-        )
-
-
-def _warn_of_mismatch(ratio_error: float, policy: Policy, phase: int) -> None:
-    """Warn where the sampler and the scoring pass are clearly not one distribution."""
-    limit = 1e-3 if policy.model.dtype == torch.float32 else 0.2
-    if ratio_error > limit:
-        warnings.warn(
-            f"phase {phase + 1}: sampler and scoring pass disagree by "
-            f"{ratio_error:.1e} on the probability of a token, more than {limit:g}: "
-            "what is trained is not what sampled",
-            stacklevel=3,
-        )

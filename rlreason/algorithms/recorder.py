@@ -46,6 +46,11 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin so, by the rest of their names."""
+        named = self.tensors.items()
+        return {name[len(prefix) :]: t for name, t in named if name.startswith(prefix)}
+
 
 def pack_lists(
     name: str,

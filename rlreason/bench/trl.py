@@ -2,7 +2,8 @@
 
 Same start (nano after SFT of the profile ``tiny``), same questions, reward, baseline
 (the group's mean and deviation), rollouts a phase and an update, epochs, temperature,
-length limit, clip, KL coefficient and learning rates. After each phase both are asked
+length limit, clip and learning rates; no KL penalty, as is TRL's default, and no
+whitening, which TRL does not have. After each phase both are asked
 the same validation problems, greedily and by the same code, which is not counted. Each
 runs until it has been so much better than its start in two looks in a row (one alone
 may be luck), and the time is that of the first of the two; or until its phases are
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from rlreason.algorithms.ppo import BaselineSettings, ppo
+from rlreason.algorithms.ppo import BaselineSettings, KlSettings, ppo
 from rlreason.evaluation.evaluate import evaluate
 from rlreason.policy.load import Policy
 from rlreason.runs.profiles import load_recipe
@@ -140,6 +141,9 @@ def _ours(start: Policy, recipe: Recipe, seed: int, progress: Progress) -> None:
     settings = recipe.ppo.model_copy(
         update={
             "credit": BaselineSettings(kind="grpo"),
+            "whiten": False,
+            "kl": KlSettings(coef=0.0),
+            "max_kl": None,
             "max_new_tokens": recipe.max_new_tokens,
             "seed": seed,
         }
@@ -201,7 +205,7 @@ def _trl(start: Policy, recipe: Recipe, seed: int, progress: Progress) -> None:
                 num_iterations=ppo.epochs,
                 max_completion_length=recipe.max_new_tokens,
                 temperature=ppo.temperature,
-                beta=ppo.kl.coef,
+                beta=0.0,
                 epsilon=ppo.clip,
                 loss_type="bnpo",  # the mean over the tokens of a batch
                 learning_rate=ppo.lr,
