@@ -106,6 +106,15 @@ class Records:
         found = (r for r in self.rows if (r.arm, r.measure, r.size) == key)
         return {row.seed: row for row in found}
 
+    def to_train(self, seeds: Sequence[int], *needed: tuple[str, str]) -> list[int]:
+        """The first seed, which is to be seen, and those that are not recorded.
+
+        Args:
+            needed: Arms and measures that have to be there.
+        """
+        there = [self.of(arm, measure) for arm, measure in needed]
+        return [s for s in seeds if s == seeds[0] or any(s not in t for t in there)]
+
     def values(self, cell: Cell) -> dict[int, np.ndarray]:
         """Seed to one value a problem.
 
