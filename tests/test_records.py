@@ -59,6 +59,17 @@ def greedy(arm: str, right: np.ndarray, **fields) -> list[Row]:
     return rows_of(arm, "greedy", [{"right": text} for text in texts], **fields)
 
 
+def test_the_first_seed_is_trained_and_what_is_not_recorded_of_the_others():
+    rows = [*greedy("sft", AFTER), *greedy("ppo", AFTER)[:2]]
+    records = Records(rows, "nano")
+    sft, ppo = ("sft", "greedy"), ("ppo", "greedy")
+    assert records.to_train(range(3), sft) == [0]
+    assert records.to_train(range(3), sft, ppo) == [0, 2]
+    assert records.to_train(range(2, 5), sft) == [2, 3, 4]
+    assert records.to_train(range(2), ("sft", "curve")) == [0, 1]
+    assert Records(rows, "nano-xs").to_train(range(2), sft) == [0, 1]
+
+
 def limits(interval: Interval) -> tuple[float, float, float]:
     return interval.mean, interval.low, interval.high
 
