@@ -233,6 +233,12 @@ def _measure() -> None:
 # --- The plan ------------------------------------------------------------------------
 
 
+def test_micro_batches_that_are_measured_are_estimated_too(folder):
+    measured = estimate(recipe_of(folder, ppo__micro_tokens=None), CPU, WORK, ["ppo"])
+    small = estimate(recipe_of(folder, ppo__micro_tokens=1), CPU, WORK, ["ppo"])
+    assert measured["ppo"].update > small["ppo"].update
+
+
 def test_tokens_are_those_of_the_recipe(folder):
     recipe = recipe_of(folder, ppo__epochs=3)
     needs = estimate(recipe, CPU, WORK)

@@ -18,7 +18,13 @@ from rlreason.algorithms import batching
 from rlreason.algorithms.batching import Example, tokens_that_fit
 from rlreason.algorithms.finetune import accumulate_gradients, nll
 from rlreason.policy import packing
-from rlreason.policy.layout import Layout, alike_batches, common_beginnings, lay_out
+from rlreason.policy.layout import (
+    Layout,
+    alike_batches,
+    common_beginnings,
+    lay_out,
+    shares_of,
+)
 from rlreason.policy.logprobs import (
     pad_batch,
     response_logits,
@@ -157,11 +163,11 @@ def test_attention_to_more_or_less_than_the_beginning_would_be_seen(wrong, monke
 
     def rows(*given):
         for part in right(*given):
-            seen = torch.ones_like(part.mask)
-            if wrong == "its own alone":
-                shared = part.mask[:, :, :1].sum(-1, keepdim=True) - 1
-                seen = part.mask & (torch.arange(seen.shape[-1]) >= shared)
-            yield replace(part, mask=seen)
+            seen = part.mask == 0
+            shared = seen[:, :, :1].sum(-1, keepdim=True) - 1
+            own = torch.arange(seen.shape[-1]) >= shared
+            kept = seen & own if wrong == "its own alone" else torch.ones_like(seen)
+            yield replace(part, mask=torch.zeros(kept.shape).masked_fill(~kept, -1e9))
 
     monkeypatch.setattr(packing, "_padded_rows", rows)
     prompts, responses = map(list, zip(*SAMPLES, strict=True))
@@ -211,18 +217,54 @@ def test_a_layout_holds_each_beginning_where_it_says(rows, alike):
     assert all(len(found) == 1 for found in beginnings.values())
 
 
-@given(sequences, st.integers(1, 40), st.booleans())
-def test_alike_batches_hold_each_item_once_within_the_budget(rows, most, alike):
-    rows = [(*range(8), *row) for row in rows] if alike else rows
-    batches = [
-        *alike_batches(range(len(rows)), max_tokens=most, sequence=rows.__getitem__)
-    ]
-    assert sorted(i for mb in batches for i in mb) == [*range(len(rows))]
+texts = st.lists(
+    st.tuples(*[st.lists(st.integers(0, 1), min_size=1, max_size=9).map(tuple)] * 2),
+    min_size=1,
+    max_size=12,
+)
+
+
+def alike(rows: list, shared: bool) -> list:
+    return [((*range(8), *p), r) for p, r in rows] if shared else rows
+
+
+@given(texts, st.integers(1, 60), st.booleans())
+def test_alike_batches_hold_each_item_once_within_the_budget(rows, most, shared):
+    rows = alike(rows, shared)
+    every = range(len(rows))
+    batches = [*alike_batches(every, max_tokens=most, text=rows.__getitem__)]
+    assert sorted(i for mb in batches for i in mb) == [*every]
     for mb in batches:
-        chosen = sorted(rows[i] for i in mb)
-        own = sum(map(len, chosen)) - sum(common_beginnings(chosen))
-        looked_at = len(mb) * max(map(len, chosen))
-        assert len(mb) == 1 or max(own, looked_at / 4) <= most
+        whole = [p + r for p, r in (rows[i] for i in mb)]
+        looked_at = len(mb) * max(map(len, whole)) / 4
+        own = len(lay_out(whole).tokens)
+        told = sum(len(rows[i][1]) for i in mb)
+        assert len(mb) == 1 or own <= most / 0.9
+        assert len(mb) == 1 or max(looked_at, told) <= most
+
+
+@given(texts, st.integers(1, 5), st.booleans())
+def test_shares_are_about_equal_and_hold_each_item_once(rows, count, shared):
+    rows = alike(rows, shared)
+    shares = shares_of(range(len(rows)), count, rows.__getitem__)
+    assert len(shares) == count
+    assert sorted(i for share in shares for i in share) == [*range(len(rows))]
+
+    def own(share) -> int:
+        whole = sorted(rows[i][0] + rows[i][1] for i in share)
+        return sum(map(len, whole)) - sum(common_beginnings(whole))
+
+    longest = max(len(p + r) for p, r in rows)
+    # A share begins in the middle of what it begins alike with
+    assert max(map(own, shares)) <= own(range(len(rows))) / count + 2 * longest
+
+
+def test_samples_of_a_question_stay_in_one_share():
+    rows = [((q,) * 30, (s, s)) for s in range(4) for q in range(6)]
+    shares = shares_of(range(24), 3, rows.__getitem__)
+    assert [len({rows[i][0] for i in share}) for share in shares] == [2, 2, 2]
+    # Wrong: every fifth, which may be of any question
+    assert max(len({rows[i][0] for i in range(n, 24, 5)}) for n in range(5)) == 5
 
 
 class Calls(TorchDispatchMode):

@@ -43,6 +43,7 @@ from rlreason.algorithms.credit import (
     response_advantages,
     whiten,
 )
+from rlreason.algorithms.experience import agree
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.optim import DivergedError
 from rlreason.algorithms.ppo import Learner, ppo
@@ -58,7 +59,7 @@ from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import token_logprobs
 from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
-from rlreason.policy.value import ValueSettings
+from rlreason.policy.value import Scores, ValueSettings
 from rlreason.rewards.base import last_token_reward
 from rlreason.rewards.sparse import sparse_rewards, sparse_token_rewards
 
@@ -768,6 +769,32 @@ def test_the_sampler_s_probabilities_are_the_old_ones_where_they_agree(credit):
     found = learner.score(other).logprobs
     assert len(passes) == parts
     assert (found - expected).abs()[mask].max() < 1e-4
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_sampler_at_another_temperature_does_not_agree(half):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(64, 8, 50, generator=generator)
+
+    def scored(temperature: float) -> tuple[Scores, Tensor]:
+        """By a pass and by a sampler that draws, and tells, at some temperature."""
+        drawn = torch.distributions.Categorical(logits=logits / temperature).sample()
+        at = [
+            (logits / t).log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+            for t in (1.0, temperature)
+        ]
+        mask = torch.ones_like(drawn, dtype=torch.bool)
+        return Scores(at[0], None, None, None, mask, half=half), at[1]
+
+    torch.manual_seed(0)
+    scores, sampled = scored(1.0)
+    assert agree(scores, sampled)
+    rounded = sampled + 0.005 * torch.randn(sampled.shape, generator=generator)
+    assert agree(scores, rounded) == half
+    scores, sampled = scored(0.9)
+    assert not agree(scores, sampled)
+    # Wrong: the mean of the ratios, which is 1 for any two distributions
+    assert abs((scores.logprobs - sampled).exp().mean() - 1) < 0.02
 
 
 REFERENCES = {

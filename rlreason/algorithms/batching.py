@@ -1,7 +1,7 @@
 """Batches: the examples that one update sees.
 
 A *batch* is the set of examples whose mean loss one optimiser step follows. What goes
-through the model at once is a *micro-batch*, see ``policy.logprobs``. Cutting a batch
+through the model at once is a *micro-batch*, see ``policy.layout``. Cutting a batch
 into micro-batches must not change its gradient, so every loss is a sum over tokens
 divided by the number of response tokens of the whole batch (never a mean of means).
 """

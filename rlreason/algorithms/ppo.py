@@ -4,7 +4,8 @@ Havrilla et al. (2024), section 3; Schulman et al. (2017). A phase has the steps
 its chapter has, and ``Learner`` a method for each:
 
 1. *Ask*: draw questions, sample N responses to each at one temperature.
-2. *Score*: one pass of the policy with its value function, one of the reference.
+2. *Score*: one pass of the policy with its value function, one of the reference; where
+   there is no value function, the sampler has scored already.
 3. *Pay*: the task's reward per token, minus ``kl.coef`` times the KL per token.
 4. *Credit*: generalised advantage estimation, or a baseline over responses.
 5. *Learn*: whiten; several epochs of mini-batches on the clipped losses; then, where
@@ -75,7 +76,7 @@ from rlreason.policy.lora import (
     with_lora,
 )
 from rlreason.policy.memory import checkpointing, fewer_tokens_at_once
-from rlreason.policy.parallel import my_share, sum_gradients, sum_tensors, summed
+from rlreason.policy.parallel import my_alike_share, sum_gradients, sum_tensors, summed
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
@@ -176,7 +177,8 @@ class Learner:
         Then it ends where the first of its parts agrees with the sampler.
         """
         if self.micro_tokens is None:
-            examples = [Example(r.prompt_tokens, r.tokens) for r in rollouts]
+            # Prompts may be shared, so that nearly all tokens are of responses
+            examples = [Example(r.prompt_tokens[-1:], r.tokens) for r in rollouts]
             self.micro_tokens = tokens_that_fit(self.kept_by, examples)
         return self._score(rollouts)
 
@@ -189,15 +191,16 @@ class Learner:
         zeros = torch.zeros((len(rollouts), len(places)), device=device)  # (B, T)
         logprobs, values = zeros.clone(), zeros.clone()
         last_values = zeros[:, 0].clone()  # (B,)
+        sampled = sampled_logprobs(rollouts, zeros)
         for part, (rows, scores) in enumerate(self._scores(rollouts)):
             width = scores.logprobs.shape[1]
             logprobs[rows, :width] = scores.logprobs
             if scores.values is not None:
                 values[rows, :width] = scores.values
                 last_values[rows] = scores.last_values
-            elif part == 0 and agree(scores, [rollouts[i] for i in rows.tolist()]):
+            elif part == 0 and agree(scores, sampled[rows, :width]):
                 for left, *_ in islice(self._parts(rollouts), 1, None):
-                    logprobs[left] = sampled_logprobs(rollouts, zeros)[left]
+                    logprobs[left] = sampled[left]
                 break
         ref_logprobs = logprobs  # where neither penalty nor limit asks for another's
         if self.reference is not None:
@@ -481,21 +484,14 @@ class Learner:
     def _compiled(self, *modules: nn.Module | None) -> AbstractContextManager:
         return compiled_layers(*modules, compiled=self.settings.compile)
 
-    def _parts(self, rollouts, rows=None) -> Iterator[tuple[Tensor, list, list]]:
+    def _parts(self, rollouts, rows=None) -> Iterator[tuple[Tensor, tuple, tuple]]:
         """Places, prompts, responses: what goes through the model at once, my share."""
         rows = range(len(rollouts)) if rows is None else rows
-        asked = dict.fromkeys(rollouts[i].prompt_tokens for i in rows)
-        mine = {*my_share([*asked])}  # whole questions: their samples begin alike
-        for mb in alike_batches(
-            [i for i in rows if rollouts[i].prompt_tokens in mine],
-            max_tokens=self.micro_tokens,
-            sequence=lambda i: (*rollouts[i].prompt_tokens, *rollouts[i].tokens),
-        ):
-            yield (
-                torch.tensor(mb, device=self.policy.device),
-                [rollouts[i].prompt_tokens for i in mb],
-                [rollouts[i].tokens for i in mb],
-            )
+        text = [(r.prompt_tokens, r.tokens) for r in rollouts].__getitem__
+        share = my_alike_share(rows, text)
+        for mb in alike_batches(share, max_tokens=self.micro_tokens, text=text):
+            prompts, responses = zip(*map(text, mb), strict=True)
+            yield torch.tensor(mb, device=self.policy.device), prompts, responses
 
     def _mini_batches(
         self, rows: list[int], phase: int, epochs: range

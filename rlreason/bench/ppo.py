@@ -2,7 +2,8 @@
 
 A phase samples, scores and learns. For each stage: seconds, the tokens that had to go
 through the trunk, those that did (padding included), and how many a second. The second
-over the first says whether anything was computed twice: 1 would be no padding at all.
+over the first says whether anything was computed twice: 1 would be nothing at all. It
+is about PPO with a value function; without one a phase may do with less.
 
 What has to go through: in sampling a prompt once a question and each sampled token but
 the last; in scoring each beginning that sequences have in common once, for the policy
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 
 from rlreason.algorithms.ppo import PpoSettings, ppo
 from rlreason.algorithms.recorder import NullRecorder
+from rlreason.policy.layout import common_beginnings
 from rlreason.policy.logprobs import trunk_of
 from rlreason.policy.rollout import Rollout
 from rlreason.rewards.base import RewardFunction
@@ -157,11 +159,8 @@ def _counting(
         rollouts: Sequence[Rollout], problems: Sequence[Problem]
     ) -> list[tuple[float, ...]]:
         # What sequences have in common at their beginning can be computed once
-        whole = {
-            (*r.prompt_tokens, *r.tokens)[:n]
-            for r in rollouts
-            for n in range(1, len(r.prompt_tokens) + len(r.tokens) + 1)
-        }
+        texts = sorted((*r.prompt_tokens, *r.tokens) for r in rollouts)
+        whole = sum(map(len, texts)) - sum(common_beginnings(texts))
         prompts = sum(len(r.prompt_tokens) for r in rollouts[:: settings.n])
         drawn = {
             (r.problem_id, r.tokens[:n])
@@ -170,8 +169,8 @@ def _counting(
         }
         meter.now["sampling"]["needed"] = prompts + len(drawn)
         passes = 2 if settings.measures_kl else 1
-        meter.now["scoring"]["needed"] = passes * len(whole)
-        meter.now["learning"]["needed"] = settings.epochs * len(whole)
+        meter.now["scoring"]["needed"] = passes * whole
+        meter.now["learning"]["needed"] = settings.epochs * whole
         return reward(rollouts, problems)
 
     return counted

@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 Item = TypeVar("Item")
+Text = tuple[tuple[int, ...], tuple[int, ...]]  # prompt and response
 
 # Looking up common beginnings costs attention a little, so it has to save this share
 _SAVES = 0.1
@@ -120,17 +121,19 @@ def alike_batches(
     batch: Sequence[Item],
     *,
     max_tokens: int,
-    sequence: Callable[[Item], tuple[int, ...]],
+    text: Callable[[Item], Text],
 ) -> Iterator[list[Item]]:
     """As ``micro_batches``, but items that begin alike go together where many do.
 
-    Common beginnings count once, since they go through a model once. Attention looks at
-    them from each row; of what is kept for the backward pass that is a quarter at most.
+    Common beginnings count once, since they go through a model once. But attention
+    looks at them from each row, which keeps a quarter at most of what a layer keeps of
+    a token, and each token of a response has its logits, whoever else begins so. Where
+    a micro-batch has next to nothing in common it may be a tenth above the budget.
 
     Args:
-        sequence: All tokens of an item.
+        text: Prompt and response of an item.
     """
-    tokens = [sequence(item) for item in batch]
+    tokens = [sum(text(item), ()) for item in batch]
     order = sorted(range(len(batch)), key=tokens.__getitem__)
     begins = common_beginnings([tokens[i] for i in order])
     if not begin_alike([*map(len, tokens)], begins):
@@ -140,15 +143,32 @@ def alike_batches(
         yield from ([batch[i] for i in mb] for mb in alone)
         return
     mb: list[Item] = []
-    own = longest = 0
+    own = longest = told = 0
     for i, begin in zip(order, begins, strict=True):
-        length = len(tokens[i])
+        length, response = len(tokens[i]), len(text(batch[i])[1])
         looked_at = (len(mb) + 1) * max(longest, length)
-        if mb and max(own + length - begin, looked_at / 4) > max_tokens:
+        if (
+            mb
+            and max(own + length - begin, looked_at / 4, told + response) > max_tokens
+        ):
             yield mb
-            mb, own, longest = [], 0, 0
+            mb, own, longest, told = [], 0, 0, 0
         own += length - (begin if mb else 0)
-        longest = max(longest, length)
+        longest, told = max(longest, length), told + response
         mb.append(batch[i])
     if mb:
         yield mb
+
+
+def shares_of(
+    batch: Sequence[Item], count: int, text: Callable[[Item], Text]
+) -> list[list[Item]]:
+    """Cut a batch into shares of about equal work in which items begin alike."""
+    tokens = [sum(text(item), ()) for item in batch]
+    order = sorted(range(len(batch)), key=tokens.__getitem__)
+    begins = common_beginnings([tokens[i] for i in order])
+    own = [len(tokens[i]) - begin for i, begin in zip(order, begins, strict=True)]
+    done = np.cumsum(own) - np.array(own) / 2  # to the middle of each
+    of = np.minimum(done * count // max(1, sum(own)), count - 1) if own else done
+    which = dict(zip(order, of, strict=True))
+    return [[x for i, x in enumerate(batch) if which[i] == n] for n in range(count)]

@@ -43,8 +43,9 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 # Older versions of torch take fewer key heads than query heads without being asked
 _ASKED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
-# The longest sequence that each trunk packs; beside it, so that a copy is asked anew
-_longest: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+# The longest sequence that each trunk packs, by device and format of its weights;
+# beside it, so that a copy is asked anew
+_longest: WeakKeyDictionary[nn.Module, dict[tuple, float]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Rows:
         places: Of the tokens that ask among b * Q.
         asked: Which of the N tokens ask, (b, Q); None: all.
         keys: What they look at, (b, K); None: each other.
-        mask: Which keys a token may look at, (b, 1, Q, K); None: those to its left.
+        mask: 0 for keys that a token may look at, else minus infinity, (b, 1, Q, K);
+            None: it looks at those to its left.
     """
 
     count: int
@@ -118,7 +120,7 @@ def pack(layout: Layout, weight: Tensor) -> Inputs:
         keys=moved(layout.places[order][real], device) if shares else None,
         most=int(own.max()),
         longest=int(lengths.max()),
-        rows=() if _has_kernel(weight) else tuple(_padded_rows(layout, device)),
+        rows=() if _has_kernel(weight) else tuple(_padded_rows(layout, weight)),
     )
     options = {
         "position_ids": moved(layout.columns, device)[None],
@@ -136,9 +138,9 @@ def _has_kernel(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def _padded_rows(layout: Layout, device: torch.device) -> Iterator[Rows]:
+def _padded_rows(layout: Layout, weight: Tensor) -> Iterator[Rows]:
     """All sequences as padded rows; apart, where some ask much more than others."""
-    order = layout.order
+    order, device = layout.order, weight.device
     own = (layout.lengths - layout.begins)[order]
     shares = bool(layout.begins.any())
     cut = _cut(own, layout.lengths[order]) if shares else len(own)
@@ -153,7 +155,10 @@ def _padded_rows(layout: Layout, device: torch.device) -> Iterator[Rows]:
             asked = layout.places[part[:, None], np.minimum(columns, last)]
             asked = moved(asked, device)
             keys = moved(layout.places[part, :longest], device)
-            mask = moved(np.arange(longest) <= columns[..., None], device)[:, None]
+            columns = moved(columns, device)[..., None]
+            seen = torch.arange(longest, device=device) <= columns  # (b, Q, K)
+            # As it is added to the scores, so that no layer makes and keeps its own
+            mask = weight.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None]
         places = moved(real.ravel().nonzero()[0], device)
         yield Rows(len(part), most, places, asked, keys, mask)
 
@@ -189,12 +194,15 @@ def packs(trunk: PreTrainedModel, longest: int) -> bool:
 
     Costs two short passes at the first call, in which it also gets our attention.
     """
-    if trunk not in _longest:
+    known = _longest.setdefault(trunk, {})
+    weight = trunk.get_input_embeddings().weight
+    kind = weight.device.type, weight.dtype
+    if kind not in known:
         config = trunk.config
         windows = [getattr(config, name, None) for name in _WINDOWS]
         limit = min(filter(None, windows), default=float("inf"))
-        _longest[trunk] = limit if _agrees(trunk) else 0
-    return longest <= _longest[trunk]
+        known[kind] = limit if _agrees(trunk) else 0
+    return longest <= known[kind]
 
 
 def allow_packing(trunk: PreTrainedModel) -> None:
@@ -219,6 +227,8 @@ def _agrees(trunk: PreTrainedModel) -> bool:
         allow_packing(trunk)
         inputs = pack(lay_out(sequences), weight)
         found = _hidden(trunk, inputs)[0][inputs.places.flatten()[real]]
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # an unknown family may raise anything
         trunk.set_attn_implementation(own)
         return False

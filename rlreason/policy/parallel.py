@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlreason.policy.layout import Text, shares_of
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Prompt, Rollout
 
@@ -62,6 +63,17 @@ def rank() -> int:
 def my_share(items: Sequence[Item]) -> list[Item]:
     """Every ``ranks()``-th item. Give them sorted by size, and shares are alike."""
     return list(items[rank() :: ranks()])
+
+
+def my_alike_share(
+    items: Sequence[Item], text: Callable[[Item], Text]
+) -> Sequence[Item]:
+    """A share of about my part of the work, in which items begin alike.
+
+    Args:
+        text: Prompt and response of an item.
+    """
+    return items if ranks() == 1 else shares_of(items, ranks(), text)[rank()]
 
 
 def wait() -> None:

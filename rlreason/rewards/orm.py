@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from rlreason.mdp import step_spans
-from rlreason.policy.layout import alike_batches
+from rlreason.policy.layout import Text, alike_batches
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import (
     PaddedBatch,
@@ -48,7 +48,7 @@ from rlreason.policy.logprobs import (
     trunk_of,
 )
 from rlreason.policy.lora import merge_adapters
-from rlreason.policy.parallel import gathered, my_share
+from rlreason.policy.parallel import gathered, my_alike_share
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.value import ValueSettings, new_value_function
 from rlreason.rewards.base import RewardFunction, last_token_reward, problems_of
@@ -213,8 +213,8 @@ def score_tokens(
     Args:
         orm: The model.
         responses: Rollouts, in any order; truncated ones are scored like others.
-        micro_tokens: Tokens that go through the model at once, padding included. A
-            single longer response goes alone.
+        micro_tokens: Tokens that go through the model at once, common beginnings
+            once. A single longer response goes alone.
 
     Returns:
         One tuple a response, as long as its ``tokens``.
@@ -225,11 +225,12 @@ def score_tokens(
         places.setdefault((response.prompt_tokens, response.tokens), []).append(i)
     scores: list[tuple[float, ...]] = [()] * len(responses)
     own = []  # of several processes each scores its share
-    for mb in alike_batches(
-        my_share([*places.values()]),
-        max_tokens=micro_tokens,
-        sequence=lambda same: _tokens(responses[same[0]]),
-    ):
+
+    def text(same: list[int]) -> Text:
+        return responses[same[0]].prompt_tokens, responses[same[0]].tokens
+
+    share = my_alike_share([*places.values()], text)
+    for mb in alike_batches(share, max_tokens=micro_tokens, text=text):
         logits, _ = orm.logits([responses[same[0]] for same in mb])
         rows = logits.sigmoid().cpu().split([len(responses[s[0]].tokens) for s in mb])
         own += [(same, row.tolist()) for same, row in zip(mb, rows, strict=True)]
@@ -285,7 +286,3 @@ def dense_orm_reward(orm: OutcomeRewardModel) -> RewardFunction:
         return rewards
 
     return reward
-
-
-def _tokens(response: Response) -> tuple[int, ...]:
-    return (*response.prompt_tokens, *response.tokens)

@@ -34,7 +34,7 @@ from rlreason.algorithms.reward_modelling import (
     OrmSettings,
     classification_loss,
 )
-from rlreason.policy.layout import alike_batches
+from rlreason.policy.layout import micro_batches
 from rlreason.policy.load import BUNDLED
 from rlreason.policy.lora import trainable_weights, with_lora
 from rlreason.policy.passes import Checked
@@ -456,12 +456,13 @@ class Models:
             return learner.policy.model, learner.kept_by
 
         tokens = settings.micro_tokens or self._tokens_that_fit(
-            learns, Example(*self._texts())
+            learns, Example((1,), self._texts()[1])
         )
         share = -(-settings.batch_size // self.machine.ranks)
-        texts = [self._texts(i // settings.n, i) for i in range(share)]
-        at_once, *more = alike_batches(
-            texts, max_tokens=tokens, sequence=lambda text: (*text[0], *text[1])
+        # Of as many questions, which is what mini-batches may come to
+        texts = [self._texts(i) for i in range(share)]
+        at_once, *more = micro_batches(
+            texts, max_tokens=tokens, size=lambda text: sum(map(len, text))
         )
         chosen = at_once + (more[0] if more else [])
         rollouts = [
@@ -473,6 +474,7 @@ class Models:
         def measure(policy: WeightlessPolicy) -> tuple[int, ...]:
             with LiveBytes() as live, torch.device("meta"):
                 learner = Learner(policy, [problem], settings)
+            learner.micro_tokens = tokens
             models = [learner.policy.model]
             models += [m for m in (learner.value_function,) if m is not None]
             if learner.reference is not None and learner.reference.copy is not None:
@@ -503,12 +505,9 @@ class Models:
         idle, scoring, backward, step = self.by_depth(measure)
         return idle, scoring, max(backward, step)
 
-    def _texts(
-        self, question: int = 0, sample: int = 0
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """A prompt and a response of the length that is assumed, like no other."""
-        prompt, response = self.work.prompt, self.work.response
-        return (question, *(1,) * (prompt - 1)), (sample, *(1,) * (response - 1))
+    def _texts(self, question: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A prompt like no other and a response, of the lengths that are assumed."""
+        return (question, *(1,) * (self.work.prompt - 1)), (1,) * self.work.response
 
     def by_depth(self, measure: Callable[[WeightlessPolicy], tuple]) -> list[int]:
         """Measure two shallow models, and go on along the line to the whole depth."""
