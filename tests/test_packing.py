@@ -21,7 +21,7 @@ from rlreason.policy import packing
 from rlreason.policy.layout import (
     Layout,
     alike_batches,
-    common_beginnings,
+    in_order,
     lay_out,
     shares_of,
 )
@@ -251,8 +251,8 @@ def test_shares_are_about_equal_and_hold_each_item_once(rows, count, shared):
     assert sorted(i for share in shares for i in share) == [*range(len(rows))]
 
     def own(share) -> int:
-        whole = sorted(rows[i][0] + rows[i][1] for i in share)
-        return sum(map(len, whole)) - sum(common_beginnings(whole))
+        whole = [rows[i][0] + rows[i][1] for i in share]
+        return sum(map(len, whole)) - sum(in_order(whole)[1])
 
     longest = max(len(p + r) for p, r in rows)
     # A share begins in the middle of what it begins alike with

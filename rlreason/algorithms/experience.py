@@ -1,4 +1,4 @@
-"""What a phase of PPO learns from, and what is known of it before that."""
+"""What a phase of PPO learns from, what is known of it, and whether to go on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlreason.algorithms.credit import explained_variance
 from rlreason.algorithms.losses import kl_estimate
-from rlreason.algorithms.optim import DivergedError, check_finite
+from rlreason.algorithms.optim import HALF, DivergedError, check_finite
 from rlreason.algorithms.ppo_settings import PpoSettings
 from rlreason.algorithms.recorder import Recorder
 from rlreason.policy.load import Policy
@@ -100,7 +100,7 @@ def sampled_logprobs(rollouts: Sequence[Rollout], like: Tensor) -> Tensor:
     return sampled.to(like)
 
 
-def agree(scores: Scores, sampled: Tensor) -> bool:
+def agree(scores: Scores, sampled: Tensor, dtype: torch.dtype) -> bool:
     """Whether a pass gives the tokens of responses the probabilities of the sampler.
 
     The ratio of the larger to the smaller one is below 1.0001; in half precision, where
@@ -109,9 +109,10 @@ def agree(scores: Scores, sampled: Tensor) -> bool:
 
     Args:
         sampled: Log-probabilities by the sampler, (B, T).
+        dtype: Of the weights of both.
     """
     apart = (scores.logprobs - sampled).abs()[scores.response_mask].expm1()
-    return bool(apart.mean() <= 0.02 if scores.half else apart.max() <= 1e-4)
+    return bool(apart.mean() <= 0.02 if dtype in HALF else apart.max() <= 1e-4)
 
 
 def check_phase(

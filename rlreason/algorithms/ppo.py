@@ -191,14 +191,14 @@ class Learner:
         zeros = torch.zeros((len(rollouts), len(places)), device=device)  # (B, T)
         logprobs, values = zeros.clone(), zeros.clone()
         last_values = zeros[:, 0].clone()  # (B,)
-        sampled = sampled_logprobs(rollouts, zeros)
+        sampled, dtype = sampled_logprobs(rollouts, zeros), self.policy.model.dtype
         for part, (rows, scores) in enumerate(self._scores(rollouts)):
             width = scores.logprobs.shape[1]
             logprobs[rows, :width] = scores.logprobs
             if scores.values is not None:
                 values[rows, :width] = scores.values
                 last_values[rows] = scores.last_values
-            elif part == 0 and agree(scores, sampled[rows, :width]):
+            elif part == 0 and agree(scores, sampled[rows, :width], dtype):
                 for left, *_ in islice(self._parts(rollouts), 1, None):
                     logprobs[left] = sampled[left]
                 break

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from rlreason.algorithms.ppo import PpoSettings, ppo
 from rlreason.algorithms.recorder import NullRecorder
-from rlreason.policy.layout import common_beginnings
+from rlreason.policy.layout import in_order
 from rlreason.policy.logprobs import trunk_of
 from rlreason.policy.rollout import Rollout
 from rlreason.rewards.base import RewardFunction
@@ -159,8 +159,8 @@ def _counting(
         rollouts: Sequence[Rollout], problems: Sequence[Problem]
     ) -> list[tuple[float, ...]]:
         # What sequences have in common at their beginning can be computed once
-        texts = sorted((*r.prompt_tokens, *r.tokens) for r in rollouts)
-        whole = sum(map(len, texts)) - sum(common_beginnings(texts))
+        texts = [(*r.prompt_tokens, *r.tokens) for r in rollouts]
+        whole = sum(map(len, texts)) - sum(in_order(texts)[1])
         prompts = sum(len(r.prompt_tokens) for r in rollouts[:: settings.n])
         drawn = {
             (r.problem_id, r.tokens[:n])

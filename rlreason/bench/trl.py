@@ -3,12 +3,11 @@
 Same start (nano after SFT of the profile ``tiny``), same questions, reward, baseline
 (the group's mean and deviation), rollouts a phase and an update, epochs, temperature,
 length limit, clip and learning rates; no KL penalty, as is TRL's default, and no
-whitening, which TRL does not have. After each phase both are asked
-the same validation problems, greedily and by the same code, which is not counted. Each
-runs until it has been so much better than its start in two looks in a row (one alone
-may be luck), and the time is that of the first of the two; or until its phases are
-over. What a phase takes is told apart, since when the points come is in large part
-chance.
+whitening, which TRL does not have. After each phase both are asked the same validation
+problems, greedily and by the same code, which is not counted. Each runs until it has
+been so much better than its start in two looks in a row (one alone may be luck), and
+the time is that of the first of the two; or until its phases are over. What a phase
+takes is told apart, since when the points come is in large part chance.
 
 TRL is used as its documentation says, with ``generate`` of transformers, since what it
 can have in its place, vLLM, needs a GPU.

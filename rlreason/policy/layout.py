@@ -28,8 +28,7 @@ class Layout:
 
     Attributes:
         tokens: Ids, (N,): all of them, or those of a common beginning once.
-        rows: The sequence that each of them was taken from, (N,).
-        columns: Its place there, (N,).
+        columns: The place of each in the sequence that it was taken from, (N,).
         order: The sequences as their tokens follow each other, (B,).
         begins: How many tokens a sequence shares with one before it, (B,).
         lengths: Of the sequences, (B,).
@@ -37,18 +36,28 @@ class Layout:
     """
 
     tokens: np.ndarray
-    rows: np.ndarray
     columns: np.ndarray
     order: np.ndarray
     begins: np.ndarray
     lengths: np.ndarray
     places: np.ndarray
 
+    @property
+    def own(self) -> np.ndarray:
+        """Tokens that a sequence shares with none before it, (B,)."""
+        return self.lengths - self.begins
 
-def common_beginnings(sequences: Sequence[Sequence[int]]) -> list[int]:
-    """How many tokens each shares with the one before it; put them in order first."""
-    alike = [_common(one, other) for one, other in pairwise(sequences)]
-    return [0, *alike] if sequences else []
+
+def in_order(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Put sequences beside each other that begin alike.
+
+    Returns:
+        Which sequence comes when, and how many tokens it shares with the one before.
+    """
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    pairs = pairwise(sequences[i] for i in order)
+    alike = [_common(one, other) for one, other in pairs]
+    return order, [0, *alike][: len(order)]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -74,8 +83,7 @@ def lay_out(sequences: Sequence[Sequence[int]]) -> Layout:
     The last token of each is always its own.
     """
     lengths = np.array([len(ids) for ids in sequences])
-    order = sorted(range(len(sequences)), key=sequences.__getitem__)
-    alike = common_beginnings([sequences[i] for i in order])
+    order, alike = in_order(sequences)
     begins = np.zeros_like(lengths)
     if begin_alike(lengths, alike):
         begins[order] = np.minimum(alike, lengths[order] - 1)
@@ -91,7 +99,7 @@ def lay_out(sequences: Sequence[Sequence[int]]) -> Layout:
         places[row, : begins[row]] = places[before, : begins[row]]
     every = (sequences[row][begins[row] :] for row in laid)
     tokens = np.fromiter((token for ids in every for token in ids), np.int64)
-    return Layout(tokens, rows, columns, laid, begins, lengths, places)
+    return Layout(tokens, columns, laid, begins, lengths, places)
 
 
 def micro_batches(
@@ -133,24 +141,20 @@ def alike_batches(
     Args:
         text: Prompt and response of an item.
     """
-    tokens = [sum(text(item), ()) for item in batch]
-    order = sorted(range(len(batch)), key=tokens.__getitem__)
-    begins = common_beginnings([tokens[i] for i in order])
-    if not begin_alike([*map(len, tokens)], begins):
-        alone = micro_batches(
-            range(len(batch)), max_tokens=max_tokens, size=lambda i: len(tokens[i])
-        )
-        yield from ([batch[i] for i in mb] for mb in alone)
+
+    def size(item: Item) -> int:
+        return sum(map(len, text(item)))
+
+    order, begins = in_order([sum(text(item), ()) for item in batch])
+    if not begin_alike([*map(size, batch)], begins):
+        yield from micro_batches(batch, max_tokens=max_tokens, size=size)
         return
     mb: list[Item] = []
     own = longest = told = 0
     for i, begin in zip(order, begins, strict=True):
-        length, response = len(tokens[i]), len(text(batch[i])[1])
-        looked_at = (len(mb) + 1) * max(longest, length)
-        if (
-            mb
-            and max(own + length - begin, looked_at / 4, told + response) > max_tokens
-        ):
+        length, response = size(batch[i]), len(text(batch[i])[1])
+        looked_at = (len(mb) + 1) * max(longest, length) / 4
+        if mb and max(own + length - begin, looked_at, told + response) > max_tokens:
             yield mb
             mb, own, longest, told = [], 0, 0, 0
         own += length - (begin if mb else 0)
@@ -165,8 +169,7 @@ def shares_of(
 ) -> list[list[Item]]:
     """Cut a batch into shares of about equal work in which items begin alike."""
     tokens = [sum(text(item), ()) for item in batch]
-    order = sorted(range(len(batch)), key=tokens.__getitem__)
-    begins = common_beginnings([tokens[i] for i in order])
+    order, begins = in_order(tokens)
     own = [len(tokens[i]) - begin for i, begin in zip(order, begins, strict=True)]
     done = np.cumsum(own) - np.array(own) / 2  # to the middle of each
     of = np.minimum(done * count // max(1, sum(own)), count - 1) if own else done

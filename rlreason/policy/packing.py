@@ -111,8 +111,7 @@ def pack(layout: Layout, weight: Tensor) -> Inputs:
     """The inputs of sequences that stand end to end, for a model with such weights."""
     device = weight.device
     order, lengths = layout.order, layout.lengths[layout.order]
-    own = lengths - layout.begins[order]
-    shares = bool(layout.begins.any())
+    own, shares = layout.own[order], layout.begins.any()
     real = np.arange(lengths.max()) < lengths[:, None]
     packed = Packed(
         query_bounds=moved(np.append(0, own.cumsum()), device).int(),
@@ -141,11 +140,10 @@ def _has_kernel(x: Tensor) -> bool:
 def _padded_rows(layout: Layout, weight: Tensor) -> Iterator[Rows]:
     """All sequences as padded rows; apart, where some ask much more than others."""
     order, device = layout.order, weight.device
-    own = (layout.lengths - layout.begins)[order]
-    shares = bool(layout.begins.any())
-    cut = _cut(own, layout.lengths[order]) if shares else len(own)
+    shares = layout.begins.any()
+    cut = _cut(layout.own[order], layout.lengths[order]) if shares else len(order)
     for part in filter(len, (order[:cut], order[cut:])):
-        asks = (layout.lengths - layout.begins)[part]
+        asks = layout.own[part]
         most, longest = int(asks.max()), int(layout.lengths[part].max())
         real = np.arange(most) < asks[:, None]  # (b, Q)
         asked = keys = mask = None
@@ -295,8 +293,8 @@ def _attention(
         if part.keys is None:
             heads = [_pad(x, part) for x in (queries, keys, values)]
         else:
-            heads = [_at(x, part.keys) for x in (keys, values)]
-            heads.insert(0, _at(queries, part.asked))
+            heads = [_at(queries, part.asked)]
+            heads += [_at(x, part.keys) for x in (keys, values)]
         out = scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in heads),
             attn_mask=part.mask,

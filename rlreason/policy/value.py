@@ -163,7 +163,6 @@ class Scores:
         last_values: V of the state after the last response token, (B,); or None. What
             a truncated response could still earn; meaningless after EOS.
         response_mask: True at response tokens, (B, T).
-        half: Whether the pass was one in half precision.
     """
 
     logprobs: Tensor
@@ -171,7 +170,6 @@ class Scores:
     values: Tensor | None
     last_values: Tensor | None
     response_mask: Tensor
-    half: bool
 
 
 def score(
@@ -214,7 +212,6 @@ def score(
         values=values,
         last_values=last_values,
         response_mask=batch.response_mask,
-        half=policy.model.dtype in (torch.float16, torch.bfloat16),
     )
 
 

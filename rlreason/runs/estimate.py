@@ -134,8 +134,8 @@ class Need:
         scoring: Peak while it scores what was sampled.
         update: Peak while it learns.
         sampled: Tokens drawn, in all.
-        scored: Tokens read without learning, prompts included, in all.
-        trained: Tokens learned from, each epoch's, prompts included, in all.
+        scored: Tokens read without learning, each with its whole prompt, in all.
+        trained: Tokens learned from, each epoch's, likewise.
     """
 
     load: int
@@ -471,6 +471,7 @@ class Models:
         if settings.kl.reference == "swap":  # then its weights are on the CPU
             kl = settings.kl.model_copy(update={"coef": 0.0})
             settings = settings.model_copy(update={"kl": kl, "max_kl": None})
+
         def measure(policy: WeightlessPolicy) -> tuple[int, ...]:
             with LiveBytes() as live, torch.device("meta"):
                 learner = Learner(policy, [problem], settings)
@@ -492,7 +493,7 @@ class Models:
                 with torch.no_grad():
                     score(
                         learner.policy,
-                        *map(list, zip(*at_once, strict=True)),
+                        *zip(*at_once, strict=True),
                         value_function=learner.value_function,
                         entropy=False,
                         chunk=settings.logit_rows,
