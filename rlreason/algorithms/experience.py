@@ -13,7 +13,7 @@ from rlreason.algorithms.credit import explained_variance
 from rlreason.algorithms.losses import kl_estimate
 from rlreason.algorithms.optim import HALF, DivergedError, check_finite
 from rlreason.algorithms.ppo_settings import PpoSettings
-from rlreason.algorithms.recorder import Recorder
+from rlreason.algorithms.recorder import Recorder, last_checkpoint
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.value import Scores
@@ -123,11 +123,7 @@ def check_phase(
     recorder: Recorder,
 ) -> None:
     """Stop at the first number that is none, or when the policy has run away."""
-    last = (
-        f"the last good checkpoint, after phase {saved}, is kept in {recorder!r}"
-        if saved
-        else "no checkpoint had been taken yet"
-    )
+    last = last_checkpoint(recorder, "phase", saved)
     remedy = f"Lower lr (now {settings.lr:g}), or load the policy in float32"
     check_finite(metrics, where=f"phase {phase + 1}", then=f"{last}. {remedy}")
     if settings.max_kl is not None and metrics["kl_token"] > settings.max_kl:

@@ -38,7 +38,7 @@ from rlreason.algorithms.optim import (
     optimizer_tensors,
     set_lr,
 )
-from rlreason.algorithms.recorder import NullRecorder, Recorder
+from rlreason.algorithms.recorder import NullRecorder, Recorder, last_checkpoint
 from rlreason.policy.compiling import compiled_layers
 from rlreason.policy.layout import micro_batches
 from rlreason.policy.load import Policy
@@ -190,11 +190,7 @@ def fit(
     max_tokens = settings.micro_tokens or tokens_that_fit(loss, examples)
 
     def check(update: int, **numbers: float) -> None:
-        kept = (
-            f"the last good checkpoint, after update {saved}, is kept in {recorder!r}"
-            if saved
-            else "no checkpoint of this training had been taken yet"
-        )
+        kept = last_checkpoint(recorder, "update", saved)
         remedy = f"Lower lr (now {settings.lr:g}), or load the policy in float32"
         check_finite(numbers, where=f"update {update + 1}", then=f"{kept}. {remedy}")
 

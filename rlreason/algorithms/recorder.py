@@ -97,6 +97,18 @@ class Recorder(Protocol):
         """Return what was saved last, or None where a run starts from nothing."""
 
 
+def last_checkpoint(recorder: Recorder, unit: str, saved: int) -> str:
+    """What is left of a training that has broken off, in words.
+
+    Args:
+        unit: What is counted, e.g. ``"phase"``.
+        saved: How many were done at the last checkpoint; 0 where there was none.
+    """
+    if not saved:
+        return "no checkpoint of this training had been taken yet"
+    return f"the last good checkpoint, after {unit} {saved}, is kept in {recorder!r}"
+
+
 class NullRecorder:
     """Keeps nothing: for notebooks and tests that call an algorithm directly."""
 
