@@ -92,6 +92,22 @@ def test_every_forward_pass_is_counted_and_none_is_made_twice(changes, passes, r
     assert stages["learning"].needed == settings.epochs * whole
 
 
+def test_from_the_base_every_prompt_holds_the_examples(recipe, monkeypatch):
+    asked = []
+
+    def sample_prompts(policy, prompts, **options):
+        asked.extend(policy.decode(prompt.tokens) for prompt in prompts)
+        return sample(policy, prompts, **options)
+
+    sample = algorithm.sample_prompts
+    monkeypatch.setattr(algorithm, "sample_prompts", sample_prompts)
+    for start, questions in (("sft", 1), ("base", 1 + recipe.shots)):
+        asked.clear()
+        stages = {stage.name: stage for stage in bench_ppo(phases=1, start=start)}
+        assert {prompt.count("Q: ") for prompt in asked} == {questions}
+        assert 1 <= stages["scoring"].computed / stages["scoring"].needed < 1.5
+
+
 def score_again(learner: Learner, rollouts) -> None:
     prompts = [rollout.prompt_tokens for rollout in rollouts]
     score(learner.policy, prompts, [rollout.tokens for rollout in rollouts])

@@ -91,28 +91,35 @@ class _Meter(NullRecorder):
 
 
 def bench_ppo(
-    *, profile: str = "tiny", phases: int = 4, settings: PpoSettings | None = None
+    *,
+    profile: str = "tiny",
+    phases: int = 4,
+    start: str = "sft",
+    settings: PpoSettings | None = None,
 ) -> list[Stage]:
-    """Run some phases of a profile's PPO from SFT; the first warms up.
+    """Run some phases of a profile's PPO; the first warms up.
 
     Args:
         profile: Whose recipe.
         phases: That count.
+        start: ``"sft"``, or ``"base"``, whose prompts hold the profile's examples.
         settings: In place of the recipe's.
     """
     recipe = load_recipe(profile)
-    start = train_sft(recipe).policy
+    prompted = start == "base"
+    policy = recipe.base() if prompted else train_sft(recipe).policy
     chosen = settings or recipe.ppo
     chosen = chosen.model_copy(
         update={"phases": phases + 1, "max_new_tokens": recipe.max_new_tokens}
     )
     meter = _Meter()
-    with _watched(start.model, meter):
+    with _watched(policy.model, meter):
         ppo(
-            start,
+            policy,
             recipe.questions(),
             chosen,
             reward=_counting(sparse_token_rewards, meter, chosen),
+            shots=recipe.shot_problems() if prompted else (),
             recorder=meter,
         )
     middle = {

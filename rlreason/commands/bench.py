@@ -135,7 +135,14 @@ def bench_trl_command(points: float, phases: int | None, seed: int) -> None:
 @bench.command("ppo")
 @profile_option
 @count_option("--phases", default=4, help="Phases that count.")
-def bench_ppo_command(profile: str, phases: int) -> None:
+@click.option(
+    "--start",
+    type=click.Choice(["sft", "base"]),
+    default="sft",
+    show_default=True,
+    help="From SFT, or from the base with solved examples.",
+)
+def bench_ppo_command(profile: str, phases: int, start: str) -> None:
     """Where the time of a phase of PPO goes.
 
     Seconds of sampling, scoring and learning; the tokens that had to go through the
@@ -143,7 +150,8 @@ def bench_ppo_command(profile: str, phases: int) -> None:
     """
     from rlreason.bench.ppo import bench_ppo, format_ppo_benchmark
 
-    click.echo(format_ppo_benchmark(bench_ppo(profile=profile, phases=phases)))
+    found = bench_ppo(profile=profile, phases=phases, start=start)
+    click.echo(format_ppo_benchmark(found))
 
 
 @bench.command("gpu")
