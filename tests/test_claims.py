@@ -16,17 +16,19 @@ from rlreason.experiments.claims import (
     ABOVE_0,
     BELOW_0,
     CLAIMS,
+    NEAR,
     NO_HIGHER,
     UNKNOWN,
     Effect,
     arms,
+    best_of,
     by_size,
-    converged,
     covered,
     differ,
     every,
     gap_to_sft,
     judge_claims,
+    rollouts_to,
     sooner,
 )
 from rlreason.experiments.measures import MEASURES
@@ -119,11 +121,13 @@ def curve(*points: tuple[int, float | None]) -> dict:
     return {"rows": [*rows, {"kind": "phase", "rollouts": 999}]}
 
 
-def test_convergence_is_the_first_look_at_nearly_the_best():
+def test_speed_is_told_by_a_level_that_both_reach():
     rows = rows_of(
         "ppo", "curve", [curve((10, 0.2), (20, 0.57), (30, 0.6), (40, 0.5)), curve()]
     )
-    assert [converged(row) for row in rows] == [20, None]
+    assert [best_of(row) for row in rows] == [0.6, 0.0]
+    assert rollouts_to(rows[0], 0.5) == 20
+    assert rollouts_to(rows[0], 0.7) is None
     late = rows_of("ppo-dense", "curve", [curve((100, 0.4)), curve((200, 0.4))])
     early = rows_of("ppo", "curve", [curve((10, 0.4)), curve((10, 0.4))])
     (effect,) = sooner("ppo-dense", "ppo", BELOW_0)(Records([*late, *early], "nano"))
@@ -134,6 +138,17 @@ def test_convergence_is_the_first_look_at_nearly_the_best():
     )
     (effect,) = sooner("ppo", "ppo-dense", BELOW_0)(Records(early, "nano"))
     assert (effect.interval, effect.verdict) == (None, "inconclusive")
+
+
+def test_what_learns_nothing_is_not_fast():
+    learns = [curve((10, 0.3), (20, 0.4), (30, 0.6))] * 2
+    idle = [curve((10, 0.3), (20, 0.3), (30, 0.31))] * 2
+    rows = [*rows_of("ppo", "curve", learns), *rows_of("ppo-dense", "curve", idle)]
+    (effect,) = sooner("ppo-dense", "ppo", BELOW_0)(Records(rows, "nano"))
+    assert effect.interval.mean == 0
+    # Near its own best it is at once, and would count as three times as fast
+    wrong = [rollouts_to(row, NEAR * best_of(row)) for row in rows[1:3]]
+    assert wrong == [30, 10]
 
 
 def test_sizes_are_compared_in_pairs_too():
@@ -214,4 +229,6 @@ def test_every_claim_is_judged_once_all_is_recorded(capsys):
     for each in judged:
         assert each.claim.provenance in str(each)
     cli.main(["claims", "--profile", "paper"])
-    assert capsys.readouterr().out.count("not recorded\n  inconclusive") == len(CLAIMS)
+    assert capsys.readouterr().out.count("not recorded\n  not recorded yet") == len(
+        CLAIMS
+    )

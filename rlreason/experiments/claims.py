@@ -42,6 +42,7 @@ from rlreason.experiments.rows import Row
 Verdict = Literal["supported", "contradicted", "inconclusive"]
 Range = tuple[float, float]
 MARGIN = 0.02  # two points
+NEAR = 0.95  # of the best accuracy
 ABOVE_0, BELOW_0 = (0.0, inf), (-inf, 0.0)
 NO_HIGHER, NO_LOWER = (-inf, MARGIN), (-MARGIN, inf)
 UNKNOWN = "not recorded yet"
@@ -53,15 +54,15 @@ class Effect:
 
     Attributes:
         name: What it is of, in words.
-        interval: A difference of shares; None where it is not recorded.
+        interval: None where it is not recorded.
         expected: The range, ends excluded, in which the claim expects it.
-        points: Whether it is shown in percentage points.
+        unit: What it is: a difference of shares, a share, or another number.
     """
 
     name: str
     interval: Interval | None
     expected: Range
-    points: bool = True
+    unit: Literal["points", "share", "number"] = "points"
 
     @property
     def verdict(self) -> Verdict:
@@ -79,8 +80,12 @@ class Effect:
         i = self.interval
         if i is None:
             return f"{self.name}: not recorded"
-        plain = f"{i.mean:+.2f} [{i.low:+.2f}, {i.high:+.2f}]"
-        return f"{self.name}: {in_points(i) if self.points else plain}"
+        said = {
+            "points": in_points(i),
+            "share": f"{i.mean:.1%} [{i.low:.1%}, {i.high:.1%}]",
+            "number": f"{i.mean:+.2f} [{i.low:+.2f}, {i.high:+.2f}]",
+        }
+        return f"{self.name}: {said[self.unit]}"
 
 
 Rule = Callable[[Records], Iterator[Effect]]
@@ -132,7 +137,7 @@ class Judged:
         claim = self.claim
         effects = [f"  {effect}" for effect in self.effects]
         head = f"{claim.id}: {claim.text} ({claim.provenance})"
-        return "\n".join([head, *effects, f"  {self.verdict}; see {claim.figure}"])
+        return "\n".join([head, *effects, f"  {self.said}; see {claim.figure}"])
 
 
 def judge_claims(
@@ -152,7 +157,8 @@ def differ(one: Cell, other: Cell, expected: Range = ABOVE_0) -> Rule:
     def rule(records: Records) -> Iterator[Effect]:
         name = records.named(f"{_called(one)} less {_called(other, one)}")
         interval = records.difference(one, other)
-        yield Effect(name, interval, expected, one.metric != DISTINCT)
+        unit = "number" if one.metric == DISTINCT else "points"
+        yield Effect(name, interval, expected, unit)
 
     return rule
 
@@ -193,7 +199,7 @@ def by_size(
             tables = [large[s] - small[s] for s in sorted(large.keys() & small.keys())]
         label = f"{name}, {records.size} less {others[0] if others else 'another'}"
         interval = interval_of(np.stack(tables)) if tables else None
-        yield Effect(label, interval, ABOVE_0, points=False)
+        yield Effect(label, interval, ABOVE_0, "number")
 
     return rule
 
@@ -205,27 +211,42 @@ def gap_to_sft(arm: str) -> Callable[[Records, str], dict[int, np.ndarray]]:
     )
 
 
-def converged(row: Row) -> int | None:
-    """Rollouts until validation first reached 95% of the run's best; None without."""
-    seen = [r for r in row.values["rows"] if r.get("validation_maj_1") is not None]
-    best = max((r["validation_maj_1"] for r in seen), default=None)
-    return next(
-        (r["rollouts"] for r in seen if r["validation_maj_1"] >= 0.95 * best), None
-    )
+def best_of(row: Row) -> float:
+    """The highest accuracy on validation that a run was seen at; 0 without a look."""
+    return max((accuracy for _, accuracy in _looks(row)), default=0.0)
+
+
+def rollouts_to(row: Row, accuracy: float) -> int | None:
+    """Rollouts until a run was first seen at such an accuracy; None: it never was."""
+    return next((n for n, seen in _looks(row) if seen >= accuracy), None)
+
+
+def _looks(row: Row) -> list[tuple[int, float]]:
+    """Rollouts so far, and accuracy on validation, at each look of a run."""
+    seen = [
+        (each["rollouts"], each.get("validation_maj_1")) for each in row.values["rows"]
+    ]
+    return [(n, accuracy) for n, accuracy in seen if accuracy is not None]
 
 
 def sooner(one: str, other: str, expected: Range) -> Rule:
-    """log10 of the rollouts to convergence of one arm over those of another."""
+    """log10 of the rollouts that one arm takes to a level, over those of another.
+
+    The level is that near the best of the run that got less far, seed by seed: both
+    were there. Near its *own* best a run that learns nothing is at once.
+    """
 
     def rule(records: Records) -> Iterator[Effect]:
         a, b = records.of(one, "curve"), records.of(other, "curve")
-        pairs = [
-            (converged(a[s]), converged(b[s])) for s in sorted(a.keys() & b.keys())
-        ]
-        ratios = [log10(x / y) for x, y in pairs if x and y]
-        name = f"log10 of rollouts to convergence, {one} over {other}"
+        ratios = []
+        for pair in ((a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())):
+            level = NEAR * min(map(best_of, pair))
+            taken = [rollouts_to(row, level) for row in pair]
+            if None not in taken:
+                ratios.append(log10(taken[0] / taken[1]))
+        name = f"log10 of rollouts to a level that both reach, {one} over {other}"
         interval = seed_interval(ratios) if ratios else None
-        yield Effect(name, interval, expected, points=False)
+        yield Effect(name, interval, expected, "number")
 
     return rule
 
@@ -247,7 +268,7 @@ def covered(arm: str, by: str, expected: Range) -> Rule:
             k = one[0].samples
             interval = coverage(one, two, [k], m=1)[k]
         name = f"share of {arm}'s right answers by solutions that {by} samples too"
-        yield Effect(name, interval, expected)
+        yield Effect(name, interval, expected, "share")
 
     return rule
 
@@ -333,7 +354,7 @@ CLAIMS = (
         "RL explores little beyond the solutions that SFT produces.",
         "verified",
         every(*(covered(arm, "sft", (0.9, inf)) for arm in (EI, PPO))),
-        "ways",
+        "table-4",
     ),
     Claim(
         "sft-gap",

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -45,6 +46,7 @@ ACCURACY = "accuracy of the same answers"
 AUC = "AUC on held-out questions"
 BAD = "maj@1 with [BAD]"
 BEFORE = ", before"
+ONE_SEED = "(one seed)"  # in place of an interval, which takes two
 
 # Metric to its measure and its values of a row
 METRICS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
@@ -412,13 +414,17 @@ def _provenance(
         return ", ".join(str(value) for value in sorted(set(values)))
 
     commits = {row.commit[:7] + "+" * row.commit.endswith("+") for row in rows}
-    seeds = len({row.seed for row in rows})
+    of_arms: dict[str, set[int]] = {}
+    for row in rows:
+        of_arms.setdefault(row.arm, set()).add(row.seed)
+    fewest, most = min(map(len, of_arms.values())), max(map(len, of_arms.values()))
+    seeds = f"{fewest} to {most}" if fewest < most else str(most)
     counts = " or ".join(f"{n:,}" for n in sorted(problems - {0}))
     return (
         f"Recorded {all_of(row.date for row in rows)} at commit "
         f"{all_of(commits - {''}) or 'unknown'} on "
         f"{all_of(row.device for row in rows)}, profile {Path(profile).stem}, "
-        f"{seeds} seed{'s' * (seeds > 1)}"
+        f"{seeds} seed{'s' * (most > 1)}"
         + (f", {counts} test problems" if counts else "")
         + ". Differences of percentages are in points."
     )
@@ -427,7 +433,8 @@ def _provenance(
 def in_points(interval: Interval) -> str:
     """A difference of shares with its interval, in percentage points."""
     mean, low, high = (100 * v for v in (interval.mean, interval.low, interval.high))
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    known = f"[{low:+.1f}, {high:+.1f}]" if isfinite(low) else ONE_SEED
+    return f"{mean:+.1f} {known}"
 
 
 def recorded_panels(
@@ -554,6 +561,8 @@ def _cells(records: Records, arm: Arm, metrics: Sequence[str], size: str) -> lis
 
 def _percent(interval: Interval) -> str:
     """A share; Student's t knows no bounds, a share has some."""
+    if not isfinite(interval.low):
+        return unbroken(f"{100 * interval.mean:.1f} {ONE_SEED}")
     ends = interval.mean, max(interval.low, 0.0), min(interval.high, 1.0)
     mean, low, high = (100 * value for value in ends)
     return unbroken(f"{mean:.1f} [{low:.1f}, {high:.1f}]")
