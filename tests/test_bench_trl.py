@@ -8,7 +8,7 @@ import pytest
 
 from rlreason import cli
 from rlreason.bench import trl
-from rlreason.bench.trl import Progress
+from rlreason.bench.trl import Progress, summary
 
 
 @pytest.fixture
@@ -44,6 +44,12 @@ def test_the_time_is_of_training_to_the_first_of_two_good_looks(progress):
 
 def test_what_is_not_reached_has_no_time(progress):
     assert progress(0.4, 0.6, 0.4).reached is None
+
+
+def test_of_several_runs_the_median_counts_and_what_is_not_reached_is_last(progress):
+    runs = [progress(0.6, 0.6), progress(0.4, 0.4, 0.4), progress(0.4, 0.6, 0.6)]
+    assert summary(runs) == {"a_phase": 10, "reached": 20}
+    assert summary(runs[1:]) == {"a_phase": 10, "reached": None}
 
 
 def test_without_trl_one_line_says_what_to_install(monkeypatch, capsys):

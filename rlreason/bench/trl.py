@@ -3,11 +3,12 @@
 Same start (nano after SFT of the profile ``tiny``), same questions, reward, baseline
 (the group's mean and deviation), rollouts a phase and an update, epochs, temperature,
 length limit, clip and learning rates; no KL penalty, as is TRL's default, and no
-whitening, which TRL does not have. After each phase both are asked the same validation
-problems, greedily and by the same code, which is not counted. Each runs until it has
-been so much better than its start in two looks in a row (one alone may be luck), and
-the time is that of the first of the two; or until its phases are over. What a phase
-takes is told apart, since when the points come is in large part chance.
+whitening, which TRL does not have. So both follow one gradient, and differ in the
+samples that they draw. After each phase both are asked the same validation problems,
+greedily and by the same code, which is not counted. Each runs until it has been so much
+better than its start in two looks in a row (one alone may be luck), and the time is
+that of the first of the two; or until its phases are over. When the points come is in
+large part chance, so there are several seeds, and what a phase takes is told apart.
 
 TRL is used as its documentation says, with ``generate`` of transformers, since what it
 can have in its place, vLLM, needs a GPU.
@@ -15,9 +16,10 @@ can have in its place, vLLM, needs a GPU.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -36,6 +38,7 @@ from rlreason.tasks.answers import is_correct
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt
 
+PROBLEMS = 1000  # of a look: by chance alone two looks at 300 are 4 points apart
 NEEDED = "rlreason bench trl needs TRL: pip install 'rlreason[bench]'"
 
 
@@ -86,21 +89,21 @@ def bench_trl(
     *,
     points: float = 5.0,
     phases: int | None = None,
-    seed: int = 0,
+    seeds: int = 3,
     report: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Run both, one after the other.
+    """Run both, one after the other, seed by seed.
 
     Args:
         points: Percentage points of maj@1 to gain over the start.
         phases: At most, of so many rollouts as in the profile; None: as there.
-        seed: Of both.
+        seeds: How many runs of each.
         report: Told each look.
 
     Returns:
-        ``start``, the accuracy that both begin from; ``ours`` and ``trl``, each the
-        median of its seconds ``a_phase``, and ``reached``, seconds to the points, None
-        where the phases were not enough; ``threads``.
+        ``start``, the accuracy that all begin from; ``ours`` and ``trl``, each the
+        median of its seconds ``a_phase``, and of those ``reached``, to the points, None
+        where the phases were not enough for half of the runs; ``threads``.
 
     Raises:
         ModuleNotFoundError: TRL is not installed.
@@ -113,19 +116,36 @@ def bench_trl(
     if phases is not None:
         recipe = recipe.changed({"ppo.phases": phases})
     start = train_sft(recipe).policy
-    problems = recipe.task.load("validation", recipe.evaluation.validation_problems)
+    problems = recipe.task.load("validation", PROBLEMS)
     first = accuracy_of(start, problems, recipe.max_new_tokens)
     report(f"start: maj@1 {first:.1%}")
-    found = {}
-    for name, run in (("ours", _ours), ("trl", _trl)):
-        progress = Progress(
-            problems, recipe.max_new_tokens, first + points / 100, report, name
-        )
-        run(start.clone(), recipe, seed, progress)
-        ends = [0.0, *(seconds for seconds, _ in progress.looks)]
-        a_phase = median(b - a for a, b in pairwise(ends))
-        found[name] = {"a_phase": a_phase, "reached": progress.reached}
+    runs: dict[str, list[Progress]] = {"ours": [], "trl": []}
+    for seed in range(seeds):
+        for name, run in (("ours", _ours), ("trl", _trl)):
+            progress = Progress(
+                problems,
+                recipe.max_new_tokens,
+                first + points / 100,
+                report,
+                f"{name}, seed {seed}",
+            )
+            run(start.clone(), recipe, seed, progress)
+            runs[name].append(progress)
+    found = {name: summary(each) for name, each in runs.items()}
     return {"start": first, **found, "threads": torch.get_num_threads()}
+
+
+def summary(runs: Sequence[Progress]) -> dict[str, float | None]:
+    """Median seconds of a phase, and to the points; None: most did not get there."""
+    phases = []
+    for run in runs:
+        ends = [0.0, *(seconds for seconds, _ in run.looks)]
+        phases += [b - a for a, b in pairwise(ends)]
+    reached = median(math.inf if run.reached is None else run.reached for run in runs)
+    return {
+        "a_phase": median(phases),
+        "reached": reached if math.isfinite(reached) else None,
+    }
 
 
 def accuracy_of(policy: Policy, problems: list[Problem], max_new_tokens: int) -> float:

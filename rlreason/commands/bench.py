@@ -106,11 +106,11 @@ def bench_train_command(
 @click.option(
     "--phases", type=click.IntRange(min=1), help="At most. [default: the profile's]"
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-def bench_trl_command(points: float, phases: int | None, seed: int) -> None:
+@count_option("--seeds", default=3, help="Runs of each.")
+def bench_trl_command(points: float, phases: int | None, seeds: int) -> None:
     """How soon RL has gained so much, ours and TRL's GRPO.
 
-    Also the seconds of a phase. Takes a quarter of an hour with all phases.
+    Also the seconds of a phase. Medians over seeds; a seed takes up to ten minutes.
     """
     from rlreason.bench.trl import bench_trl
 
@@ -118,7 +118,7 @@ def bench_trl_command(points: float, phases: int | None, seed: int) -> None:
         found = bench_trl(
             points=points,
             phases=phases,
-            seed=seed,
+            seeds=seeds,
             report=lambda line: click.echo(line, err=True),
         )
     except ModuleNotFoundError as error:
