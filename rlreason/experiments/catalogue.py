@@ -246,6 +246,13 @@ def together(one: Changes, other: Changes) -> Changes:
     return changes
 
 
+def as_long_as_all_rounds(recipe: Recipe) -> Mapping[str, Any]:
+    """Epochs of every fit, so that the last has what a policy that goes on has had."""
+    chosen = recipe.expert_iteration
+    epochs = chosen.rounds * chosen.finetune.epochs
+    return {"expert_iteration.finetune.epochs": epochs}
+
+
 def on_the_shifted_task(recipe: Recipe) -> Mapping[str, Any]:
     """SVAMP in place of GSM8K, svamp-mini in place of gsm-mini."""
     twins = {"gsm-mini": "svamp-mini", "gsm8k": "svamp"}
@@ -416,6 +423,13 @@ ENTRIES = (
         {"expert_iteration.start_from": "current"},
         against="expert-iteration",
     ),
+    Arm(
+        "expert-iteration-longer",
+        "the last fit as long as those of all rounds together",
+        "expert-iteration",
+        as_long_as_all_rounds,
+        against="expert-iteration",
+    ),
     ppo(
         "ppo-network",
         "two epochs, and a value function of its own that learns more often",
@@ -532,7 +546,12 @@ CATALOGUE = Catalogue(
         Table(
             "rounds",
             "expert iteration and PPO on their way",
-            ("expert-iteration-early", "expert-iteration-current", "ppo-early"),
+            (
+                "expert-iteration-early",
+                "expert-iteration-current",
+                "expert-iteration-longer",
+                "ppo-early",
+            ),
         ),
         Table(
             "labels",
