@@ -28,12 +28,16 @@ found out in ``rlreason.policy.passes``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
+
+if TYPE_CHECKING:  # it knows of this module
+    from rlreason.policy.slots import SlotStore
 
 ATTENTION_NAME = "rlreason_rollout"
 
@@ -302,12 +306,17 @@ class PromptCache(Cache):
     """Receives the keys and values of a forward pass over some of the prompts.
 
     Args:
-        store: Where they are kept; a ``CohortStore``, or of ``slots``.
+        store: Where they are kept.
         questions: Which of the store's questions the pass covers.
         mask: True where attention is allowed, (g, 1, p, p).
     """
 
-    def __init__(self, store, questions: slice | Tensor, mask: Tensor) -> None:
+    def __init__(
+        self,
+        store: CohortStore | SlotStore,
+        questions: slice | Tensor,
+        mask: Tensor,
+    ) -> None:
         super().__init__(layers=[])
         self._store, self._questions, self._mask = store, questions, mask
 
