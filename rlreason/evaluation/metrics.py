@@ -35,6 +35,7 @@ MAX_SAMPLES = 1000  # C(n, n/2) of more samples than 1029 is no 64-bit float
 Array = NDArray[np.float64]
 
 
+@lru_cache(maxsize=2**16)  # of thousands of samples most solutions are seen a few times
 def pass_at_k(n: int, c: int, k: int) -> float:
     r"""Chance that k of n samples, c of them correct, hold a correct one.
 
