@@ -416,7 +416,7 @@ CLAIMS = (
         "reset",
         "Expert iteration has to begin each round from the base.",
         "unverified transcription",
-        arms(EI, f"{EI}-current"),
+        arms(f"{EI}-longer", f"{EI}-current"),  # as many updates in all
         "rounds",
     ),
     Claim(
