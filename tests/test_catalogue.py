@@ -229,3 +229,11 @@ def test_labels_of_the_fifth_table_are_of_whole_solutions_of_one_round():
         plan = context.subject(f"rcrl-minimal-{ratio}", "nano", 0).plan
         assert plan.expert == minimal
         assert (plan.algorithm.k, plan.algorithm.positive_ratio) == (0, ratio)
+
+
+def test_longer_fits_are_as_long_as_those_of_all_rounds():
+    recipe = load_recipe("tiny")
+    longer = ARMS["expert-iteration-longer"].recipe(recipe).expert_iteration
+    plain = recipe.expert_iteration
+    assert longer.finetune.epochs == plain.rounds * plain.finetune.epochs
+    assert longer.rounds == plain.rounds

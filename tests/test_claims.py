@@ -140,6 +140,24 @@ def test_speed_is_told_by_a_level_that_both_reach():
     assert (effect.interval, effect.verdict) == (None, "inconclusive")
 
 
+def test_what_is_never_right_reaches_no_level():
+    rows = rows_of("ppo", "curve", [curve((10, 0.0))] * 2)
+    rows += rows_of("ppo-dense", "curve", [curve((50, 0.4))] * 2)
+    (effect,) = sooner("ppo-dense", "ppo", BELOW_0)(Records(rows, "nano"))
+    assert effect.interval is None  # and not log10 of 50 / 10
+
+
+def test_one_seed_has_no_interval_in_any_unit():
+    one = Interval(0.5, -inf, inf, 0.95, 1, "t")
+    said = [str(Effect("x", one, ABOVE_0, unit)) for unit in ("points", "share")]
+    said.append(str(Effect("x", one, ABOVE_0, "number")))
+    assert said == [
+        "x: +50.0 (one seed)",
+        "x: 50.0% (one seed)",
+        "x: +0.50 (one seed)",
+    ]
+
+
 def test_what_learns_nothing_is_not_fast():
     learns = [curve((10, 0.3), (20, 0.4), (30, 0.6))] * 2
     idle = [curve((10, 0.3), (20, 0.3), (30, 0.31))] * 2

@@ -277,6 +277,14 @@ def test_a_verdict_needs_the_whole_interval():
     assert of(-0.1, 0.3) == of(0.0, 0.2) == of(-0.2, 0.0) == "inconclusive"
 
 
+def test_a_table_says_how_many_seeds_each_has_and_one_seed_has_no_interval(write):
+    write(greedy("sft", BEFORE_), greedy("ppo", AFTER), greedy("grpo", AFTER[:1]))
+    page = recorded_table("tiny", "credit")
+    assert "1 to 3 seeds" in page
+    assert "[-inf" not in page
+    assert unbroken("(one seed)") in page
+
+
 def test_a_figure_has_a_panel_an_arm_and_column_and_a_line_a_seed(write):
     assert recorded_panels("tiny", "over-optimisation") == {}
     phases = [

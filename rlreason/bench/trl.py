@@ -103,7 +103,7 @@ def bench_trl(
     Returns:
         ``start``, the accuracy that all begin from; ``ours`` and ``trl``, each the
         median of its seconds ``a_phase``, and of those ``reached``, to the points, None
-        where the phases were not enough for half of the runs; ``threads``.
+        where half of the runs or more had not got there; ``threads``.
 
     Raises:
         ModuleNotFoundError: TRL is not installed.
@@ -136,7 +136,7 @@ def bench_trl(
 
 
 def summary(runs: Sequence[Progress]) -> dict[str, float | None]:
-    """Median seconds of a phase, and to the points; None: most did not get there."""
+    """Median seconds of a phase, and to the points; None: half or more had not."""
     phases = []
     for run in runs:
         ends = [0.0, *(seconds for seconds, _ in run.looks)]

@@ -425,7 +425,7 @@ ENTRIES = (
     ),
     Arm(
         "expert-iteration-longer",
-        "the last fit as long as those of all rounds together",
+        "each fit as long as those of all rounds together",
         "expert-iteration",
         as_long_as_all_rounds,
         against="expert-iteration",

@@ -9,8 +9,10 @@ contradicted  some interval lies wholly outside its range
 inconclusive  neither, or some of it is not recorded
 ============  ========================================================================
 
-Rules are written before anything is recorded. "No better" is a range too: an effect of
-less than ``MARGIN`` counts as none, since no interval shows that an effect is zero.
+Rules were written before anything was recorded. Three (sample-complexity, guidance,
+reset) were changed afterwards; book/corrections.md says why. "No better" is a range
+too: an effect of less than ``MARGIN`` counts as none, since no interval shows that an
+effect is zero.
 
 A small model on another task can speak for or against a claim's direction, no more.
 Left out: corrections for looking at many claims.
@@ -33,6 +35,7 @@ from rlreason.experiments.records import (
     SCORE,
     Cell,
     Records,
+    ends,
     in_points,
     interval_of,
 )
@@ -82,8 +85,8 @@ class Effect:
             return f"{self.name}: not recorded"
         said = {
             "points": in_points(i),
-            "share": f"{i.mean:.1%} [{i.low:.1%}, {i.high:.1%}]",
-            "number": f"{i.mean:+.2f} [{i.low:+.2f}, {i.high:+.2f}]",
+            "share": f"{i.mean:.1%} {ends(i, '.1%')}",
+            "number": f"{i.mean:+.2f} {ends(i, '+.2f')}",
         }
         return f"{self.name}: {said[self.unit]}"
 
@@ -233,7 +236,8 @@ def sooner(one: str, other: str, expected: Range) -> Rule:
     """log10 of the rollouts that one arm takes to a level, over those of another.
 
     The level is that near the best of the run that got less far, seed by seed: both
-    were there. Near its *own* best a run that learns nothing is at once.
+    were there. Near its *own* best a run that learns nothing is at once. Told no finer
+    than a run looks: expert iteration once a round.
     """
 
     def rule(records: Records) -> Iterator[Effect]:
@@ -242,7 +246,7 @@ def sooner(one: str, other: str, expected: Range) -> Rule:
         for pair in ((a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())):
             level = NEAR * min(map(best_of, pair))
             taken = [rollouts_to(row, level) for row in pair]
-            if None not in taken:
+            if level > 0 and None not in taken:
                 ratios.append(log10(taken[0] / taken[1]))
         name = f"log10 of rollouts to a level that both reach, {one} over {other}"
         interval = seed_interval(ratios) if ratios else None
@@ -416,7 +420,7 @@ CLAIMS = (
         "reset",
         "Expert iteration has to begin each round from the base.",
         "unverified transcription",
-        arms(f"{EI}-longer", f"{EI}-current"),  # as many updates in all
+        arms(f"{EI}-longer", f"{EI}-current"),  # as many of its last policy
         "rounds",
     ),
     Claim(

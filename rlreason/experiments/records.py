@@ -368,8 +368,7 @@ def told(
         metric, against: Of the records that are meant, or how these begin.
     """
     known = {
-        each.comparison: f"{in_points(each.interval)} "
-        f"({verdict(each.interval, 'a rise', 'a fall')})"
+        each.comparison: with_verdict(each.interval)
         for each in found
         if each.metric.startswith(metric) and each.against.startswith(against)
     }
@@ -390,7 +389,7 @@ def _table_line(record: Record, above: Record | None) -> str:
     interval = record.interval
     if record.before is None:
         before, after = "", f"{record.after:.2f}"
-        change, word = f"[{interval.low:.2f}, {interval.high:.2f}]", ""
+        change, word = ends(interval, ".2f"), ""
     else:
         before, after = f"{record.before:.1%}", f"{record.after:.1%}"
         change, word = in_points(interval), verdict(interval)
@@ -435,6 +434,21 @@ def in_points(interval: Interval) -> str:
     mean, low, high = (100 * v for v in (interval.mean, interval.low, interval.high))
     known = f"[{low:+.1f}, {high:+.1f}]" if isfinite(low) else ONE_SEED
     return f"{mean:+.1f} {known}"
+
+
+def ends(interval: Interval, form: str) -> str:
+    """Both ends of an interval in brackets, if it has any."""
+    if not isfinite(interval.low):
+        return ONE_SEED
+    return f"[{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def with_verdict(change: Interval) -> str:
+    """A difference in points, and whether it is a rise; one seed cannot tell."""
+    said = in_points(change)
+    if not isfinite(change.low):
+        return said
+    return f"{said} ({verdict(change, 'a rise', 'a fall')})"
 
 
 def recorded_panels(
