@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import os
 import shutil
 import signal
 import socket
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -176,3 +178,19 @@ def test_where_the_folder_of_runs_is_not_shared_files_travel_with_the_job(tmp_pa
     unpack(back, there.writes)
     assert (run / "result").read_text() == "the planthe weights"
     assert not (run / "lock").exists()
+
+
+def test_an_archive_cannot_lead_out_of_what_a_job_has_named(tmp_path):
+    run, outside = tmp_path / "ppo-2", tmp_path / "outside"
+    run.mkdir()
+    up = tarfile.TarInfo(f"{run}/../outside"[1:])
+    link = tarfile.TarInfo(f"{run}/link"[1:])
+    link.type, link.linkname = tarfile.SYMTYPE, str(outside)
+    for member, said in ((up, "has not named"), (link, "no plain file")):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            archive.addfile(member, io.BytesIO())
+        with pytest.raises(JobError, match=said):
+            unpack(buffer.getvalue(), (run,))
+    assert not outside.exists()
+    assert not list(run.iterdir())
