@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # it knows of this module
     from rlreason.policy.slots import SlotStore
 
 ATTENTION_NAME = "rlreason_rollout"
+_FIRST_COLUMNS = 32  # slabs start with room for this many tokens, then double
 
 
 class AttentionError(ValueError):
@@ -113,24 +114,23 @@ class CohortStore:
         return DecodeCache([self])
 
     def make_room(self) -> None:
-        """Reserve what the rows can come to hold, before the first forward pass.
-
-        All columns at once: what is never written takes no memory, and to grow would
-        be to move all that is there.
-        """
+        """Make sure that one more token fits, before a forward pass."""
         if not self._keys:
+            columns = min(_FIRST_COLUMNS, self._max_columns)
             for keys in self._prompt_keys:
-                _, heads, _, dim = keys.shape
-                shape = (self.slab_rows, heads, self._max_columns, dim)
+                shape = (self.slab_rows, keys.shape[1], columns, keys.shape[3])
                 self._keys.append(keys.new_empty(shape))
                 self._values.append(keys.new_empty(shape))
+        columns = self._keys[0].shape[2]
+        if self.length == columns:
+            self._resize(self.rows, min(2 * columns, self._max_columns))
 
-    def _resize(self, rows: int) -> None:
-        """Move the rows in use to slabs of another number of rows, layer by layer."""
+    def _resize(self, rows: int, columns: int) -> None:
+        """Move the rows in use to slabs of another size, layer by layer."""
         self.slab_rows = rows
         for slabs in (self._keys, self._values):
             for layer, old in enumerate(slabs):
-                new = old.new_empty((rows, *old.shape[1:]))
+                new = old.new_empty((rows, old.shape[1], columns, old.shape[3]))
                 new[: self.rows, :, : self.length] = old[: self.rows, :, : self.length]
                 slabs[layer] = new
 
@@ -241,15 +241,15 @@ class CohortStore:
             Where the new rows lie.
         """
         moves = Moves(parents)
-        count = len(parents)
+        count, columns = len(parents), self._keys[0].shape[2] if self._keys else 0
         if count > self.slab_rows:  # spare rows, so that not each split moves all
-            self._resize(min(count + count // 2, most))
+            self._resize(min(count + count // 2, most), columns)
         for slab in (*self._keys, *self._values):
             moves.apply_(slab[:, :, : self.length])
         self.rows, self._heads = count, None
         self.group = self.group[moves.parents]
         if self.rows <= self.slab_rows // 2:
-            self._resize(self.rows)
+            self._resize(self.rows, columns)
         answered = torch.bincount(self.group, minlength=self.questions).nonzero()
         if len(answered) < self.questions:
             self._keep_questions(answered.squeeze(1))
