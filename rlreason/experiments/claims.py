@@ -245,9 +245,9 @@ def sooner(one: str, other: str, expected: Range) -> Rule:
         ratios = []
         for pair in ((a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())):
             level = NEAR * min(map(best_of, pair))
-            taken = [rollouts_to(row, level) for row in pair]
-            if level > 0 and None not in taken:
-                ratios.append(log10(taken[0] / taken[1]))
+            if level > 0:  # else one of them was never right
+                ours, theirs = (rollouts_to(row, level) for row in pair)
+                ratios.append(log10(ours / theirs))
         name = f"log10 of rollouts to a level that both reach, {one} over {other}"
         interval = seed_interval(ratios) if ratios else None
         yield Effect(name, interval, expected, "number")

@@ -18,6 +18,7 @@ AUC                         of the reward model
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -413,10 +414,8 @@ def _provenance(
         return ", ".join(str(value) for value in sorted(set(values)))
 
     commits = {row.commit[:7] + "+" * row.commit.endswith("+") for row in rows}
-    of_arms: dict[str, set[int]] = {}
-    for row in rows:
-        of_arms.setdefault(row.arm, set()).add(row.seed)
-    fewest, most = min(map(len, of_arms.values())), max(map(len, of_arms.values()))
+    of_arms = Counter(arm for arm, _ in {(row.arm, row.seed) for row in rows})
+    fewest, most = min(of_arms.values()), max(of_arms.values())
     seeds = f"{fewest} to {most}" if fewest < most else str(most)
     counts = " or ".join(f"{n:,}" for n in sorted(problems - {0}))
     return (
@@ -431,16 +430,14 @@ def _provenance(
 
 def in_points(interval: Interval) -> str:
     """A difference of shares with its interval, in percentage points."""
-    mean, low, high = (100 * v for v in (interval.mean, interval.low, interval.high))
-    known = f"[{low:+.1f}, {high:+.1f}]" if isfinite(low) else ONE_SEED
-    return f"{mean:+.1f} {known}"
+    return f"{100 * interval.mean:+.1f} {ends(interval, '+.1f', scale=100)}"
 
 
-def ends(interval: Interval, form: str) -> str:
+def ends(interval: Interval, form: str, *, scale: float = 1.0) -> str:
     """Both ends of an interval in brackets, if it has any."""
     if not isfinite(interval.low):
         return ONE_SEED
-    return f"[{interval.low:{form}}, {interval.high:{form}}]"
+    return f"[{scale * interval.low:{form}}, {scale * interval.high:{form}}]"
 
 
 def with_verdict(change: Interval) -> str:
@@ -575,11 +572,11 @@ def _cells(records: Records, arm: Arm, metrics: Sequence[str], size: str) -> lis
 
 def _percent(interval: Interval) -> str:
     """A share; Student's t knows no bounds, a share has some."""
-    if not isfinite(interval.low):
-        return unbroken(f"{100 * interval.mean:.1f} {ONE_SEED}")
-    ends = interval.mean, max(interval.low, 0.0), min(interval.high, 1.0)
-    mean, low, high = (100 * value for value in ends)
-    return unbroken(f"{mean:.1f} [{low:.1f}, {high:.1f}]")
+    if isfinite(interval.low):
+        low, high = max(interval.low, 0.0), min(interval.high, 1.0)
+        interval = replace(interval, low=low, high=high)
+    known = ends(interval, ".1f", scale=100)
+    return unbroken(f"{100 * interval.mean:.1f} {known}")
 
 
 def _as_reported(table: Table) -> list[str]:
