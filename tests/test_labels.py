@@ -15,16 +15,24 @@ from rlreason.algorithms.rcrl import (
     cut_steps,
 )
 from rlreason.evaluation.evaluate import evaluate, grade_greedy, grade_samples
-from rlreason.policy import labels as module
+from rlreason.policy import cohort_engine, forced, sampler, slot_engine
 from rlreason.policy.labels import BAD, GOOD, answer_groups, sample_conditioned
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import token_logprobs
-from rlreason.policy.rollout import Rollout
 from rlreason.policy.vocabulary import add_tokens, token_id
 from rlreason.rewards.orm import OutcomeRewardModel
 from rlreason.tasks.prompts import format_prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the solutions were cut")
+
+
+@pytest.fixture(params=["cohorts", "slots"])
+def engine(request, monkeypatch):
+    """Decoding as on a CPU, and as on a GPU: the module."""
+    if request.param == "cohorts":
+        return cohort_engine
+    monkeypatch.setitem(sampler.ENGINES, "cpu", slot_engine.SlotEngine)
+    return slot_engine
 
 
 def student() -> Policy:
@@ -59,7 +67,7 @@ def obvious_greedy(policy: Policy, problem, label: str, limit: int) -> list[int]
 
 
 @pytest.mark.parametrize("limit", [3, 13, 40])
-def test_a_label_is_forced_before_every_step(limit):
+def test_a_label_is_forced_before_every_step(limit, engine):
     policy = student()
     for label in (GOOD, BAD):
         rollouts = sample_conditioned(
@@ -69,7 +77,7 @@ def test_a_label_is_forced_before_every_step(limit):
         assert [list(r.tokens) for r in rollouts] == expected
 
 
-def test_forced_labels_are_given_and_the_rest_is_sampled():
+def test_forced_labels_are_given_and_the_rest_is_sampled(engine):
     policy = student()
     rollouts = sample_conditioned(policy, TOY_PROBLEMS, k=3, max_new_tokens=24)
     assert [r.problem_id for r in rollouts] == [
@@ -97,7 +105,7 @@ def test_forced_labels_are_given_and_the_rest_is_sampled():
                 assert logprob == pytest.approx(exact[t].item(), abs=1e-4)
 
 
-def test_rollouts_do_not_depend_on_what_else_is_asked():
+def test_rollouts_do_not_depend_on_what_else_is_asked(engine):
     options = {"label": BAD, "max_new_tokens": 24, "seed": 5}
     whole = sample_conditioned(student(), TOY_PROBLEMS, k=4, **options)
     tokens = [r.tokens for r in whole]
@@ -111,7 +119,7 @@ def test_rollouts_do_not_depend_on_what_else_is_asked():
 
 
 @pytest.mark.parametrize("limit", [1, 5, 11, 12, 17])
-def test_the_limit_counts_what_is_sampled_over_all_steps(limit):
+def test_the_limit_counts_what_is_sampled_over_all_steps(limit, engine):
     good = token_id(student(), GOOD)
     options = {"k": 3, "seed": 2}
     cut = sample_conditioned(student(), TOY_PROBLEMS, max_new_tokens=limit, **options)
@@ -125,20 +133,16 @@ def test_the_limit_counts_what_is_sampled_over_all_steps(limit):
 
 def test_a_blank_line_gets_no_label_of_its_own(monkeypatch):
     policy = student()
-    encode = policy.tokenizer.encode
-    script = ["\n", "\n", "1\n", "#### 2"]
+    encode = partial(policy.tokenizer.encode, add_special_tokens=False)
+    dropped = policy.eos_id  # drawn where a label is due
+    script = [*encode("\n\n1\n"), dropped, *encode("#### 2"), policy.eos_id]
 
-    def scripted(policy, prompts, **_):
-        ids = encode(script.pop(0), add_special_tokens=False)
-        ids += [] if script else [policy.eos_id]
-        logprobs = (-1.0,) * len(ids)
-        return [
-            Rollout(p.problem_id, 0, p.tokens, tuple(ids), logprobs, "", not script)
-            for p in prompts
-        ]
+    def scripted(logits, uniforms, **_):
+        return torch.tensor([script.pop(0)]), torch.tensor([-1.0])
 
-    monkeypatch.setattr(module, "sample_prompts", scripted)
+    monkeypatch.setattr(cohort_engine, "draw_tokens", scripted)
     (rollout,) = sample_conditioned(policy, TOY_PROBLEMS[:1])
+    assert not script
     plain = [i for i in rollout.tokens if i < token_id(policy, GOOD)]
     asked = LabelledSolution(
         0, replace(rollout, tokens=tuple(plain)), True, (True,) * 2
@@ -146,6 +150,33 @@ def test_a_blank_line_gets_no_label_of_its_own(monkeypatch):
     # The layout of training, which is what the policy knows
     assert conditioned_example(policy, asked, TOY_PROBLEMS).tokens == rollout.tokens
     assert rollout.text == "\n\n1\n#### 2"
+
+
+def test_an_answer_ends_where_its_own_positions_do(monkeypatch, engine):
+    policy, limit = student(), 12
+    (digit,) = policy.tokenizer.encode("1", add_special_tokens=False)
+
+    def steps_of_one_token(logits, uniforms, **_):
+        drawn = torch.full((len(uniforms),), digit)
+        return drawn, torch.zeros(len(drawn))
+
+    monkeypatch.setattr(engine, "draw_tokens", steps_of_one_token)
+    monkeypatch.setattr(forced, "newline_ids", lambda policy: (digit,))
+    problems = [
+        replace(p, question=p.question + "?" * 4 * i)
+        for i, p in enumerate(TOY_PROBLEMS)
+    ]
+    lengths = [len(policy.encode_prompt(format_prompt(p))) + 1 for p in problems]
+    positions = max(lengths) + limit + 3
+    assert max(lengths) - min(lengths) > limit
+    monkeypatch.setattr(forced, "positions_of", lambda model: positions)
+    rollouts = sample_conditioned(policy, problems, max_new_tokens=limit)
+    good = token_id(policy, GOOD)
+    for rollout, length in zip(rollouts, lengths, strict=True):
+        # A label after each draw, until one or the other is used up
+        room = min(positions - length, 2 * limit - 1)
+        assert rollout.tokens == tuple([good, digit] * limit)[: 1 + room]
+        assert not rollout.finished
 
 
 def test_impossible_requests_are_clear_errors():
@@ -188,24 +219,6 @@ def test_a_report_is_of_conditioned_samples(label):
         alone = grade_greedy(problem, greedy[i])
         expected = grade_samples(alone, problem, samples[3 * i : 3 * i + 3])
         assert report.results[i] == expected
-
-
-def test_many_problems_are_sampled_in_parts_and_keep_their_order(monkeypatch):
-    calls = []
-
-    def fake(policy, problems, *, label, k, temperature, **_):
-        calls.append((len(problems), k, temperature, label))
-        return [
-            Rollout(p.id, j, (1,), (5, 0), (-0.1, -0.2), f"#### {p.answer}", True)
-            for p in problems
-            for j in range(k)
-        ]
-
-    monkeypatch.setattr(module, "sample_conditioned", fake)
-    report = evaluate(toy_policy(), TOY_PROBLEMS, k=2000, label=GOOD)
-    assert calls == [(6, 1, 0.0, GOOD)] + [(2, 2000, 0.7, GOOD)] * 3
-    assert [result.id for result in report.results] == [p.id for p in TOY_PROBLEMS]
-    assert report.accuracy.mean == 1.0  # each answer stands with its own problem
 
 
 def test_a_label_with_shots_or_without_its_token_is_a_clear_error():

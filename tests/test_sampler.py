@@ -594,20 +594,6 @@ def test_what_stands_in_the_prompt_is_no_action():
         assert second.logprobs == pytest.approx(first.logprobs[8:], abs=1e-4)
 
 
-def test_stop_ids_end_a_rollout_at_their_first_place():
-    policy = tiny_policy()
-    options = {"k": 8, "max_new_tokens": 40, "seed": 1}
-    plain = sample_prompts(policy, prompts_of(policy), **options)
-    stop = plain[0].tokens[5]
-    cut = sample_prompts(policy, prompts_of(policy), stop_ids=[stop], **options)
-    ends = {policy.eos_id, stop}
-    assert any(r.tokens[-1] == stop for r in cut)
-    for whole, part in zip(plain, cut, strict=True):
-        first = next((i for i, t in enumerate(whole.tokens) if t in ends), 39)
-        assert part.tokens == whole.tokens[: first + 1]
-        assert part.finished == (part.tokens[-1] in ends)
-
-
 def test_any_of_several_eos_ids_ends_a_rollout():
     policy = tiny_policy()
     options = {"k": 8, "max_new_tokens": 40, "seed": 1}

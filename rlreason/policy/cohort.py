@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from rlreason.policy.engine import Answer, Request
+from rlreason.policy.forced import Forced, Forcing
 from rlreason.policy.kv_cache import CohortStore
 from rlreason.policy.passes import NOT_FINITE
+
+NOTHING = -1  # in the records, after a sample has ended
 
 
 class Cohort:
@@ -26,6 +29,7 @@ class Cohort:
     Args:
         requests: Whose samples.
         limit: Tokens of a sample.
+        forced: What stands before each step and is not drawn.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class Cohort:
         *,
         limit: int,
         device: torch.device,
+        forced: Forced | None = None,
     ) -> None:
         self.requests = requests
         sizes = torch.tensor([len(r.keys) for r in requests], device=device)
@@ -52,8 +57,11 @@ class Cohort:
         )
         self.last = torch.zeros_like(self.home)
         self.done = torch.zeros_like(self.home, dtype=torch.bool)
+        self.forcing = forced and Forcing(forced, len(self.home))
+        if self.forcing:
+            self.forcing.begin(self.home, lengths[self.row])
         records = (len(self.home), limit)
-        self.tokens = torch.zeros(records, dtype=torch.int64, device=device)
+        self.tokens = torch.full(records, NOTHING, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(records, device=device)
 
     @property
@@ -65,7 +73,9 @@ class Cohort:
         return self.store.rows
 
     def record(self, tokens: Tensor, logprobs: Tensor, ends: tuple[int, ...]) -> None:
-        """Write down what each sample drew, both (S,)."""
+        """Write down what each sample drew, both (S,), or was given."""
+        if self.forcing:
+            tokens, logprobs, self.done = self.forcing.put(..., tokens, logprobs)
         self.tokens[self.home, self.drawn] = tokens
         self.logprobs[self.home, self.drawn] = logprobs
         for end in ends:
@@ -92,6 +102,8 @@ class Cohort:
         going = (~self.done).nonzero().squeeze(1)
         self.home, self.stream = self.home[going], self.stream[going]
         self.last, self.done = self.last[going], self.done[going]
+        if self.forcing:
+            self.forcing.keep(going)
         pairs, which = torch.unique(
             (self.row[going] << 32) + self.last, return_inverse=True
         )
@@ -114,10 +126,7 @@ class Cohort:
         ]
         answers = []
         for (request, number), ids, logps in zip(owners, tokens, logprobs, strict=True):
-            # A sample may have gone on for some steps after EOS.
-            places = [ids.index(end) for end in ends if end in ids]
-            finished = bool(places)
-            length = min(places) + 1 if finished else len(ids)
+            length = ids.index(NOTHING) if NOTHING in ids else len(ids)
             answers.append(
                 Answer(
                     problem=request.problem,
@@ -125,7 +134,7 @@ class Cohort:
                     prompt=request.prompt,
                     tokens=tuple(ids[:length]),
                     logprobs=tuple(logps[:length]),
-                    finished=finished,
+                    finished=ids[length - 1] in ends,
                 )
             )
         return answers

@@ -81,7 +81,9 @@ class CohortEngine(Engine):
             requests.append(self.queue.popleft())
         if not requests:  # the others must end first
             return
-        cohort = Cohort(requests, limit=self.limit, device=self.device)
+        cohort = Cohort(
+            requests, limit=self.limit, device=self.device, forced=self.forced
+        )
         self.cohorts.append(cohort)
         self.prefill(cohort)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rlreason.policy.budget import PREFILL_TOKENS, Costs, default_budget
+from rlreason.policy.forced import Forced
 from rlreason.policy.load import Policy
 from rlreason.policy.progress import tell
 from rlreason.policy.rollout import Rollout
@@ -65,8 +66,9 @@ class Engine(ABC):
     Args:
         policy: Who answers.
         costs: Of its rows, in bytes.
-        temperature: As in ``sample``, like the next two.
-        stop_ids: Tokens that end an answer beside the policy's EOS.
+        temperature: As in ``sample``, like ``byte_budget``.
+        limit: Tokens of an answer.
+        forced: What stands before each step and is not drawn.
     """
 
     store: type  # where keys and values are kept, which says how the model is checked
@@ -77,15 +79,15 @@ class Engine(ABC):
         *,
         costs: Costs,
         temperature: float,
-        max_new_tokens: int,
+        limit: int,
         byte_budget: int | None,
-        stop_ids: tuple[int, ...],
+        forced: Forced | None,
     ) -> None:
         self.model, self.device = policy.model, policy.device
         self.pad_id = policy.pad_id
-        self.ends = (*policy.eos_ids, *stop_ids)
+        self.ends = policy.eos_ids
         self.temperature = temperature
-        self.limit = max_new_tokens
+        self.limit, self.forced = limit, forced
         self.costs = costs
         self.budget = byte_budget or default_budget(policy.device)
         self.prefill_tokens = PREFILL_TOKENS

@@ -289,6 +289,12 @@ def vocabulary_rows(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can read, or None if it does not say."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return room if room is not None and room > 0 else None
+
+
 def _check_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

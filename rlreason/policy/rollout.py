@@ -34,10 +34,11 @@ class Rollout:
         sample: Index of the sample within its problem, 0 to K-1.
         prompt_tokens: Token ids of the prompt, BOS included where the model has one.
         tokens: Sampled ids. They end with EOS where ``finished`` is true, and hold no
-            EOS where it is false. (``stop_ids`` of ``sample_prompts`` and the ``stop``
-            of a prompt end a rollout as EOS does; what was drawn of it stays.)
+            EOS where it is false. (The ``stop`` of a prompt ends a rollout as EOS does;
+            what was drawn of it stays.)
         logprobs: Log-probability of each token (nats) under the distribution it was
             drawn from: full vocabulary, temperature applied. As long as ``tokens``.
+            0.0 of a label that was put there.
         text: The decoded ``tokens`` without EOS.
         finished: False where the length limit cut the sample (truncated, which is not
             the same as a terminal state).

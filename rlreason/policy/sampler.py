@@ -19,8 +19,8 @@ batch size, budget and order of the problems do not change what is drawn, up to
 rounding: matrix products of other shapes may differ in the last bits, which changes a
 token only if its random number falls within about 1e-6 of a boundary.
 
-``sample_prompts`` does the same for prompts given as tokens, and can stop at other
-tokens than EOS: for continuing half solutions and for sampling step by step.
+``sample_prompts`` does the same for prompts given as tokens, for continuing half
+solutions. ``prompt_groups`` can also put a token before each step, see ``labels``.
 
 Left out: beam search, truncated sampling; what is drawn after a text at which a prompt
 stops is drawn, and dropped.
@@ -38,7 +38,8 @@ from transformers import PreTrainedModel
 from rlreason.policy.budget import Costs
 from rlreason.policy.cohort_engine import CohortEngine
 from rlreason.policy.engine import Request
-from rlreason.policy.load import Policy, vocabulary_rows
+from rlreason.policy.forced import Forced
+from rlreason.policy.load import Policy, positions_of, vocabulary_rows
 from rlreason.policy.parallel import joined_groups, my_share
 from rlreason.policy.passes import check_model
 from rlreason.policy.progress import progress_bar
@@ -118,16 +119,14 @@ def sample_groups(
     Yields:
         The index in ``problems`` and its ``k`` rollouts, in the order of finishing.
     """
-    _check_settings(k, temperature, max_new_tokens)
     prompts = [_prompt_of(policy, problem, shots) for problem in problems]
-    yield from _sample_groups(
+    yield from prompt_groups(
         policy,
         prompts,
         k=k,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        stop_ids=(),
         byte_budget=byte_budget,
         progress=progress,
     )
@@ -141,7 +140,6 @@ def sample_prompts(
     temperature: float = 1.0,
     max_new_tokens: int = 256,
     seed: int = 0,
-    stop_ids: Sequence[int] = (),
     byte_budget: int | None = None,
     progress: bool | None = None,
 ) -> list[Rollout]:
@@ -150,24 +148,59 @@ def sample_prompts(
     Args:
         prompts: Where to go on from. What stands in a prompt is state and not action:
             it is in no rollout's ``tokens``.
-        stop_ids: Tokens that end a rollout as EOS does, such as those with a newline to
-            sample step by step; the last token says which one it was.
 
     The other arguments, what is returned and what is raised are as in ``sample``.
     """
-    _check_settings(k, temperature, max_new_tokens)
-    groups = _sample_groups(
+    groups = prompt_groups(
         policy,
         prompts,
         k=k,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        stop_ids=tuple(stop_ids),
         byte_budget=byte_budget,
         progress=progress,
     )
     return _in_order(groups)
+
+
+def prompt_groups(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    k: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    forced: Forced | None = None,
+    byte_budget: int | None = None,
+    progress: bool | None = None,
+) -> Iterator[tuple[int, list[Rollout]]]:
+    """Like ``sample_prompts``, but yields each prompt as soon as its are finished.
+
+    Of several processes each samples its share of the prompts, and all get all.
+
+    Args:
+        forced: What is put before each step that begins in a rollout. It is in
+            ``tokens``, and ``max_new_tokens`` does not count it.
+
+    Yields:
+        The index in ``prompts`` and its ``k`` rollouts, in the order of finishing.
+    """
+    _check_settings(k, temperature, max_new_tokens)
+    own = my_share(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens)))
+    groups = _sample_own(
+        policy,
+        [prompts[i] for i in own],
+        k=k,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        forced=forced,
+        byte_budget=byte_budget,
+        progress=progress,
+    )
+    yield from joined_groups(policy, prompts, ((own[i], group) for i, group in groups))
 
 
 def _prompt_of(policy: Policy, problem: Problem, shots: Sequence[Problem]) -> Prompt:
@@ -185,15 +218,6 @@ def _in_order(groups: Iterator[tuple[int, list[Rollout]]]) -> list[Rollout]:
     return [rollout for _, group in sorted(groups) for rollout in group]
 
 
-def _sample_groups(
-    policy: Policy, prompts: Sequence[Prompt], **options
-) -> Iterator[tuple[int, list[Rollout]]]:
-    """Of several processes each samples its share of the prompts, and all get all."""
-    own = my_share(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens)))
-    groups = _sample_own(policy, [prompts[i] for i in own], **options)
-    yield from joined_groups(policy, prompts, ((own[i], group) for i, group in groups))
-
-
 def _sample_own(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -202,7 +226,7 @@ def _sample_own(
     temperature: float,
     max_new_tokens: int,
     seed: int,
-    stop_ids: tuple[int, ...],
+    forced: Forced | None,
     byte_budget: int | None,
     progress: bool | None,
 ) -> Iterator[tuple[int, list[Rollout]]]:
@@ -211,15 +235,17 @@ def _sample_own(
         return
     _check_prompts(policy.model, tokens, max_new_tokens)
     engine_of = ENGINES.get(policy.device.type, CohortEngine)
-    longest = max(map(len, tokens)) + max_new_tokens - 1
+    limit = forced.longest(tokens) if forced else max_new_tokens
+    longest = max(map(len, tokens)) + limit - 1
+    longest = min(longest, positions_of(policy.model) or longest)
     checked = check_model(policy, longest, engine_of.store)
     engine = engine_of(
         policy,
-        costs=Costs.of(checked, max_new_tokens),
+        costs=Costs.of(checked, limit),
         temperature=temperature,
-        max_new_tokens=max_new_tokens,
+        limit=limit,
         byte_budget=byte_budget,
-        stop_ids=stop_ids,
+        forced=forced,
     )
     for index in range(len(prompts)):  # the longest first
         stream = prompts[index].problem_id + prompts[index].stream
@@ -281,8 +307,8 @@ def _check_prompts(
             f"A prompt has the token {max(map(max, prompts))}, but the embedding of "
             f"the model has {rows} rows. Encode it with the model's own tokenizer."
         )
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if room is not None and 0 < room < longest + max_new_tokens:
+    room = positions_of(model)
+    if room is not None and room < longest + max_new_tokens:
         raise ValueError(
             f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed "
             f"the {room} positions of the model. Lower max_new_tokens to at most "

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from rlreason.policy.budget import REFILL_BELOW
 from rlreason.policy.drawing import draw_tokens
 from rlreason.policy.engine import Answer, Engine, Request
+from rlreason.policy.forced import Forced, Forcing
 from rlreason.policy.load import Policy
 from rlreason.policy.passes import NOT_FINITE, borrowed, next_logits, prompt_logits
 from rlreason.policy.progress import tell
@@ -135,6 +136,7 @@ class SlotEngine(Engine):
             ends=self.ends,
             temperature=self.temperature,
             device=self.device,
+            forced=self.forced,
         )
         self.free = list(range(rows))[::-1]
         self.places = list(range(places))[::-1]
@@ -231,6 +233,7 @@ class Slots:
         ends: Sequence[int],
         temperature: float,
         device: torch.device,
+        forced: Forced | None = None,
     ) -> None:
         self.model, self.limit, self.temperature = model, limit, temperature
         zeros = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -243,6 +246,7 @@ class Slots:
             zeros.clone() for _ in range(4)
         )
         self.going = zeros.bool()
+        self.forcing = forced and Forcing(forced, rows)
         self.tokens = zeros.new_zeros((rows, limit + 1))
         self.logprobs = torch.zeros((rows, limit + 1), device=device)
         self.every = torch.arange(rows, device=device)
@@ -299,6 +303,8 @@ class Slots:
         self.position[rows] = lengths[which] - 1
         self.drawn[rows] = 0
         self.going[rows] = True
+        if self.forcing:
+            self.forcing.begin(rows, lengths[which])
         tokens, logprobs = draw_tokens(
             logits, next_uniforms(stream), rows=which, temperature=self.temperature
         )
@@ -316,15 +322,19 @@ class Slots:
         store.length *= self.going  # what has ended attends to nothing of its own
 
     def record(self, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
-        """Write down what some slots drew, (S,), and count it."""
+        """Write down what some slots drew, (S,), or were given, and count it."""
         going, drawn = self.going[rows], self.drawn[rows]
+        full = drawn + 1 >= self.limit
+        if self.forcing:
+            tokens, logprobs, done = self.forcing.put(rows, tokens, logprobs)
+            full = full | done
         column = torch.where(going, drawn, self.limit)
         self.tokens[rows, column] = tokens
         self.logprobs[rows, column] = logprobs
         self.last[rows] = torch.where(going, tokens, self.last[rows])
         self.position[rows] += going
         self.drawn[rows] = drawn + going
-        ended = (tokens[:, None] == self.ends).any(1) | (drawn + 1 >= self.limit)
+        ended = (tokens[:, None] == self.ends).any(1) | full
         self.going[rows] = going & ~ended
 
     def results(
@@ -352,6 +362,8 @@ class Slots:
             setattr(self, name, getattr(self, name)[rows])
         self.tokens, self.logprobs = self.tokens[rows], self.logprobs[rows]
         self.every = self.every[: len(rows)]
+        if self.forcing:
+            self.forcing.keep(rows)
         self.warm, self.graph = False, None
 
 
