@@ -231,9 +231,10 @@ def test_labels_of_the_fifth_table_are_of_whole_solutions_of_one_round():
         assert (plan.algorithm.k, plan.algorithm.positive_ratio) == (0, ratio)
 
 
-def test_longer_fits_are_as_long_as_those_of_all_rounds():
+def test_longer_trainings_are_as_long_as_they_say():
     recipe = load_recipe("tiny")
     longer = ARMS["expert-iteration-longer"].recipe(recipe).expert_iteration
     plain = recipe.expert_iteration
     assert longer.finetune.epochs == plain.rounds * plain.finetune.epochs
     assert longer.rounds == plain.rounds
+    assert ARMS["ppo-longer"].recipe(recipe).ppo.phases == 2 * recipe.ppo.phases

@@ -273,6 +273,11 @@ def quarter_of_ppo(recipe: Recipe) -> Mapping[str, Any]:
     return {"ppo.phases": max(1, recipe.ppo.phases // 4)}
 
 
+def twice_the_phases(recipe: Recipe) -> Mapping[str, Any]:
+    """Twice the phases: is a lead of another method one of longer training?"""
+    return {"ppo.phases": 2 * recipe.ppo.phases}
+
+
 def best_half(recipe: Recipe) -> Mapping[str, Any]:
     """Learn from half of the responses, in as many updates."""
     n, batch = recipe.ppo.n, recipe.ppo.batch_size
@@ -409,6 +414,7 @@ ENTRIES = (
     ppo("ppo-best-half", "learn from the better half", best_half),
     ppo("ppo-no-kl", "without a KL penalty", NO_KL),
     ppo("ppo-early", "a quarter of the phases", quarter_of_ppo, measures=ALL),
+    ppo("ppo-longer", "twice the phases", twice_the_phases),
     replace(
         EI,
         name="expert-iteration-early",
@@ -551,6 +557,7 @@ CATALOGUE = Catalogue(
                 "expert-iteration-current",
                 "expert-iteration-longer",
                 "ppo-early",
+                "ppo-longer",
             ),
         ),
         Table(
