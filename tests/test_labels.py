@@ -118,6 +118,35 @@ def test_rollouts_do_not_depend_on_what_else_is_asked(engine):
     assert [r.tokens for r in other] != tokens
 
 
+@pytest.mark.parametrize("limit", [9, 13, 40])
+def test_labels_stay_with_their_samples_where_rows_are_refilled_and_moved(
+    limit, engine, monkeypatch
+):
+    options = {"k": 24, "max_new_tokens": limit, "temperature": 1.5, "seed": 3}
+    whole = sample_conditioned(conditioned(), TOY_PROBLEMS, **options)
+    monkeypatch.setattr(slot_engine, "_WORTH_SHRINKING", 4)
+    budget = 400_000 if limit == 40 else 200_000
+    few = sample_conditioned(conditioned(), TOY_PROBLEMS, byte_budget=budget, **options)
+    assert [r.tokens for r in few] == [r.tokens for r in whole]
+
+
+def test_tokens_that_tokenizer_or_model_lack_are_blank_or_not_met():
+    policy = student()
+    known = len(policy.tokenizer)
+    policy.model.resize_token_embeddings(known + 8)
+    good = token_id(policy, GOOD)
+    wide = forced.Forced.of(policy, good, draws=9)
+    assert wide.visible.shape == (known + 8,)
+    assert not wide.visible[known:].any()
+    policy = student()
+    policy.tokenizer.add_tokens(["\n\n\n"])
+    narrow = forced.Forced.of(policy, good, draws=9)
+    assert narrow.newline.shape == (known,)
+    # A step has two tokens at least where none ends one alone
+    assert not bool((narrow.newline & narrow.visible).any())
+    assert narrow.longest([[1]]) == 9 + 4
+
+
 @pytest.mark.parametrize("limit", [1, 5, 11, 12, 17])
 def test_the_limit_counts_what_is_sampled_over_all_steps(limit, engine):
     good = token_id(student(), GOOD)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlreason.policy import fused_norms, sampler, slot_engine
+from rlreason.policy.forced import Forced
 from rlreason.policy.load import make_policy
 from rlreason.policy.passes import borrowed
 from rlreason.policy.sampler import sample
@@ -267,7 +268,7 @@ def deep_policy():
     return make_policy(model, policy.tokenizer, name="deep")
 
 
-def filled(policy) -> Slots:
+def filled(policy, forced: Forced | None = None) -> Slots:
     slots = Slots(
         policy.model,
         rows=4,
@@ -277,6 +278,7 @@ def filled(policy) -> Slots:
         ends=policy.eos_ids,
         temperature=0.7,
         device=policy.device,
+        forced=forced,
     )
     parts = [Part((5, 6, 7), 0, [0, 2], [11, 12]), Part((8, 9), 1, [1, 3], [13, 14])]
     slots.fill(parts, pad_id=policy.pad_id)
@@ -314,6 +316,31 @@ def test_a_step_never_waits_and_a_replay_calls_next_to_nothing(monkeypatch):
         assert slots.graph is not None
     assert outside.count <= 60
     assert slots.drawn.tolist() == [4] * 4
+
+
+def test_putting_labels_does_not_wait_and_writes_where_a_graph_would_look():
+    policy = deep_policy()
+    forced = Forced.of(policy, token=30, draws=16)
+    every = torch.ones_like(forced.newline)
+    forced = replace(forced, newline=every, visible=every)  # a label after each
+    with torch.inference_mode(), borrowed(policy.model, SlotStore):
+        slots = filled(policy, forced)
+        state = [getattr(slots.forcing, name) for name in STATE]
+        places = [tensor.data_ptr() for tensor in state]
+        before = [tensor.clone() for tensor in state]
+        with Operators() as step:
+            slots.step()
+        assert not step.waits
+        now = [getattr(slots.forcing, name) for name in STATE]
+        assert [tensor.data_ptr() for tensor in now] == places
+        slots.step()
+    assert all(slots.tokens[:, 1] == 30)
+    assert all(slots.logprobs[:, 1] == 0)
+    assert slots.forcing.left.tolist() == [14] * 4
+    assert not torch.equal(before[-1], slots.forcing.room)
+
+
+STATE = ("due", "seen", "left", "room")
 
 
 def test_the_first_look_that_waits_would_be_seen():

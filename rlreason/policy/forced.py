@@ -44,8 +44,8 @@ class Forced:
     def of(cls, policy: Policy, token: int, draws: int) -> Forced:
         rows = vocabulary_rows(policy.model)
         newline = torch.zeros(rows, dtype=torch.bool)
-        newline[list(newline_ids(policy))] = True
-        visible = torch.ones(rows, dtype=torch.bool)
+        newline[[i for i in newline_ids(policy) if i < rows]] = True
+        visible = torch.zeros(rows, dtype=torch.bool)
         known = min(rows, len(policy.tokenizer))
         texts = policy.decode_batch([[i] for i in range(known)])
         visible[:known] = torch.tensor([bool(text.strip()) for text in texts])
@@ -53,8 +53,9 @@ class Forced:
         return cls(token, newline, visible, draws, positions_of(policy.model))
 
     def longest(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Tokens of an answer at most: one is put after each that is drawn."""
-        most = 2 * self.draws - 1
+        """Tokens of an answer at most, if its steps are as short as can be."""
+        shortest = 1 if bool((self.newline & self.visible).any()) else 2
+        most = self.draws + (self.draws - 1) // shortest
         if self.positions is None:
             return most
         return min(most, self.positions - min(map(len, prompts)))

@@ -406,6 +406,8 @@ def _rollout_attention(
             "which are not computed here"
         )
     tokens = rollout_cache.get_seq_length() + query.shape[2]
+    # What the cache could hold may be more than a sequence can have
+    tokens = min(tokens, getattr(module.config, "max_position_embeddings", tokens))
     if sliding_window is not None and tokens > sliding_window:
         raise AttentionError(
             f"{type(module).__name__} has a sliding window of {sliding_window} tokens, "

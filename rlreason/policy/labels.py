@@ -74,7 +74,8 @@ def sample_conditioned(
         policy: As ``algorithms.rcrl`` returns it.
         problems: The questions. Two with the same id get the same samples.
         label: ``"[GOOD]"``, or as the control ``"[BAD]"``.
-        max_new_tokens: Sampled tokens an answer, over all its steps, EOS included.
+        max_new_tokens: Sampled tokens an answer, over all its steps, EOS included. An
+            answer that its labels make longer than the model's positions is cut there.
         progress: Show a bar; by default where somebody watches.
 
     The other arguments are as in ``sample``; what is returned is in the same order.

@@ -11,7 +11,7 @@ Samples that have ended are computed until the host looks, and their results dro
 When there is nothing left to fill slots with and few are in use, those move together,
 and a smaller graph is captured.
 
-Left out: slots of several lengths. Each has room for ``max_new_tokens``.
+Left out: slots of several lengths. Each has room for the longest answer.
 """
 
 from __future__ import annotations
