@@ -186,7 +186,9 @@ def over(one: str, others: Sequence[str], metric: str, expected: Range) -> Rule:
 
 
 def by_size(
-    rule_of: Callable[[Records, str], dict[int, np.ndarray]], name: str
+    rule_of: Callable[[Records, str], dict[int, np.ndarray]],
+    name: str,
+    unit: Literal["points", "number"] = "number",
 ) -> Rule:
     """What the largest base has less what the smallest has, expected above 0.
 
@@ -202,7 +204,7 @@ def by_size(
             tables = [large[s] - small[s] for s in sorted(large.keys() & small.keys())]
         label = f"{name}, {records.size} less {others[0] if others else 'another'}"
         interval = interval_of(np.stack(tables)) if tables else None
-        yield Effect(label, interval, ABOVE_0, "number")
+        yield Effect(label, interval, ABOVE_0, unit)
 
     return rule
 
@@ -367,8 +369,8 @@ CLAIMS = (
         every(
             arms(EI, f"{EI}-base", expected=(-inf, 0.1)),
             arms(PPO, "ppo-base", expected=(-inf, 0.1)),
-            by_size(gap_to_sft(EI), f"{EI}: less lost without SFT"),
-            by_size(gap_to_sft(PPO), "ppo: less lost without SFT"),
+            by_size(gap_to_sft(EI), f"{EI}: less lost without SFT", "points"),
+            by_size(gap_to_sft(PPO), "ppo: less lost without SFT", "points"),
         ),
         "table-2",
     ),
