@@ -142,9 +142,22 @@ def test_tokens_that_tokenizer_or_model_lack_are_blank_or_not_met():
     policy.tokenizer.add_tokens(["\n\n\n"])
     narrow = forced.Forced.of(policy, good, draws=9)
     assert narrow.newline.shape == (known,)
+    (newline,) = narrow.newline.nonzero().flatten().tolist()
+    assert policy.decode([newline]) == "\n"
     # A step has two tokens at least where none ends one alone
     assert not bool((narrow.newline & narrow.visible).any())
     assert narrow.longest([[1]]) == 9 + 4
+
+
+def test_a_step_can_end_with_any_token_that_holds_a_newline():
+    policy = student()
+    policy.tokenizer.add_tokens(["\n\n", ".\n"])
+    policy.model.resize_token_embeddings(len(policy.tokenizer))
+    rule = forced.Forced.of(policy, token_id(policy, GOOD), draws=9)
+    found = [policy.decode([i]) for i in rule.newline.nonzero().flatten().tolist()]
+    assert found == ["\n", "\n\n", ".\n"]
+    # One of them is a step by itself, so that a label may follow each
+    assert rule.longest([[1]]) == 9 + 8
 
 
 @pytest.mark.parametrize("limit", [1, 5, 11, 12, 17])
@@ -190,7 +203,13 @@ def test_an_answer_ends_where_its_own_positions_do(monkeypatch, engine):
         return drawn, torch.zeros(len(drawn))
 
     monkeypatch.setattr(engine, "draw_tokens", steps_of_one_token)
-    monkeypatch.setattr(forced, "newline_ids", lambda policy: (digit,))
+    whole = forced.Forced.of
+
+    def ended_by_digits(*args):
+        rule = whole(*args)
+        return replace(rule, newline=torch.arange(len(rule.newline)) == digit)
+
+    monkeypatch.setattr(forced.Forced, "of", ended_by_digits)
     problems = [
         replace(p, question=p.question + "?" * 4 * i)
         for i, p in enumerate(TOY_PROBLEMS)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from rlreason.policy.load import Policy, load_policy, make_policy
 from rlreason.policy.logprobs import token_logprobs
 from rlreason.policy.sampler import sample
-from rlreason.policy.vocabulary import add_tokens, newline_ids, token_id
+from rlreason.policy.vocabulary import add_tokens, token_id
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt
 
@@ -156,15 +156,6 @@ def test_a_policy_with_new_tokens_can_be_sampled_and_scored(kind):
     )
     drawn = torch.tensor([x for r in rollouts for x in r.logprobs])
     torch.testing.assert_close(scored[mask], drawn, rtol=0, atol=1e-4)
-
-
-def test_newline_ids_are_all_tokens_with_a_newline():
-    policy, longer = PAIRS[0]
-    (newline,) = newline_ids(longer)
-    assert policy.decode([newline]) == "\n"
-    merged = tiny_policy()
-    merged.tokenizer.add_tokens(["\n\n", ".\n"])
-    assert [merged.decode([i]) for i in newline_ids(merged)] == ["\n", "\n\n", ".\n"]
 
 
 @pytest.mark.parametrize("names", [[], [""], ["[A]", "[A]"], ["</s>"], ["A:"]])

@@ -75,7 +75,9 @@ class Cohort:
     def record(self, tokens: Tensor, logprobs: Tensor, ends: tuple[int, ...]) -> None:
         """Write down what each sample drew, both (S,), or was given."""
         if self.forcing:
-            tokens, logprobs, self.done = self.forcing.put(..., tokens, logprobs)
+            every = slice(None)
+            tokens, logprobs, full = self.forcing.put(every, tokens, logprobs)
+            self.done |= full
         self.tokens[self.home, self.drawn] = tokens
         self.logprobs[self.home, self.drawn] = logprobs
         for end in ends:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from rlreason.policy.load import Policy, positions_of, vocabulary_rows
-from rlreason.policy.vocabulary import newline_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +41,14 @@ class Forced:
 
     @classmethod
     def of(cls, policy: Policy, token: int, draws: int) -> Forced:
+        """The rule of a policy's vocabulary: rows without a token hold nothing."""
         rows = vocabulary_rows(policy.model)
-        newline = torch.zeros(rows, dtype=torch.bool)
-        newline[[i for i in newline_ids(policy) if i < rows]] = True
-        visible = torch.zeros(rows, dtype=torch.bool)
-        known = min(rows, len(policy.tokenizer))
-        texts = policy.decode_batch([[i] for i in range(known)])
-        visible[:known] = torch.tensor([bool(text.strip()) for text in texts])
-        newline, visible = newline.to(policy.device), visible.to(policy.device)
+        texts = policy.decode_batch([[i] for i in range(len(policy.tokenizer))])
+        texts = (texts + [""] * rows)[:rows]
+        newline, visible = (
+            torch.tensor(found, device=policy.device)
+            for found in (["\n" in t for t in texts], [bool(t.strip()) for t in texts])
+        )
         return cls(token, newline, visible, draws, positions_of(policy.model))
 
     def longest(self, prompts: Sequence[Sequence[int]]) -> int:
@@ -78,7 +77,7 @@ class Forcing:
         self.left = torch.zeros_like(self.due, dtype=torch.int64)
         self.room = self.left.clone()
 
-    def begin(self, rows: Tensor | slice, lengths: Tensor) -> None:
+    def begin(self, rows: Tensor, lengths: Tensor) -> None:
         """Start samples whose prompts have so many tokens, (S,)."""
         most = self.forced.positions
         self.due[rows], self.seen[rows] = False, False

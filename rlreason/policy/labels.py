@@ -13,11 +13,10 @@ from typing import Any
 
 from rlreason.policy.forced import Forced
 from rlreason.policy.load import Policy
-from rlreason.policy.rollout import Prompt, Rollout
-from rlreason.policy.sampler import prompt_groups, sample_groups
+from rlreason.policy.rollout import Rollout
+from rlreason.policy.sampler import in_order, prompt_groups, prompt_of, sample_groups
 from rlreason.policy.vocabulary import token_id
 from rlreason.tasks.problem import Problem
-from rlreason.tasks.prompts import format_prompt
 
 GOOD, BAD = "[GOOD]", "[BAD]"
 
@@ -51,16 +50,7 @@ def answer_groups(
 
 
 def sample_conditioned(
-    policy: Policy,
-    problems: Sequence[Problem],
-    *,
-    label: str = GOOD,
-    k: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    seed: int = 0,
-    byte_budget: int | None = None,
-    progress: bool | None = None,
+    policy: Policy, problems: Sequence[Problem], *, label: str = GOOD, **settings: Any
 ) -> list[Rollout]:
     """Draw ``k`` answers to each problem, every step of them after a forced ``label``.
 
@@ -76,22 +66,11 @@ def sample_conditioned(
         label: ``"[GOOD]"``, or as the control ``"[BAD]"``.
         max_new_tokens: Sampled tokens an answer, over all its steps, EOS included. An
             answer that its labels make longer than the model's positions is cut there.
-        progress: Show a bar; by default where somebody watches.
+        settings: What ``sample`` takes beside these and ``shots``.
 
-    The other arguments are as in ``sample``; what is returned is in the same order.
+    What is returned is in the order of ``sample``.
     """
-    groups = _conditioned_groups(
-        policy,
-        problems,
-        label=label,
-        k=k,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        byte_budget=byte_budget,
-        progress=progress,
-    )
-    return [rollout for _, group in sorted(groups) for rollout in group]
+    return in_order(_conditioned_groups(policy, problems, label=label, **settings))
 
 
 def _conditioned_groups(
@@ -104,13 +83,10 @@ def _conditioned_groups(
 ) -> Iterator[tuple[int, list[Rollout]]]:
     """The first label is the last token that is asked; the others are forced."""
     first = token_id(policy, label)
-    prompts = [tuple(policy.encode_prompt(format_prompt(p))) for p in problems]
+    prompts = [prompt_of(policy, problem) for problem in problems]
     groups = prompt_groups(
         policy,
-        [
-            Prompt(problem.id, (*prompt, first))
-            for problem, prompt in zip(problems, prompts, strict=True)
-        ],
+        [replace(prompt, tokens=(*prompt.tokens, first)) for prompt in prompts],
         forced=Forced.of(policy, first, max_new_tokens),
         max_new_tokens=max_new_tokens,
         **settings,
@@ -121,7 +97,7 @@ def _conditioned_groups(
             [
                 replace(
                     rollout,
-                    prompt_tokens=prompts[index],
+                    prompt_tokens=prompts[index].tokens,
                     tokens=(first, *rollout.tokens),
                     logprobs=(0.0, *rollout.logprobs),
                 )

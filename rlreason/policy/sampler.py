@@ -32,6 +32,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -99,7 +100,7 @@ def sample(
         byte_budget=byte_budget,
         progress=progress,
     )
-    return _in_order(groups)
+    return in_order(groups)
 
 
 def sample_groups(
@@ -119,7 +120,7 @@ def sample_groups(
     Yields:
         The index in ``problems`` and its ``k`` rollouts, in the order of finishing.
     """
-    prompts = [_prompt_of(policy, problem, shots) for problem in problems]
+    prompts = [prompt_of(policy, problem, shots) for problem in problems]
     yield from prompt_groups(
         policy,
         prompts,
@@ -133,35 +134,18 @@ def sample_groups(
 
 
 def sample_prompts(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    *,
-    k: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    seed: int = 0,
-    byte_budget: int | None = None,
-    progress: bool | None = None,
+    policy: Policy, prompts: Sequence[Prompt], **settings: Any
 ) -> list[Rollout]:
     """Draw ``k`` continuations of each prompt given as tokens, e.g. of a half solution.
 
     Args:
         prompts: Where to go on from. What stands in a prompt is state and not action:
             it is in no rollout's ``tokens``.
+        settings: What ``prompt_groups`` takes beside these.
 
-    The other arguments, what is returned and what is raised are as in ``sample``.
+    What is returned and what is raised are as in ``sample``.
     """
-    groups = prompt_groups(
-        policy,
-        prompts,
-        k=k,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        byte_budget=byte_budget,
-        progress=progress,
-    )
-    return _in_order(groups)
+    return in_order(prompt_groups(policy, prompts, **settings))
 
 
 def prompt_groups(
@@ -184,6 +168,8 @@ def prompt_groups(
         forced: What is put before each step that begins in a rollout. It is in
             ``tokens``, and ``max_new_tokens`` does not count it.
 
+    The other arguments are as in ``sample``.
+
     Yields:
         The index in ``prompts`` and its ``k`` rollouts, in the order of finishing.
     """
@@ -203,7 +189,14 @@ def prompt_groups(
     yield from joined_groups(policy, prompts, ((own[i], group) for i, group in groups))
 
 
-def _prompt_of(policy: Policy, problem: Problem, shots: Sequence[Problem]) -> Prompt:
+def prompt_of(
+    policy: Policy, problem: Problem, shots: Sequence[Problem] = ()
+) -> Prompt:
+    """A problem as it is asked.
+
+    Raises:
+        ValueError: It cannot be, by its name.
+    """
     try:
         tokens = policy.encode_prompt(format_prompt(problem, shots))
     except ValueError as error:
@@ -213,7 +206,7 @@ def _prompt_of(policy: Policy, problem: Problem, shots: Sequence[Problem]) -> Pr
     return Prompt(problem.id, tuple(tokens), stop=end_of_response(shots))
 
 
-def _in_order(groups: Iterator[tuple[int, list[Rollout]]]) -> list[Rollout]:
+def in_order(groups: Iterator[tuple[int, list[Rollout]]]) -> list[Rollout]:
     """All rollouts, those of group 0 first."""
     return [rollout for _, group in sorted(groups) for rollout in group]
 

@@ -81,13 +81,6 @@ def token_id(policy: Policy, name: str) -> int:
     return found
 
 
-def newline_ids(policy: Policy) -> tuple[int, ...]:
-    """All tokens whose text holds a newline: those that end a step."""
-    ids = range(len(policy.tokenizer))
-    texts = policy.decode_batch([[i] for i in ids])
-    return tuple(i for i, text in zip(ids, texts, strict=True) if "\n" in text)
-
-
 def _extended(
     tokenizer: PreTrainedTokenizerBase, names: Sequence[str]
 ) -> PreTrainedTokenizerBase:
