@@ -297,6 +297,11 @@ def two_epochs(recipe: Recipe) -> Mapping[str, Any]:
     return {**changes, "ppo.lr_floor": recipe.ppo.lr / 2}
 
 
+def more_a_phase(recipe: Recipe) -> Mapping[str, Any]:
+    """Four times the rollouts of a phase, so that V has more to learn from."""
+    return {"ppo.rollouts": 4 * recipe.ppo.rollouts}
+
+
 def weak_reward_model(recipe: Recipe) -> Mapping[str, Any]:
     """A head alone, which learns slowly, from samples of SFT; and no KL penalty."""
     return {
@@ -442,6 +447,13 @@ ENTRIES = (
         together(two_epochs, OWN_VALUE),
     ),
     ppo(
+        "ppo-network-more",
+        "the same with four times the rollouts a phase",
+        together(together(two_epochs, OWN_VALUE), more_a_phase),
+        against="ppo-network",
+    ),
+    ppo("ppo-two-epochs", "two epochs, V as it is", two_epochs),
+    ppo(
         "reinforce-two-epochs",
         "two epochs, and the mean of the batch as the baseline",
         together(two_epochs, {"ppo.credit": {"kind": "reinforce"}}),
@@ -568,7 +580,13 @@ CATALOGUE = Catalogue(
         Table(
             "value",
             "PPO, by what V is",
-            ("ppo", "ppo-network", "reinforce-two-epochs"),
+            (
+                "ppo",
+                "ppo-two-epochs",
+                "ppo-network",
+                "ppo-network-more",
+                "reinforce-two-epochs",
+            ),
         ),
         Table(
             "ways",
