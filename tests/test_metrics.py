@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from rlreason.evaluation.diversity import count_operation_sequences, distinct_at_k
 from rlreason.evaluation.metrics import (
+    known_from_question,
     maj_at_k,
     maj_curve,
     pass_at_k,
@@ -199,6 +200,28 @@ def test_p42_wrong_forms_of_pass_at_k_are_biased():
     assert pass_at_k(n, c, k) == 1.0
     assert naive == pytest.approx(0.634, abs=0.001)
     assert bootstrap == pytest.approx(naive, abs=0.05)
+
+
+def test_what_the_question_decides_is_the_spread_of_its_chances():
+    # Chances from Beta(a, b) decide 1 / (a + b + 1) of the variance of an answer
+    generator = np.random.default_rng(0)
+    drawn = generator.beta(1, 2, (2000, 60))
+    counts = generator.binomial(4, drawn)
+    found = np.mean([known_from_question(4, row) for row in counts])
+    assert found == pytest.approx(1 / 4, abs=0.01)
+    # The spread of the shares has that of four samples in it as well
+    shares = counts / 4
+    naive = np.mean(shares.var(1) / (shares.mean(1) * (1 - shares.mean(1))))
+    assert naive > 0.4
+
+
+def test_what_the_question_decides_at_its_ends():
+    assert known_from_question(8, [8, 0, 8, 0]) == pytest.approx(1)
+    assert known_from_question(96, [48] * 100) == pytest.approx(0, abs=0.02)
+    assert isnan(known_from_question(4, [4, 4]))
+    for n, counts in ((1, [1, 0]), (4, [2])):
+        with pytest.raises(ValueError, match="two of two are needed"):
+            known_from_question(n, counts)
 
 
 def test_the_first_k_have_the_same_mean_as_pass_at_k_and_far_more_variance():

@@ -55,6 +55,41 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
+def known_from_question(n: int, correct: Sequence[int]) -> float:
+    r"""Share of the variance of right and wrong that the question alone decides.
+
+    An answer to a random question is right with the chance p of its question. What a
+    predictor explains that knows every p, and nothing of the answer, is
+
+    .. math:: \mathrm{Var}(p) \Big/ \big(\bar p (1 - \bar p)\big)
+
+    the intraclass correlation. :math:`p^2` is estimated by two samples of a question,
+    :math:`\bar p^2` by one each of two questions, both without bias.
+
+    Args:
+        n: Samples of each question, two or more.
+        correct: How many of them are right, for each of two or more questions.
+
+    Returns:
+        At most 1. Below 0 by chance; NaN where all samples are right, or all wrong.
+
+    >>> known_from_question(2, [2, 0])
+    1.0
+    >>> known_from_question(2, [1, 1])
+    -1.0
+    """
+    c = np.asarray(correct, dtype=float)  # (Q,)
+    if n < 2 or len(c) < 2:
+        raise ValueError(f"{n} samples of {len(c)} questions: two of two are needed")
+    p = c / n
+    mean = p.mean()
+    across = (p.sum() ** 2 - (p**2).sum()) / (len(c) * (len(c) - 1))
+    within = (c * (c - 1)).mean() / (n * (n - 1))
+    if not 0 < mean < 1:
+        return float("nan")
+    return float((within - across) / (mean - across))
+
+
 def maj_at_k(answers: Sequence[str | None], gold: str, k: int) -> float:
     """Chance that the vote of k of the n answers is won by ``gold``.
 
