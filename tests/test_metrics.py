@@ -219,6 +219,9 @@ def test_what_the_question_decides_at_its_ends():
     assert known_from_question(8, [8, 0, 8, 0]) == pytest.approx(1)
     assert known_from_question(96, [48] * 100) == pytest.approx(0, abs=0.02)
     assert isnan(known_from_question(4, [4, 4]))
+    assert isnan(known_from_question(4, [0, 0]))
+    with pytest.raises(ValueError, match="is no count"):
+        known_from_question(4, [6, 1])
     for n, counts in ((1, [1, 0]), (4, [2])):
         with pytest.raises(ValueError, match="two of two are needed"):
             known_from_question(n, counts)

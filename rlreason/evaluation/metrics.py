@@ -64,7 +64,8 @@ def known_from_question(n: int, correct: Sequence[int]) -> float:
     .. math:: \mathrm{Var}(p) \Big/ \big(\bar p (1 - \bar p)\big)
 
     the intraclass correlation. :math:`p^2` is estimated by two samples of a question,
-    :math:`\bar p^2` by one each of two questions, both without bias.
+    :math:`\bar p^2` by one each of two questions. Both are without bias; their quotient
+    has one of the order of one over the number of questions.
 
     Args:
         n: Samples of each question, two or more.
@@ -81,6 +82,8 @@ def known_from_question(n: int, correct: Sequence[int]) -> float:
     c = np.asarray(correct, dtype=float)  # (Q,)
     if n < 2 or len(c) < 2:
         raise ValueError(f"{n} samples of {len(c)} questions: two of two are needed")
+    if not ((c >= 0) & (c <= n)).all():
+        raise ValueError(f"{min(c):g} to {max(c):g} correct of {n} samples is no count")
     p = c / n
     mean = p.mean()
     across = (p.sum() ** 2 - (p**2).sum()) / (len(c) * (len(c) - 1))

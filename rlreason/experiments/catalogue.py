@@ -297,11 +297,6 @@ def two_epochs(recipe: Recipe) -> Mapping[str, Any]:
     return {**changes, "ppo.lr_floor": recipe.ppo.lr / 2}
 
 
-def more_a_phase(recipe: Recipe) -> Mapping[str, Any]:
-    """Four times the rollouts of a phase, so that V has more to learn from."""
-    return {"ppo.rollouts": 4 * recipe.ppo.rollouts}
-
-
 def weak_reward_model(recipe: Recipe) -> Mapping[str, Any]:
     """A head alone, which learns slowly, from samples of SFT; and no KL penalty."""
     return {
@@ -446,12 +441,6 @@ ENTRIES = (
         "two epochs, and a value function of its own that learns more often",
         together(two_epochs, OWN_VALUE),
     ),
-    ppo(
-        "ppo-network-more",
-        "the same with four times the rollouts a phase",
-        together(together(two_epochs, OWN_VALUE), more_a_phase),
-        against="ppo-network",
-    ),
     ppo("ppo-two-epochs", "two epochs, V as it is", two_epochs),
     ppo(
         "reinforce-two-epochs",
@@ -580,13 +569,7 @@ CATALOGUE = Catalogue(
         Table(
             "value",
             "PPO, by what V is",
-            (
-                "ppo",
-                "ppo-two-epochs",
-                "ppo-network",
-                "ppo-network-more",
-                "reinforce-two-epochs",
-            ),
+            ("ppo", "ppo-two-epochs", "ppo-network", "reinforce-two-epochs"),
         ),
         Table(
             "ways",
