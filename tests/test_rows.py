@@ -210,6 +210,7 @@ def test_rows_are_made_elsewhere_resumed_and_taken_over(
         "rloo  2 of 2 rows recorded",
         "0 runs to train, 0 to measure",
     ]
+    assert run(*alone, "--list", *out)[3].startswith("2 rows of 1 runs took 0.0 hours")
     path.write_text(path.read_text().splitlines(keepends=True)[1])
     assert run(*alone, "--list", *out)[1] == "rloo  1 of 2 rows recorded"
     run(*alone, "--here", *out)

@@ -35,8 +35,10 @@ from rlreason.experiments.measures import (
 from rlreason.experiments.rows import (
     FILE,
     RecordError,
+    Row,
     read_rows,
     rows_path,
+    took,
     write_rows,
 )
 from rlreason.runs.environment import cores as all_cores
@@ -94,11 +96,13 @@ class Work:
     Attributes:
         subjects: Runs, with the measures that are to be taken.
         recorded: Rows that are there already, by arm.
+        rows: All that are there, of whatever arm.
         training: Runs to be trained, by the name of their folder, needs first.
     """
 
     subjects: list[tuple[Subject, list[str]]]
     recorded: Counter[str]
+    rows: Sequence[Row]
     training: dict[str, Plan]
 
     def lines(self) -> Iterator[str]:
@@ -114,6 +118,8 @@ class Work:
             yield f"{name:<{width}}  {done} of {done + count} rows recorded"
         measuring = sum(1 for _, measures in self.subjects if measures)
         yield f"{len(self.training)} runs to train, {measuring} to measure"
+        if self.rows:
+            yield took(self.rows)
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,8 @@ class Recorder:
             and seed in (None, subject.seed)
             and (subject.arm.name in arms or not alone)
         ]
-        there = {
-            row.identity for row in [*read_rows(self.known), *read_rows(self.path)]
+        rows = {
+            row.identity: row for row in [*read_rows(self.known), *read_rows(self.path)]
         }
         found, recorded, plans = [], Counter(), []
         for subject in subjects:
@@ -165,13 +171,13 @@ class Recorder:
             lacking = [
                 name
                 for name in asked
-                if identity(self.context, subject, name) not in there
+                if identity(self.context, subject, name) not in rows
             ]
             recorded[subject.arm.name] += len(asked) - len(lacking)
             if lacking:
                 found.append((subject, lacking))
                 plans += plans_needed(self.context, subject, lacking)
-        return Work(found, recorded, missing(plans))
+        return Work(found, recorded, list(rows.values()), missing(plans))
 
     def carry_out_here(
         self, work: Work, report: Report, *, until: float = float("inf")

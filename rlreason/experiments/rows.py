@@ -15,7 +15,7 @@ values are in their order.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,17 @@ def _short(text: str) -> str:
     """A line of a file can be thousands of characters, and is shown in the error."""
     flat = " ".join(text.split())
     return flat if len(flat) < 300 else f"{flat[:300]} ..."
+
+
+def took(rows: Sequence[Row]) -> str:
+    """What the rows cost, as a sentence; a run that several are of counts once."""
+    runs = {(row.plan, row.size, row.seed): row.spent.seconds for row in rows}
+    training = sum(runs.values()) / 3600
+    measuring = sum(row.measuring for row in rows) / 3600
+    return (
+        f"{len(rows)} rows of {len(runs)} runs took {training:.1f} hours of training "
+        f"and {measuring:.1f} hours of measuring, of one core or GPU"
+    )
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:

@@ -42,6 +42,7 @@ from filelock import FileLock, Timeout
 
 from rlreason.execution.executors import executor_named
 from rlreason.execution.jobs import Executor, Job, Outcome
+from rlreason.experiments.rows import read_rows, rows_path, took
 from rlreason.publishing.notebooks import (
     Notebook,
     Record,
@@ -350,6 +351,7 @@ def status_page(records: Sequence[Record], runs: Path) -> str:
     last = max(records, key=lambda record: record.machine["started"])
     where = last.machine
     training = [json.loads(p.read_text()) for p in runs.rglob("status.json")]
+    rows = read_rows(rows_path(last.profile))
     versions = {"Python": where["python"], **where["packages"]}
     versions |= {name: metadata.version(name) for name in STATUS_PACKAGES}
     return STATUS_PAGE.format(
@@ -360,6 +362,7 @@ def status_page(records: Sequence[Record], runs: Path) -> str:
             for record in records
         ),
         training=sum(status["seconds"] for status in training),
+        recorded=RECORDED.format(took(rows)) if rows else "",
         processor=where["processor"],
         gpus=", ".join(where["gpus"]) or "none",
         platform=where["platform"],
@@ -370,6 +373,7 @@ def status_page(records: Sequence[Record], runs: Path) -> str:
     )
 
 
+RECORDED = "\nWhat the pages show from records was made before: {}.\n"
 STATUS_PAGE = """\
 # How this book was made
 
@@ -381,7 +385,7 @@ Every notebook was executed with the profile `{profile}`, each in a process of i
 
 Training inside the notebooks took {training:.0f} s in all. A notebook that found its
 training done, by another notebook or by an earlier execution, does not count it again.
-
+{recorded}
 | machine | value |
 |---|---|
 | processor | {processor} |
