@@ -198,7 +198,8 @@ def test_the_first_page_shows_a_chapters_first_figure_with_its_words(tmp_path):
         for data in ("AAAA", "BBBB")
     ]
     said = {"data": {"text/markdown": "**Figure 15.1.** It rises."}}
-    outputs = [{"text": "no picture"}, pictures[0], said, pictures[1]]
+    summary = {"data": {"text/markdown": ["- **Which** is best?\n", "  A."]}}
+    outputs = [{"text": "no picture"}, summary, pictures[0], said, pictures[1]]
     cells = [{"source": "prose"}, {"outputs": outputs}]
     chapter = tmp_path / "notebooks" / "15_methods_side_by_side.ipynb"
     chapter.write_text(json.dumps({"cells": cells}))
@@ -206,6 +207,7 @@ def test_the_first_page_shows_a_chapters_first_figure_with_its_words(tmp_path):
     text = (tmp_path / "intro.md").read_text()
     (file,) = re.findall(r"!\[Curve AAAA\]\((\S+)\)\n\n\*\*Figure 15\.1\.\*\*", text)
     assert (tmp_path / file).read_bytes() == b64decode("AAAA")
+    assert text.index("It rises.") < text.index("- **Which** is best?\n  A.\n")
     assert "shows here" not in text
     show_first_figure(tmp_path)  # a page that does not ask stays as it is
     assert (tmp_path / "intro.md").read_text() == text

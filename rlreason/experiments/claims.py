@@ -79,16 +79,36 @@ class Effect:
             return "contradicted"
         return "inconclusive"
 
-    def __str__(self) -> str:
+    @property
+    def measured(self) -> str:
+        """The mean with its interval, in the effect's unit."""
         i = self.interval
         if i is None:
-            return f"{self.name}: not recorded"
+            return "not recorded"
         said = {
             "points": in_points(i),
             "share": f"{i.mean:.1%} {ends(i, '.1%')}",
             "number": f"{i.mean:+.2f} {ends(i, '+.2f')}",
         }
-        return f"{self.name}: {said[self.unit]}"
+        return said[self.unit]
+
+    @property
+    def wanted(self) -> str:
+        """The expected range in words.
+
+        >>> Effect("a less b", None, (-0.02, inf)).wanted
+        'above -2'
+        """
+        scale, after = {"points": (100, ""), "share": (100, "%"), "number": (1, "")}[
+            self.unit
+        ]
+        low, high = (f"{scale * end:g}{after}" for end in self.expected)
+        if self.expected[1] == inf:
+            return f"above {low}"
+        return f"below {high}" if self.expected[0] == -inf else f"{low} to {high}"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.measured} (expected {self.wanted})"
 
 
 Rule = Callable[[Records], Iterator[Effect]]

@@ -33,7 +33,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -349,9 +349,16 @@ def _check_pairs(first: Seeds, second: Seeds) -> None:
 
 
 def _interval(table: Array, *, bounded: bool = False) -> Interval:
-    """Of the mean of (seeds, problems); over problems alone where there is one seed."""
+    """Of the mean of (seeds, problems); over problems alone where there is one seed.
+
+    Args:
+        bounded: Whether it is of shares, which lie between 0 and 1.
+    """
     if len(table) > 1:
-        return hierarchical_interval(table)
+        found = hierarchical_interval(table)
+        if not bounded:
+            return found
+        return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
     return (accuracy_interval if bounded else bootstrap_interval)(table[0])
 
 

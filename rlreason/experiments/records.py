@@ -319,8 +319,8 @@ def recorded_table(
     if not found:
         return _missing(profile, names)
     lines = [
-        "| comparison | measured | before | after | difference, 95% | verdict |",
-        "|---|---|--:|--:|---|---|",
+        "| comparison | measured | seeds | before | after | difference | verdict |",
+        "|---|---|--:|--:|--:|---|---|",
         *map(_table_line, found, [None, *found]),
     ]
     rows = [row for record in found for row in record.rows]
@@ -332,7 +332,8 @@ def recorded_table(
     counts = {record.problems for record in found}
     shown = {record.comparison for record in found}
     missing = _missing(profile, [arm.name for arm in arms if arm.name not in shown])
-    told = f"{_provenance(profile, rows, counts)}{note} {missing}".strip()
+    pairs = "Before and after are of the seeds that both have."
+    told = f"{_provenance(profile, rows, counts)} {pairs}{note} {missing}".strip()
     return "\n".join(lines) + f"\n\n{told}"
 
 
@@ -396,7 +397,8 @@ def _table_line(record: Record, above: Record | None) -> str:
         change, word = in_points(interval), verdict(interval)
     known = above is not None and record.comparison == above.comparison
     name = "" if known else f"`{record.comparison}`"
-    cells = [name, record.measured, before, after, unbroken(change), unbroken(word)]
+    words = [unbroken(change), unbroken(word)]
+    cells = [name, record.measured, str(len(record.rows)), before, after, *words]
     return f"| {' | '.join(cells)} |"
 
 

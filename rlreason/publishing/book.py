@@ -279,7 +279,8 @@ def collect_pages(book: Path, run: Path, target: Path, records: list[Record]) ->
 def show_first_figure(source: Path) -> None:
     """Put a chapter's first figure on the first page, where that asks for it.
 
-    The page in the repository links to the chapter, so that it reads without a build.
+    Below it stands what the chapter says before the figure: its summary. The page in
+    the repository links to the chapter, so that it reads without a build.
     """
     page = source / "intro.md"
     text = page.read_text("utf8")
@@ -288,11 +289,13 @@ def show_first_figure(source: Path) -> None:
     content = json.loads((source / asked[1]).read_text("utf8"))
     outputs = [o for cell in content["cells"] for o in cell.get("outputs", [])]
     at = next(i for i, o in enumerate(outputs) if "image/png" in o.get("data", {}))
-    picture, caption = outputs[at], outputs[at + 1]["data"]["text/markdown"]
+    picture = outputs[at]
+    said = [o["data"] for o in [outputs[at + 1], *outputs[:at]] if "data" in o]
+    words = ["".join(data.get("text/markdown", "")) for data in said]
     file = "_static/first-figure.png"
     (source / file).write_bytes(b64decode("".join(picture["data"]["image/png"])))
     alt = picture["metadata"]["image/png"]["alt"]
-    shown = f"![{alt}]({file})\n\n{''.join(caption)}"
+    shown = "\n\n".join([f"![{alt}]({file})", *filter(None, words)])
     page.write_text(text.replace(asked[0], shown), "utf8")
 
 

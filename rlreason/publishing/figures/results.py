@@ -46,6 +46,8 @@ def plot_panels(
     x: str,
     columns: int = 2,
     colors: Mapping[str, str] | None = None,
+    ticks: Mapping[float, str] | None = None,
+    **axes_settings: Any,
 ) -> Figure:
     """Draw the same few lines in several panels.
 
@@ -54,22 +56,23 @@ def plot_panels(
             marker and dash from panel to panel.
         x: What the x axes have in common.
         columns: Panels side by side.
+        ticks: Place on the x axes to what stands there; chosen by the values if None.
+        axes_settings: For ``plt.subplots``, e.g. ``sharey``.
     """
     rows = -(-len(panels) // columns)
-    figure, grid = new_figure(
-        rows, columns, height=2.5 * rows + 0.6, sharex=True, squeeze=False
-    )
+    size = {"height": 2.5 * rows + 0.6, "sharex": True, "squeeze": False}
+    figure, grid = new_figure(rows, columns, **size | axes_settings)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     drawn = {}
     for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
-        for name, points in lines.items():
+        for name, line in lines.items():
             i = names.index(name)
             (drawn[name],) = axes.plot(
-                list(points),
-                list(points.values()),
+                list(line),
+                list(line.values()),
                 DASHES[i % len(DASHES)],
                 markersize=4,
-                markevery=max(1, len(points) // 12),
+                markevery=max(1, len(line) // 12),
                 **look(i, name, colors),
             )
         axes.set_title(title, fontsize="small")
@@ -77,6 +80,8 @@ def plot_panels(
         axes.xaxis.set_major_locator(
             MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1)
         )
+        if ticks:
+            axes.set_xticks(list(ticks), list(ticks.values()))
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     for axes in grid[-1]:
@@ -118,7 +123,11 @@ def plot_intervals(
 
 
 def plot_accuracies(
-    accuracies: Mapping[str, Interval], colors: Mapping[str, str], *, x: str
+    accuracies: Mapping[str, Interval],
+    colors: Mapping[str, str],
+    *,
+    x: str,
+    differences: bool = False,
 ) -> Figure:
     """Show the accuracy of a few policies with its interval, a row each.
 
@@ -126,13 +135,16 @@ def plot_accuracies(
         accuracies: Name of a policy to its accuracy, from the top down.
         colors: Name to colour.
         x: What the accuracy is.
+        differences: Whether they are of accuracies: in points, with a line at 0.
     """
     figure, axes = new_figure(height=0.42 * len(accuracies) + 0.8)
+    if differences:
+        axes.axvline(0, color=INK, linewidth=0.8)
     for row, (name, accuracy) in enumerate(accuracies.items()):
         axes.plot([accuracy.low, accuracy.high], [row, row], color=colors[name])
         axes.plot(accuracy.mean, row, "osD^v"[row % 5], color=colors[name])
         axes.annotate(
-            f"{accuracy.mean:.1%}",
+            f"{100 * accuracy.mean:+.1f}" if differences else f"{accuracy.mean:.1%}",
             (accuracy.mean, row),
             xytext=(0, 5),
             textcoords="offset points",
@@ -142,7 +154,7 @@ def plot_accuracies(
     axes.set_yticks(range(len(accuracies)), list(accuracies))
     axes.set_ylim(len(accuracies) - 0.5, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_formatter(percent)
+    axes.xaxis.set_major_formatter(points if differences else percent)
     axes.set_xlabel(x)
     return figure
 
@@ -257,9 +269,7 @@ def plot_pass_curves(
             draw_band(bottom, differences[name], **style)
     bottom.axhline(0, color=INK, linewidth=1)
     top.yaxis.set_major_formatter(percent)
-    bottom.yaxis.set_major_formatter(
-        lambda share, _: f"{100 * share:+g}" if share else "0"
-    )
+    bottom.yaxis.set_major_formatter(points)
     top.set_ylabel("pass@k")
     bottom.set_ylabel(f"points above\n{against}")
     samples_axis(bottom, next(iter(curves.values())))
@@ -285,6 +295,15 @@ def percent(share: float, _: int | None = None) -> str:
     '2.5%'
     """
     return f"{100 * share:g}%"
+
+
+def points(share: float, _: int | None = None) -> str:
+    """A tick's label where shares differ, in percentage points.
+
+    >>> points(-0.05), points(0.0)
+    ('-5', '0')
+    """
+    return f"{100 * share:+g}" if share else "0"
 
 
 def samples_axis(axes: Axes, ks: Iterable[int]) -> None:
