@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from math import inf
 
@@ -18,6 +19,7 @@ from rlreason.experiments.claims import (
     CLAIMS,
     NEAR,
     NO_HIGHER,
+    NO_LOWER,
     UNKNOWN,
     Effect,
     arms,
@@ -53,6 +55,21 @@ def test_a_verdict_is_of_the_whole_interval(low, high, expected, verdict):
     mean = 0.0 if low == -inf else (low + high) / 2
     effect = Effect("x", Interval(mean, low, high, 0.95, 3, ""), expected)
     assert effect.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("expected", "unit", "wanted"),
+    [
+        (NO_HIGHER, "points", "below 2"),
+        (NO_LOWER, "points", "above -2"),
+        ((0.0, 0.1), "points", "0 to 10"),
+        ((0.9, inf), "share", "above 90%"),
+        ((-1.0, 1.0), "number", "-1 to 1"),
+    ],
+)
+def test_an_effect_says_where_the_claim_expects_it(expected, unit, wanted):
+    effect = Effect("x", None, expected, unit)
+    assert (effect.wanted, effect.measured) == (wanted, "not recorded")
 
 
 GRADED = np.tile([0, 1] * 20, (3, 1))  # (seeds, problems)
@@ -152,9 +169,9 @@ def test_one_seed_has_no_interval_in_any_unit():
     said = [str(Effect("x", one, ABOVE_0, unit)) for unit in ("points", "share")]
     said.append(str(Effect("x", one, ABOVE_0, "number")))
     assert said == [
-        "x: +50.0 (one seed)",
-        "x: 50.0% (one seed)",
-        "x: +0.50 (one seed)",
+        "x: +50.0 (one seed) (expected above 0)",
+        "x: 50.0% (one seed) (expected above 0%)",
+        "x: +0.50 (one seed) (expected above 0)",
     ]
 
 
@@ -247,6 +264,7 @@ def test_every_claim_is_judged_once_all_is_recorded(capsys):
     for each in judged:
         assert each.claim.provenance in str(each)
     cli.main(["claims", "--profile", "paper"])
-    assert capsys.readouterr().out.count("not recorded\n  not recorded yet") == len(
+    told = capsys.readouterr().out
+    assert len(re.findall(r"not recorded \(.*\)\n  not recorded yet", told)) == len(
         CLAIMS
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlreason.evaluation.intervals import wilson_interval
+from rlreason.evaluation.intervals import Interval, wilson_interval
 from rlreason.publishing import figures
 
 PROMPT = ["", "Q", ":", " 1", "+", "1", "\n"]
@@ -33,6 +33,28 @@ def test_what_is_learned_what_is_a_label_and_what_is_prompt_look_different():
     assert bold == list(LABELS.values())  # not by their colour alone
     heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
     assert heights["[BAD]"] > heights["[GOOD]"] > heights["Q"]
+
+
+def test_differences_are_in_points_with_a_line_at_0():
+    (axes,) = figures.plot_accuracies(
+        {"a": Interval(0.05, -0.01, 0.11, 0.95, 3, "")},
+        {"a": figures.RIGHT},
+        x="difference",
+        differences=True,
+    ).axes
+    assert list(axes.lines[0].get_xdata()) == [0, 0]
+    assert [text.get_text() for text in axes.texts] == ["+5.0"]
+    assert axes.xaxis.get_major_formatter()(-0.025) == "-2.5"
+
+
+def test_panels_can_have_ticks_of_their_own_and_one_y_axis():
+    panels = {title: {"line": {0.0: 1.0, 2.0: 3.0}} for title in "ab"}
+    one, other = figures.plot_panels(
+        panels, x="x", ticks={0.0: "0", 2.0: "99k"}, sharey=True
+    ).axes
+    assert [label.get_text() for label in one.get_xticklabels()] == ["0", "99k"]
+    one.set_ylim(0, 7)
+    assert other.get_ylim() == (0, 7)
 
 
 def test_each_policy_has_a_row_with_its_interval_from_the_top_down():

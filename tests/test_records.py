@@ -240,11 +240,12 @@ def test_a_table_says_what_when_and_where(write):
     first, second = table.replace("\xa0", " ").splitlines()[2:]
     assert first.startswith("| `ppo` | maj@1 against sft | ")
     assert first.endswith("] | a gain |")
-    assert second == f"| `orm` | {AUC} |  | 0.80 | [0.80, 0.80] |  |"  # no verdict
+    assert second == f"| `orm` | {AUC} | 3 |  | 0.80 | [0.80, 0.80] |  |"  # no verdict
     assert note == (
         "Recorded 2026-11-23 at commit 536e288 on a CPU, profile tiny, 3 seeds, 40 "
-        "test problems. Differences of percentages are in points. Not recorded yet: "
-        "`reinforce`, `rloo`, `grpo` (`rlreason record reinforce rloo grpo`)."
+        "test problems. Differences of percentages are in points. Before and after are "
+        "of the seeds that both have. Not recorded yet: `reinforce`, `rloo`, "
+        "`grpo` (`rlreason record reinforce rloo grpo`)."
     )
 
 
