@@ -7,6 +7,7 @@ the right one and is seen to fail.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import combinations, product
@@ -43,7 +44,7 @@ from rlreason.algorithms.credit import (
     response_advantages,
     whiten,
 )
-from rlreason.algorithms.experience import agree
+from rlreason.algorithms.experience import Experience, agree, warn_of_mismatch
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.optim import DivergedError
 from rlreason.algorithms.ppo import Learner, ppo
@@ -1337,3 +1338,24 @@ def test_p33_what_is_handed_back_is_what_was_trained_in_half_precision_too():
         # Wrong: merged in bfloat16
         rounded = (old + delta).bfloat16().float() - old
         assert float((rounded - delta).norm() / delta.norm()) > 0.5
+
+
+def test_in_half_precision_the_mean_tells_a_mismatch_and_no_single_token():
+    def experience(off: list[float]) -> Experience:
+        logprobs = torch.full((1, len(off)), -1.0)
+        told = tuple((logprobs[0] - torch.tensor(off)).tolist())
+        rollout = Rollout("p", 0, (1,), (2,) * len(off), told, "", True)
+        empty, mask = torch.zeros(1, len(off)), torch.ones(1, len(off)).bool()
+        parts = (logprobs, logprobs, empty, empty[:, 0], *[empty] * 4)
+        return Experience((rollout,), mask, *parts)
+
+    policy = tiny_policy()
+    half = replace(policy, model=policy.model.bfloat16())
+    rounding, wrong = [0.5, *[0.001] * 99], [0.05] * 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_mismatch(experience(rounding), half, 0)
+        with pytest.raises(UserWarning, match=r"on average .* more than 0\.02"):
+            warn_of_mismatch(experience(wrong), half, 0)
+    with pytest.warns(UserWarning, match=r"disagree by 6\.5e-01 on the probability"):
+        warn_of_mismatch(experience(rounding), tiny_policy(), 0)

@@ -211,7 +211,7 @@ def test_out_of_memory_goes_on_with_half_and_draws_the_same(k, monkeypatch, caps
 
 
 def test_a_step_that_is_no_graph_goes_on_without(monkeypatch, capsys):
-    def waits(step):
+    def waits(step, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     policy = policy_that_ends()
@@ -291,7 +291,7 @@ def test_a_step_never_waits_and_a_replay_calls_next_to_nothing(monkeypatch):
     class Graph:
         """Stands for a captured graph: what it does the host does not launch."""
 
-        def __init__(self, step) -> None:
+        def __init__(self, step, device) -> None:
             self.kernels = step
 
         def replay(self) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +51,7 @@ from rlreason.policy.lora import (
     with_lora,
 )
 from rlreason.policy.memory import within_memory
+from rlreason.policy.packing import moved
 from rlreason.policy.parallel import my_share, sum_gradients, summed
 from rlreason.policy.progress import progress_bar
 from rlreason.settings import Settings, setting
@@ -85,7 +87,7 @@ class FinetuneSettings(Settings):
     )
     compile: bool | None = setting(
         None,
-        "Compile the layers, once a process; None: on a GPU.",
+        "Compile the layers, once a process; None: on a GPU in half precision.",
         source="ours",
         placement=True,
     )
@@ -267,7 +269,8 @@ def nll(policy: Policy, batch: Sequence[Example]) -> Tensor:
         [example.prompt_tokens for example in batch],
         [example.tokens for example in batch],
     )  # (B, T), (B, T)
-    weights = logprobs.new_tensor([example.weight for example in batch])  # (B,)
+    weights = np.array([example.weight for example in batch])  # (B,)
+    weights = moved(weights, logprobs.device).to(logprobs.dtype)
     return -(logprobs * response_mask * weights[:, None]).sum()
 
 

@@ -1,7 +1,7 @@
 """Optimisation that the algorithms share: schedules, optimiser state, divergence.
 
 State goes through plain tensors and numbers, never through pickle, so that it fits in a
-safetensors file and a resumed run continues to the bit.
+safetensors file and a resumed run continues, on a CPU to the bit.
 """
 
 from __future__ import annotations

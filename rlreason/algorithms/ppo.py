@@ -28,6 +28,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,6 +77,7 @@ from rlreason.policy.lora import (
     with_lora,
 )
 from rlreason.policy.memory import checkpointing, fewer_tokens_at_once
+from rlreason.policy.packing import moved
 from rlreason.policy.parallel import my_alike_share, sum_gradients, sum_tensors, summed
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.reference import Reference
@@ -491,7 +493,7 @@ class Learner:
         share = my_alike_share(rows, text)
         for mb in alike_batches(share, max_tokens=self.micro_tokens, text=text):
             prompts, responses = zip(*map(text, mb), strict=True)
-            yield torch.tensor(mb, device=self.policy.device), prompts, responses
+            yield moved(np.array(mb), self.policy.device), prompts, responses
 
     def _mini_batches(
         self, rows: list[int], phase: int, epochs: range
@@ -579,7 +581,7 @@ def ppo(
             right = sparse_rewards(rollouts, problems)
             metrics["accuracy"] = sum(right) / len(right)
             check_phase(metrics, phase, settings, saved, recorder)
-            warn_of_mismatch(metrics["ratio_error"], learner.policy, phase)
+            warn_of_mismatch(experience, learner.policy, phase)
             with recorder.clock("learning"):
                 metrics |= learner.learn(experience, phase)
             check_phase(metrics, phase, settings, saved, recorder)

@@ -153,7 +153,9 @@ class PpoSettings(Settings):
         None, "Rows of logits held at once; None: all.", placement=True, ge=1
     )
     compile: bool | None = ours(
-        None, "Compile the layers, once a process; None: on a GPU.", placement=True
+        None,
+        "Compile the layers, once a process; None: on a GPU in half precision.",
+        placement=True,
     )
     gradient_checkpointing: bool = ours(
         False, "Compute activations again in the backward pass.", placement=True

@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,7 @@ from rlreason.mdp import Span, Tokens, step_spans
 from rlreason.policy.labels import BAD, GOOD
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import token_logprobs
+from rlreason.policy.packing import moved
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.reference import set_aside
 from rlreason.policy.rollout import Prompt, Rollout
@@ -463,10 +465,10 @@ def conditional_nll(policy: Policy, batch: Sequence[ConditionedExample]) -> Tens
         [example.prompt_tokens for example in batch],
         [example.tokens for example in batch],
     )  # (B, T), (B, T)
-    learned = response_mask.clone()
+    learned = np.ones(response_mask.shape, bool)  # (B, T)
     for row, example in enumerate(batch):
         learned[row, list(example.labels)] = False
-    return -(logprobs * learned).sum()
+    return -(logprobs * response_mask * moved(learned, logprobs.device)).sum()
 
 
 def step_token_count(batch: Sequence[ConditionedExample]) -> int:

@@ -6,7 +6,7 @@ stopped and taken up again in a batch (``rlreason.runs.folder.RunFolder``). An a
 that is a part of another one gets a ``NestedRecorder``.
 
 The contract of a resumable algorithm, which is what makes a killed run equal an
-undisturbed one to the bit:
+undisturbed one, on a CPU to the bit:
 
 1. It begins with ``checkpoint = recorder.restore()``. Where there is one, *everything*
    that decides what follows comes from it: weights, optimiser, position in the data,

@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import model_validator
 from torch import Tensor
@@ -55,6 +56,7 @@ from rlreason.algorithms.recorder import (
     unpack_lists,
 )
 from rlreason.policy.load import Policy
+from rlreason.policy.packing import moved
 from rlreason.policy.reference import set_aside
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
@@ -281,7 +283,7 @@ def classification_loss(
     Every prefix of a sample carries the label of the whole; the prompt has no loss.
     """
     logits, padded = orm.logits(batch)  # (N,)
-    labels = torch.tensor([float(e.right) for e in batch], device=logits.device)
+    labels = moved(np.array([e.right for e in batch], np.float32), logits.device)
     return binary_cross_entropy_with_logits(
         logits, labels[padded.rows], reduction="sum"
     )

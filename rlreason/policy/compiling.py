@@ -43,12 +43,13 @@ def compiled_layers(
 
     Args:
         models: With layers as transformers builds them; others stay as they are.
-        compiled: None: those on a GPU.
+        compiled: None: those on a GPU in half precision. In single precision, where
+                attention goes row by row, there are too many variants to compile.
     """
     layers = [
         layer
         for model in models
-        if model is not None and (_on_gpu(model) if compiled is None else compiled)
+        if model is not None and (_worth_it(model) if compiled is None else compiled)
         for layer in _layers_of(model)
     ]
     if not layers:
@@ -79,5 +80,8 @@ def _layers_of(model: nn.Module) -> list[nn.Module]:
     return _layers[model]
 
 
-def _on_gpu(model: nn.Module) -> bool:
-    return any(weight.is_cuda for weight in model.parameters())
+def _worth_it(model: nn.Module) -> bool:
+    return any(
+        w.is_cuda and w.dtype in (torch.float16, torch.bfloat16)
+        for w in model.parameters()
+    )

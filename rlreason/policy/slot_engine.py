@@ -269,11 +269,12 @@ class Slots:
     def capture(self) -> bool:
         """Make the graph; False, from now on, of a model that waits in its pass."""
         try:
-            self.graph = captured(self.advance)
+            self.graph = captured(self.advance, self.last.device)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            said = " ".join(str(error).split())[:100]
+            cause = error.__context__ or error  # what broke the capture off
+            said = " ".join(str(cause).split())[:100]
             name = type(self.model).__name__
             tell(f"a step of {name} is no graph, but goes on: {said}")
             self.captures = False
@@ -367,9 +368,17 @@ class Slots:
         self.warm, self.graph = False, None
 
 
-def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """All kernels of a step, to be replayed. It has been run before, and is not now."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+def captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """All kernels of a step, to be replayed. It has been run before, and is not now.
+
+    On a stream of its own: the one that torch takes by default is of the first device,
+    and of all graphs, one of which takes the workspace of the others with it.
+    """
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    own = torch.cuda.Stream(device)
+    try:
+        with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
+            step()
+    finally:
+        torch.cuda.set_stream(before)  # torch stays on its own where a capture fails
     return graph
