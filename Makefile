@@ -15,9 +15,9 @@ help: ## List the targets
 book: $(STAMP) ## Execute the notebooks and build the HTML book (profile tiny)
 	$(BIN)/rlreason book --profile tiny
 
-# A file's tests share a process, those marked spread are shared out: see conftest.py
+# A file's tests share a process, a few long ones are shared out: see conftest.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 \
-  --dist loadgroup --no-loadscope-reorder
+  --dist loadscope --no-loadscope-reorder
 
 test: $(STAMP) ## Run the tests
 	$(PYTEST)

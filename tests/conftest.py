@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 # A slow machine is no fault of the code, and a run that fails must fail again
 settings.register_profile(
@@ -32,16 +33,39 @@ for number, handler in (
         signal.signal(number, handler)
 
 
-def pytest_collection_modifyitems(items):
-    """Keep a file in one process, for its fixtures, but share out what says so.
+# Tests that take long, each of which may run in another process than its file's others
+SPREAD = (
+    "test_a_chapter_runs_and_asks_the_network_for_nothing",
+    "test_a_dry_run_of_paper_goes_through_all_that_its_tables_need",
+    "test_a_grid_of_steps_and_a_notebook_from_the_command_line",
+    "test_an_executed_chapter_reads_as_prose_without_myst",
+    "test_chapters_in_jupyterlab_read_as_prose_with_their_plumbing_folded",
+    "test_gpu_smol_runs_its_stages_and_its_archive_is_taken_over",
+)
 
-    What is shared out takes longest, so it comes first.
+
+def is_spread(nodeid: str) -> bool:
+    return nodeid.split("::")[1].partition("[")[0] in SPREAD
+
+
+class ByFile(LoadScopeScheduling):
+    """A file's tests share a process, and so its fixtures; those of SPREAD do not.
+
+    By its own class, since xdist's groups have no effect with pytest 9.2.
     """
-    for item in items:
-        spread = item.get_closest_marker("spread")
-        name = item.nodeid if spread else item.path.name
-        item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: item.get_closest_marker("spread") is None)
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if is_spread(nodeid) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)  # where xdist is switched off
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """What is spread takes longest, so it comes first."""
+    items.sort(key=lambda item: not is_spread(item.nodeid))
 
 
 @pytest.fixture(autouse=True)

@@ -295,7 +295,6 @@ def test_an_interruption_leaves_no_job_running(tmp_path):
     assert "running" not in states(out).values()
 
 
-@pytest.mark.spread
 def test_a_grid_of_steps_and_a_notebook_from_the_command_line(tmp_path, capsys):
     profile = toy_profile(tmp_path)
     write_notebook(tmp_path, "ch", SHOWS, parameters=PARAMETERS)

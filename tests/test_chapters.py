@@ -16,7 +16,6 @@ from rlreason.publishing.notebooks import find_notebooks, read_notebook
 NAMES = [notebook.name for notebook in find_notebooks(REPOSITORY / "notebooks")]
 
 
-@pytest.mark.spread
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chapter_runs_and_asks_the_network_for_nothing(
     name, tmp_path_factory, cut_network, monkeypatch

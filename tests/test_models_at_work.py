@@ -119,7 +119,6 @@ ARMS = (
 )
 
 
-@pytest.mark.spread
 def test_a_dry_run_of_paper_goes_through_all_that_its_tables_need(
     tmp_path, monkeypatch, data
 ):
@@ -161,7 +160,6 @@ ONE_PERCENT = {
 }
 
 
-@pytest.mark.spread
 def test_gpu_smol_runs_its_stages_and_its_archive_is_taken_over(
     tmp_path, monkeypatch, data, runs
 ):

@@ -299,7 +299,6 @@ def faults(html: str) -> list[str]:
     return found + raw_markup(unescape(re.sub(r"<[^>]+>", "", shown)))
 
 
-@pytest.mark.spread
 @pytest.mark.parametrize("name", NAMES)
 def test_an_executed_chapter_reads_as_prose_without_myst(
     name, tmp_path_factory, cut_network, monkeypatch
@@ -398,7 +397,6 @@ LOOK = """
 """
 
 
-@pytest.mark.spread
 def test_chapters_in_jupyterlab_read_as_prose_with_their_plumbing_folded(
     browser,  # noqa: F811
     tmp_path_factory,
