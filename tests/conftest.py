@@ -51,11 +51,11 @@ def is_spread(nodeid: str) -> bool:
 class ByFile(LoadScopeScheduling):
     """A file's tests share a process, and so its fixtures; those of SPREAD do not.
 
-    By its own class, since xdist's groups have no effect with pytest 9.2.
+    Not by xdist's groups, which have no effect with pytest 9.2.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid if is_spread(nodeid) else nodeid.partition("::")[0]
+        return nodeid if is_spread(nodeid) else super()._split_scope(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)  # where xdist is switched off

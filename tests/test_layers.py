@@ -1,7 +1,14 @@
-"""The way of the data: a module imports only from the rows above its own."""
+"""The way of the data: a module imports only from the rows above its own.
+
+And what the suite relies on.
+"""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+from conftest import SPREAD
 from importlinter import cli
 
 
@@ -29,3 +36,11 @@ def test_an_import_against_the_rows_is_found(tmp_path, monkeypatch, capsys):
     code = cli.lint_imports(config_filename="pyproject.toml", no_cache=True)
     assert code == cli.EXIT_STATUS_ERROR
     assert "upside_down.tasks.loaders -> upside_down.policy" in capsys.readouterr().out
+
+
+def test_what_is_shared_out_among_processes_is_a_test():
+    files = Path(__file__).parent.glob("test_*.py")
+    there = [
+        n for f in files for n in re.findall(r"^def (test_\w+)", f.read_text(), re.M)
+    ]
+    assert [there.count(name) for name in SPREAD] == [1] * len(SPREAD)

@@ -369,3 +369,20 @@ def test_norms_are_fused_where_they_compute_the_same_and_left_elsewhere():
     with fused_norms.fused_norms(policy.model):
         assert torch.allclose(norm(x), 2 * expected, atol=1e-5)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_memory_that_runs_out_in_a_capture_is_no_model_that_waits(monkeypatch):
+    def ends_in_an_error_of_its_own(step, device):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+    monkeypatch.setattr(slot_engine, "captured", ends_in_an_error_of_its_own)
+    policy = deep_policy()
+    with torch.inference_mode(), borrowed(policy.model, SlotStore):
+        slots = filled(policy)
+        slots.captures = True
+        with pytest.raises(torch.OutOfMemoryError):
+            slots.capture()
+    assert slots.captures

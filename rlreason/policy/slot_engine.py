@@ -270,10 +270,10 @@ class Slots:
         """Make the graph; False, from now on, of a model that waits in its pass."""
         try:
             self.graph = captured(self.advance, self.last.device)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            cause = error.__context__ or error  # what broke the capture off
+            cause = error.__context__ or error  # torch fails again as it ends a capture
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
             said = " ".join(str(cause).split())[:100]
             name = type(self.model).__name__
             tell(f"a step of {name} is no graph, but goes on: {said}")

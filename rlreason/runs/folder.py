@@ -12,7 +12,7 @@ experiment and the hash of its settings, so that a run that is done is not run t
 
     runs/sft-1f0c9a.../
         settings.json       the settings, canonical
-        metrics.jsonl       what the algorithm logged: for equal runs, on a CPU, to the bit
+        metrics.jsonl       what the algorithm logged: on a CPU equal to the bit for equal runs
         timing.jsonl        seconds since the start of the run, one row a row of metrics
         checkpoints/000012/ weights.safetensors, state.json, bookmark.json, hashes.json
         environment.json    versions, device, commit, threads, for every session
