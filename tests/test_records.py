@@ -22,17 +22,15 @@ from rlreason.experiments.records import (
     contrasts,
     in_points,
     load_records,
-    measured_table,
     metric_of,
     recorded,
     recorded_panels,
-    recorded_table,
-    table_page,
     told,
     unbroken,
     verdict,
 )
 from rlreason.experiments.rows import RecordError, Row, Spent, rows_path, write_rows
+from rlreason.experiments.tables import measured_table, recorded_table, table_page
 from rlreason.runs.plans import folder_of, plan_of
 from rlreason.settings import settings_hash
 
@@ -314,24 +312,25 @@ def test_a_page_sets_the_measured_table_beside_the_reported_one(write):
         rows_of("expert-iteration", "samples", [SAMPLES] * 3),
     )
     page = table_page("tiny", "table-1")
-    assert "Not recorded yet: `expert-iteration-orm`, `rcrl`" in page
+    assert "Not recorded yet: `sft` (nano-xs), `expert-iteration-orm` (nano-xs)" in page
     assert f"`ppo-dense-orm` (`{command}`)." in page  # every column has something
     lines = [line for line in page.splitlines() if line.startswith("|")]
-    assert lines[0].split(" | ")[2:6] == ["maj@1", "maj@4", "rerank@4", "pass@4"]
+    assert lines[0].split(" | ")[2:4] == ["seeds", "maj@1"]
+    assert lines[0].split(" | ")[4:7] == ["maj@4", "rerank@4", "pass@4"]
     _, _, sft, small, large = (line.split(" | ") for line in lines[:5])
     assert sft[0] == "| SFT (`sft`)"
-    assert [small[1], large[1]] == ["nano-xs", "nano"]
+    assert [small[1:3], large[1:3]] == [["nano-xs", "3"], ["nano", "3"]]
     # Value, samples that are missing, no pair with a start, rollouts in all, tokens
     whole = hierarchical_interval(AFTER)
     assert whole.low < 0 < 1 < whole.high
-    assert large[2] == unbroken(
+    assert large[3] == unbroken(
         f"{100 * whole.mean:.1f} [0.0, 100.0]"  # a share has bounds, a t interval none
     )
-    assert small[3] == "not yet" != large[3]
-    assert small[6] == ""
-    assert large[6].startswith("+7.5\xa0[")
-    assert (small[7], large[7]) == ("904", "4,096 (5,000)")
-    assert (small[8], large[8]) == ("not kept |", "300,000 |")
+    assert small[4] == "not yet" != large[4]
+    assert small[7] == ""
+    assert large[7].startswith("+7.5\xa0[")
+    assert (small[8], large[8]) == ("904", "4,096 (5,000)")
+    assert (small[9], large[9]) == ("not kept |", "300,000 |")
     assert "The paper's Table 1 (unverified transcription), in shares:" in page
     assert "| expert iteration | 7B | *0.48* |" in page
     assert "Table 6 are not known" in table_page("tiny", "table-6")
@@ -347,5 +346,5 @@ def test_every_table_of_the_catalogue_has_a_page(name, write):
 def test_a_table_leaves_out_a_column_without_records_and_names_it(write):
     write(greedy("sft", BEFORE_), greedy("expert-iteration", AFTER))
     page = table_page("tiny", "table-1")
-    assert page.startswith("|  | base | maj@1 | maj@1 against its start | rollouts |")
+    assert page.startswith("|  | base | seeds | maj@1 | maj@1 against its start | rollouts |")
     assert "maj@K, rerank@K, pass@K (`rlreason record table-1" in page

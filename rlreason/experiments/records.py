@@ -1,4 +1,4 @@
-"""What the raw rows say: values, paired differences, tables for the book.
+"""What the raw rows say: values, paired differences, and words for them.
 
 Everything here is computed from ``experiments.rows`` when it is read. A value has an
 interval over seeds and problems, a difference one over pairs of the same seed and
@@ -18,7 +18,6 @@ AUC                         of the reward model
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -35,12 +34,9 @@ from rlreason.evaluation.intervals import (
     verdict,
 )
 from rlreason.evaluation.metrics import pass_at_k
-from rlreason.experiments.catalogue import CATALOGUE, Arm, Catalogue, Table
-from rlreason.experiments.reported import reported_table, reported_tables
+from rlreason.experiments.catalogue import CATALOGUE, Arm, Catalogue
 from rlreason.experiments.rows import RecordError, Row, read_rows, rows_path
-from rlreason.runs.folder import RunFolder
 from rlreason.runs.profiles import load_profile
-from rlreason.settings import settings_hash
 
 SCORE = "score by its reward model"
 ACCURACY = "accuracy of the same answers"
@@ -304,58 +300,6 @@ def recorded(
     return [r for arm in catalogue.find(names) for r in records_of(records, arm)]
 
 
-def recorded_table(
-    profile: str | Path, names: str | Sequence[str], run: RunFolder | None = None
-) -> str:
-    """What is recorded of some arms, as Markdown for a chapter.
-
-    Args:
-        names: Arms, or tables of the catalogue.
-        run: Of the first of them, made by the chapter; the text under the table says
-            where the record is of other settings.
-    """
-    names = [names] if isinstance(names, str) else list(names)
-    found, arms = recorded(profile, *names), CATALOGUE.find(names)
-    if not found:
-        return _missing(profile, names)
-    lines = [
-        "| comparison | measured | seeds | before | after | difference | verdict |",
-        "|---|---|--:|--:|--:|---|---|",
-        *map(_table_line, found, [None, *found]),
-    ]
-    rows = [row for record in found for row in record.rows]
-    first = arms[0].name
-    plans = {row.plan for row in rows if row.arm == first}
-    note = ""
-    if run is not None and plans and settings_hash(run.settings) not in plans:
-        note = f" `{first}` was recorded with other settings than the run above."
-    counts = {record.problems for record in found}
-    shown = {record.comparison for record in found}
-    missing = _missing(profile, [arm.name for arm in arms if arm.name not in shown])
-    pairs = "Before and after are of the seeds that both have."
-    told = f"{_provenance(profile, rows, counts)} {pairs}{note} {missing}".strip()
-    return "\n".join(lines) + f"\n\n{told}"
-
-
-def _missing(
-    profile: str | Path,
-    names: Sequence[str],
-    metrics: Sequence[str] = (),
-    table: str = "",
-) -> str:
-    """One line on what is not recorded, and what records it; empty where all is.
-
-    Args:
-        table: The table that they are of, to be recorded as a whole.
-    """
-    if not (names or metrics):
-        return ""
-    what = ", ".join([*(f"`{name}`" for name in names), *metrics])
-    of = "" if profile == "tiny" else f" --profile {profile}"  # the default
-    command = f"rlreason record {table or ' '.join(names)}{of}"
-    return f"Not recorded yet: {what} (`{command}`)."
-
-
 def told(
     found: Sequence[Record],
     names: Mapping[str, str],
@@ -383,51 +327,9 @@ def told(
     return "; ".join(parts)
 
 
-def _table_line(record: Record, above: Record | None) -> str:
-    """One record in percent and points; an AUC as it is.
-
-    An arm is named in the first of its lines.
-    """
-    interval = record.interval
-    if record.before is None:
-        before, after = "", f"{record.after:.2f}"
-        change, word = ends(interval, ".2f"), ""
-    else:
-        before, after = f"{record.before:.1%}", f"{record.after:.1%}"
-        change, word = in_points(interval), verdict(interval)
-    known = above is not None and record.comparison == above.comparison
-    name = "" if known else f"`{record.comparison}`"
-    words = [unbroken(change), unbroken(word)]
-    cells = [name, record.measured, str(len(record.rows)), before, after, *words]
-    return f"| {' | '.join(cells)} |"
-
-
 def unbroken(text: str) -> str:
     """What is to stay on one line, with spaces that do not break (U+00A0)."""
     return text.replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def _provenance(
-    profile: str | Path, rows: Sequence[Row], problems: set[int] = frozenset()
-) -> str:
-    """What was recorded when, at which commit, where, and of how much."""
-
-    def all_of(values: Any) -> str:
-        return ", ".join(str(value) for value in sorted(set(values)))
-
-    commits = {row.commit[:7] + "+" * row.commit.endswith("+") for row in rows}
-    of_arms = Counter(arm for arm, _ in {(row.arm, row.seed) for row in rows})
-    fewest, most = min(of_arms.values()), max(of_arms.values())
-    seeds = f"{fewest} to {most}" if fewest < most else str(most)
-    counts = " or ".join(f"{n:,}" for n in sorted(problems - {0}))
-    return (
-        f"Recorded {all_of(row.date for row in rows)} at commit "
-        f"{all_of(commits - {''}) or 'unknown'} on "
-        f"{all_of(row.device for row in rows)}, profile {Path(profile).stem}, "
-        f"{seeds} seed{'s' * (most > 1)}"
-        + (f", {counts} test problems" if counts else "")
-        + ". Differences of percentages are in points."
-    )
 
 
 def in_points(interval: Interval) -> str:
@@ -494,104 +396,3 @@ def validation_of(records: Records, arm: str) -> dict[int, float]:
     ]
     shared = set.intersection(*map(set, looks)) if looks else set()
     return {x: fmean(look[x] for look in looks) for x in sorted(shared)}
-
-
-# --- Pages of tables ------------------------------------------------------------------
-
-
-def table_page(
-    profile: str | Path, name: str, *, catalogue: Catalogue = CATALOGUE
-) -> str:
-    """A table of the catalogue as Markdown: measured, and beside it as reported.
-
-    Raises:
-        CatalogueError: There is no such table.
-        RecordError: The file of rows is damaged.
-    """
-    table, records = catalogue.table(name), load_records(profile)
-    rows = [row for row in records.rows if row.arm in table.arms]
-    if not rows:
-        return "\n\n".join([_missing(profile, [name]), *_as_reported(table)])
-    absent = [arm for arm in table.arms if not records.of(arm, "greedy")]
-    metrics = _recorded_metrics(records, table)
-    empty = [records.named(m) for m in table.metrics if m not in metrics]
-    said = [
-        _provenance(profile, rows),
-        "In percent, with 95% intervals over seeds and problems; the difference is of "
-        "pairs. Rollouts and tokens are those sampled in training, in brackets with "
-        "those of all runs that it builds on.",
-        _missing(profile, absent, empty, name),
-    ]
-    measured = [measured_table(records, table, catalogue), " ".join(said).strip()]
-    return "\n\n".join([*measured, *_as_reported(table)])
-
-
-def _recorded_metrics(records: Records, table: Table) -> list[str]:
-    """The columns of a table in which anything is recorded."""
-    known = {(row.arm, row.measure) for row in records.rows}
-    return [
-        metric
-        for metric in table.metrics
-        if any((arm, metric_of(metric)[0]) in known for arm in table.arms)
-    ]
-
-
-def measured_table(records: Records, table: Table, catalogue: Catalogue) -> str:
-    """A line an arm and base that is recorded, as Markdown."""
-    sizes = sorted({row.size for row in records.rows}, key=lambda s: s == records.size)
-    metrics = _recorded_metrics(records, table)
-    named = [records.named(metric) for metric in metrics]
-    heads = ["", "base", *named, "maj@1 against its start", "rollouts", "tokens"]
-    lines = [heads, ["---", "---", *["--:"] * (len(heads) - 2)]]
-    for name in table.arms:
-        arm = catalogue.arms[name]
-        lines += [
-            [f"{arm.called} (`{name}`)", size, *_cells(records, arm, metrics, size)]
-            for size in (sizes if table.sizes else [records.size])
-            if records.of(name, "greedy", size)
-        ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cells(records: Records, arm: Arm, metrics: Sequence[str], size: str) -> list[str]:
-    """What is known of an arm: each metric, the change, and what training took."""
-    values = [
-        "not yet" if interval is None else _percent(interval)
-        for interval in (
-            records.value(Cell(arm.name, metric, size)) for metric in metrics
-        )
-    ]
-    start = Cell(arm.start, size=size)
-    change = records.difference(Cell(arm.name, size=size), start) if arm.start else None
-    rows = list(records.of(arm.name, "greedy", size).values())
-    rollouts = f"{fmean(row.spent.rollouts for row in rows):,.0f}"
-    if more := fmean(row.needed.rollouts for row in rows):
-        rollouts += f" ({fmean(row.spent.rollouts for row in rows) + more:,.0f})"
-    tokens = [row.spent.tokens for row in rows]
-    known = f"{fmean(tokens):,.0f}" if None not in tokens else "not kept"
-    return [*values, unbroken(in_points(change)) if change else "", rollouts, known]
-
-
-def _percent(interval: Interval) -> str:
-    """A share; Student's t knows no bounds, a share has some."""
-    if isfinite(interval.low):
-        low, high = max(interval.low, 0.0), min(interval.high, 1.0)
-        interval = replace(interval, low=low, high=high)
-    known = ends(interval, ".1f", scale=100)
-    return unbroken(f"{100 * interval.mean:.1f} {known}")
-
-
-def _as_reported(table: Table) -> list[str]:
-    """The paper's table beside it, with its mark."""
-    known = reported_tables().get(table.reported)
-    if not table.reported:
-        return []
-    if known is None:
-        return [f"The numbers of the paper's Table {table.reported} are not known."]
-    metrics = [metric.replace("@K", "@96") for metric in table.metrics]
-    methods = [table.methods[arm] for arm in table.arms if arm in table.methods]
-    return [
-        f"The paper's Table {table.reported} ({known.provenance}), in shares:",
-        reported_table(table.reported, methods, metrics),
-        *([known.note] if known.note else []),
-    ]
