@@ -8,6 +8,7 @@ from math import inf
 
 import numpy as np
 import pytest
+from smoke_book import REPOSITORY
 from test_records import SAMPLES, greedy, rows_of
 
 from rlreason import cli
@@ -35,6 +36,7 @@ from rlreason.experiments.claims import (
 )
 from rlreason.experiments.measures import MEASURES
 from rlreason.experiments.records import Cell, Records
+from rlreason.publishing.notebooks import find_notebooks
 
 
 @pytest.mark.parametrize(
@@ -219,9 +221,19 @@ def test_what_rl_adds_is_judged_by_how_likely_it_is_and_not_by_rare_solutions():
 
 
 def test_every_claim_names_what_there_is_and_where_it_is_shown():
-    shown = {table.name for table in CATALOGUE.tables}
-    shown |= {figure.name for figure in CATALOGUE.figures}
-    assert {claim.figure for claim in CLAIMS} <= shown
+    notebooks = [
+        (notebook.name.partition("_")[0].lstrip("0"), notebook.path.read_text())
+        for notebook in find_notebooks(REPOSITORY / "notebooks")
+    ]
+    text = "".join(source for _, source in notebooks)
+    for claim in CLAIMS:
+        kind, number = claim.shown.split()
+        if kind == "Table":
+            assert f'\\"table-{number}\\"' in text, claim.shown
+        elif kind == "Figure":
+            assert f"{claim.shown}. " in text, claim.shown
+        else:
+            assert number in dict(notebooks), claim.shown
     assert len({claim.id for claim in CLAIMS}) == len(CLAIMS)
     asked = set()
 

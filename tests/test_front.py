@@ -8,7 +8,7 @@ from rlreason.runs.environment import project_root
 def test_the_picture_shows_what_is_recorded_and_nothing_else():
     records = load_records("tiny")
     arms = {row.arm for row in records.rows if row.measure == "greedy"}
-    shown = [name for arm, name, _ in front.ENDS if arm in arms]
+    shown = [name for arm, name in front.ENDS.items() if arm in arms]
     axes = front.plot_ends(records).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == shown
     some = Records([row for row in records.rows if row.arm == "sft"], records.size)
@@ -20,7 +20,7 @@ def test_the_readmes_picture_is_of_the_rows_that_are_there():
     """It was of the rows before: those that came from elsewhere were left out."""
     drawn = (project_root() / front.PICTURE).read_text()
     records = load_records("tiny")
-    for arm, name, _ in front.ENDS:
+    for arm, name in front.ENDS.items():
         if (value := records.value(Cell(arm))) is not None:
             assert f"<!-- {name} -->" in drawn  # how matplotlib notes a text
             assert f"<!-- {100 * value.mean:.1f}% -->" in drawn

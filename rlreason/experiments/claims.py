@@ -33,6 +33,7 @@ from rlreason.experiments.records import (
     ACCURACY,
     BEFORE,
     SCORE,
+    UNKNOWN,
     Cell,
     Records,
     ends,
@@ -48,7 +49,6 @@ MARGIN = 0.02  # two points
 NEAR = 0.95  # of the best accuracy
 ABOVE_0, BELOW_0 = (0.0, inf), (-inf, 0.0)
 NO_HIGHER, NO_LOWER = (-inf, MARGIN), (-MARGIN, inf)
-UNKNOWN = "not recorded yet"
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ class Claim:
         text: What the paper says.
         provenance: How sure it is that the paper says so.
         rule: How it is judged.
-        figure: The table or figure of the catalogue that shows what it rests on.
+        shown: The table or figure of the book that shows what it rests on.
     """
 
     id: str
     text: str
     provenance: Provenance
     rule: Rule
-    figure: str
+    shown: str
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Judged:
         claim = self.claim
         effects = [f"  {effect}" for effect in self.effects]
         head = f"{claim.id}: {claim.text} ({claim.provenance})"
-        return "\n".join([head, *effects, f"  {self.said}; see {claim.figure}"])
+        return "\n".join([head, *effects, f"  {self.said}; see {claim.shown}"])
 
 
 def judge_claims(
@@ -317,28 +317,28 @@ CLAIMS = (
         "All algorithms end close, within 10 points, and expert iteration is best.",
         "verified",
         over(EI, OTHERS, "maj@1", (0.0, 0.1)),
-        "table-1",
+        "Table 1",
     ),
     Claim(
         "ei-over-sft",
         "Expert iteration beats SFT in maj@1.",
         "second hand",
         arms(EI, "sft"),
-        "table-1",
+        "Table 1",
     ),
     Claim(
         "ppo-without-sft",
         "Without SFT, PPO ends no lower than expert iteration.",
         "second hand",
         arms("ppo-base", f"{EI}-base", expected=NO_LOWER),
-        "table-2",
+        "Table 2",
     ),
     Claim(
         "ei-shifted",
         "Without SFT on SVAMP, expert iteration ends above PPO.",
         "digitised",
         arms(f"{EI}-shifted", "ppo-shifted"),
-        "table-3",
+        "Table 3",
     ),
     Claim(
         "sample-complexity",
@@ -348,7 +348,7 @@ CLAIMS = (
             sooner(EI, PPO, (-1.0, 1.0)),
             sooner(f"{EI}-base", "ppo-base", (-1.0, 1.0)),
         ),
-        "table-2",
+        "Figure 15.3",
     ),
     Claim(
         "both-improve",
@@ -363,7 +363,7 @@ CLAIMS = (
             arms("sft", "sft-light"),
             arms("sft", "sft-light", PASS, BELOW_0),
         ),
-        "table-4",
+        "Figure 17.1",
     ),
     Claim(
         "no-new-solutions",
@@ -373,14 +373,14 @@ CLAIMS = (
             arms(EI, "sft-light", PASS, NO_HIGHER),
             arms(PPO, "sft-light", PASS, NO_HIGHER),
         ),
-        "table-4",
+        "Table 4",
     ),
     Claim(
         "little-beyond-sft",
         "RL explores little beyond the solutions that SFT produces.",
         "verified",
         every(*(covered(arm, "sft", (0.9, inf)) for arm in (EI, PPO))),
-        "table-4",
+        "Figure 17.4",
     ),
     Claim(
         "sft-gap",
@@ -392,7 +392,7 @@ CLAIMS = (
             by_size(gap_to_sft(EI), f"{EI}: less lost without SFT", "points"),
             by_size(gap_to_sft(PPO), "ppo: less lost without SFT", "points"),
         ),
-        "table-2",
+        "Table 2",
     ),
     Claim(
         "saturation",
@@ -402,7 +402,7 @@ CLAIMS = (
             arms(EI, f"{EI}-early", PASS, NO_HIGHER),
             arms(PPO, "ppo-early", PASS, NO_HIGHER),
         ),
-        "rounds",
+        "Figure 17.1",
     ),
     Claim(
         "guidance",
@@ -412,7 +412,7 @@ CLAIMS = (
             *(arms(arm, PPO, expected=NO_HIGHER) for arm in GUIDED),
             *(sooner(arm, PPO, BELOW_0) for arm in GUIDED),
         ),
-        "table-1",
+        "Figure 15.5",
     ),
     Claim(
         "size-explores",
@@ -429,35 +429,35 @@ CLAIMS = (
                 for arm in ("sft", EI)
             )
         ),
-        "table-1",
+        "chapter 17",
     ),
     Claim(
         "light-sft-diverse",
         "Less SFT yields more distinct right solutions.",
         "second hand",
         arms("sft-light", "sft", DISTINCT),
-        "table-4",
+        "chapter 17",
     ),
     Claim(
         "reset",
         "Expert iteration has to begin each round from the base.",
         "unverified transcription",
         arms(f"{EI}-longer", f"{EI}-current"),  # as many of its last policy
-        "rounds",
+        "chapter 5",
     ),
     Claim(
         "kl",
         "Without a KL penalty PPO collapses.",
         "unverified transcription",
         arms(PPO, "ppo-no-kl"),
-        "stability",
+        "chapter 8",
     ),
     Claim(
         "ei-reranks",
         "Expert iteration leads in rerank@96.",
         "unverified transcription",
         over(EI, OTHERS, RERANK, ABOVE_0),
-        "table-1",
+        "Table 1",
     ),
     Claim(
         "over-optimisation",
@@ -471,7 +471,7 @@ CLAIMS = (
                 BELOW_0,
             ),
         ),
-        "over-optimisation",
+        "Figure 11.2",
     ),
     Claim(
         "curricula",
@@ -483,7 +483,7 @@ CLAIMS = (
                 for k in ("backtracking", "replay")
             )
         ),
-        "table-6",
+        "Table 6",
     ),
     Claim(
         "rcrl-negatives",
@@ -493,13 +493,13 @@ CLAIMS = (
             arms("rcrl-minimal-10", "rcrl-minimal-1"),
             arms("rcrl-minimal-100", "rcrl-minimal-10", expected=NO_LOWER),
         ),
-        "table-5",
+        "Table 5",
     ),
     Claim(
         "reranking",
         "A reward model chooses better among samples than the vote.",
         "unverified transcription",
         differ(Cell("orm", "rerank@K of SFT"), Cell("orm", "maj@K of SFT")),
-        "reranking",
+        "chapter 10",
     ),
 )

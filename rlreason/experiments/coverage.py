@@ -10,7 +10,8 @@ policy already produces. Four questions put that to the test, on the samples tha
 ``own_coverage``        the same of a policy and itself: what chance leaves uncovered
 ``pass_curve``          pass@k, ``pass_differences`` between two policies, and the
                         ``crossing`` of two curves
-``distinct_curve``      distinct correct solutions a question in k samples
+``distinct_curve``      distinct correct solutions a question in k samples, and
+                        ``distinct_differences`` between two policies
 ``novelty``             solutions that another policy lacks, less what chance does
 ======================  ==============================================================
 
@@ -167,6 +168,15 @@ def pass_differences(
 def distinct_curve(each: Seeds, ks: Sequence[int]) -> dict[int, Interval]:
     """Distinct correct solutions a question among k samples."""
     return {k: _interval(_distinct_table(each, k)) for k in ks}
+
+
+def distinct_differences(
+    before: Seeds, after: Seeds, ks: Sequence[int]
+) -> dict[int, Interval]:
+    """``distinct_curve`` of ``after`` less that of ``before``, paired likewise."""
+    _check_pairs(before, after)
+    tables = {k: (_distinct_table(after, k), _distinct_table(before, k)) for k in ks}
+    return {k: _interval(a - b) for k, (a, b) in tables.items()}
 
 
 def coverage(

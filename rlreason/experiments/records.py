@@ -44,6 +44,7 @@ AUC = "AUC on held-out questions"
 BAD = "maj@1 with [BAD]"
 BEFORE = ", before"
 ONE_SEED = "(one seed)"  # in place of an interval, which takes two
+UNKNOWN = "not recorded yet"
 
 # Metric to its measure and its values of a row
 METRICS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
@@ -157,6 +158,14 @@ class Records:
         """The mean of ``pairs`` with its interval; None where there is no pair."""
         tables = list(self.pairs(one, other).values())
         return interval_of(np.stack(tables)) if tables else None
+
+    def rollouts(self, arm: str, size: str = "") -> int | None:
+        """Those of a run and of all that it builds on, the mean over seeds."""
+        taken = [
+            row.spent.rollouts + row.needed.rollouts
+            for row in self.of(arm, "greedy", size).values()
+        ]
+        return round(fmean(taken)) if taken else None
 
     def samples(self) -> int | None:
         """K, the largest that is recorded; None without samples."""
@@ -323,7 +332,7 @@ def told(
     ]
     missing = [called for name, called in names.items() if name not in known]
     parts = [", ".join(said)] if said else []
-    parts += [f"not recorded yet ({', '.join(missing)})"] if missing else []
+    parts += [f"{UNKNOWN} ({', '.join(missing)})"] if missing else []
     return "; ".join(parts)
 
 
@@ -350,6 +359,16 @@ def with_verdict(change: Interval) -> str:
     if not isfinite(change.low):
         return said
     return f"{said} ({verdict(change, 'a rise', 'a fall')})"
+
+
+def compared(records: Records, one: str, other: str, metric: str = "maj@1") -> str:
+    """One arm less another in points, and which is higher, as part of a sentence."""
+    found = records.difference(Cell(one, metric), Cell(other, metric))
+    if found is None:
+        return UNKNOWN
+    if not isfinite(found.low):
+        return in_points(found)
+    return f"{in_points(found)} ({verdict(found, 'higher', 'lower')})"
 
 
 def recorded_panels(
@@ -381,7 +400,7 @@ def phases_of(records: Records, arm: str, column: str) -> dict[str, dict[int, fl
     return {name: line for name, line in lines.items() if line}
 
 
-def validation_of(records: Records, arm: str) -> dict[int, float]:
+def validation_of(records: Records, arm: str, size: str = "") -> dict[int, float]:
     """Accuracy on validation problems by rollouts so far: the mean over seeds.
 
     Where an arm did not look is left out, and so are looks that not all seeds have.
@@ -392,7 +411,7 @@ def validation_of(records: Records, arm: str) -> dict[int, float]:
             for each in row.values["rows"]
             if each.get("validation_maj_1") is not None
         }
-        for row in records.of(arm, "curve").values()
+        for row in records.of(arm, "curve", size).values()
     ]
     shared = set.intersection(*map(set, looks)) if looks else set()
     return {x: fmean(look[x] for look in looks) for x in sorted(shared)}

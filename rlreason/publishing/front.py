@@ -11,31 +11,31 @@ from rlreason.publishing import figures
 from rlreason.runs.environment import project_root
 
 PICTURE = "book/_static/first-results.svg"
-# Arm of the catalogue, what it is called, and in whose colour
-ENDS = (
-    ("base", "prompted base", "base"),
-    ("expert-iteration-base", "expert iteration, without SFT", "expert_iteration"),
-    ("ppo-base", "PPO, without SFT", "ppo"),
-    ("sft", "SFT", "sft"),
-    ("expert-iteration", "expert iteration, from SFT", "expert_iteration"),
-    ("ppo", "PPO, from SFT", "ppo"),
-    ("rcrl", "return-conditioned RL", "rcrl"),
-)
+# Arm of the catalogue, and what it is called
+ENDS = {
+    "base": "prompted base",
+    "expert-iteration-base": "expert iteration, without SFT",
+    "ppo-base": "PPO, without SFT",
+    "sft": "SFT",
+    "expert-iteration": "expert iteration, from SFT",
+    "expert-iteration-orm": "the same, with an ORM's filter",
+    "ppo": "PPO, from SFT",
+    "ppo-network": "the same, V a network",
+    "rcrl": "return-conditioned RL",
+}
 
 
 def plot_ends(records: Records) -> Figure | None:
     """Where each method ends: greedy accuracy; None where nothing is recorded."""
     found = {
-        name: (value, figures.COLORS[color])
-        for arm, name, color in ENDS
-        if (value := records.value(Cell(arm))) is not None
+        arm: value for arm in ENDS if (value := records.value(Cell(arm))) is not None
     }
     if not found:
         return None
     return figures.plot_accuracies(
-        {name: value for name, (value, _) in found.items()},
-        {name: color for name, (_, color) in found.items()},
-        x="maj@1 on test problems, 95% interval over seeds and problems",
+        {ENDS[arm]: value for arm, value in found.items()},
+        {ENDS[arm]: figures.color_of(arm) for arm in found},
+        x="maj@1 on test, 95% interval over seeds and problems",
     )
 
 

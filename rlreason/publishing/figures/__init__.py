@@ -45,6 +45,7 @@ from rlreason.publishing.figures.results import (
     plot_rollouts,
     plot_rounds,
     plot_seeds,
+    plot_steps,
     plot_training,
 )
 from rlreason.publishing.figures.style import (
@@ -55,6 +56,7 @@ from rlreason.publishing.figures.style import (
     RIGHT,
     STYLE,
     WRONG,
+    color_of,
     token_labels,
     use_style,
 )

@@ -250,6 +250,7 @@ def plot_pass_curves(
     differences: Mapping[str, Mapping[int, Interval]],
     *,
     against: str,
+    solutions: bool = False,
     colors: Mapping[str, str] | None = None,
 ) -> Figure:
     """Show pass@k of some policies, and below it how far each is ahead of one of them.
@@ -258,6 +259,7 @@ def plot_pass_curves(
         curves: Name of a policy to k to pass@k.
         differences: The same names without ``against``, to k to the paired difference.
         against: With which of them the others are compared.
+        solutions: Whether it is not pass@k but the distinct solutions among k samples.
     """
     figure, (top, bottom) = new_figure(
         2, height=4.6, sharex=True, gridspec_kw={"height_ratios": [3, 2]}
@@ -268,13 +270,57 @@ def plot_pass_curves(
         if name in differences:
             draw_band(bottom, differences[name], **style)
     bottom.axhline(0, color=INK, linewidth=1)
-    top.yaxis.set_major_formatter(percent)
-    bottom.yaxis.set_major_formatter(points)
-    top.set_ylabel("pass@k")
-    bottom.set_ylabel(f"points above\n{against}")
+    if solutions:
+        top.set_yscale("log", base=2)
+        top.yaxis.set_major_formatter("{x:g}")
+        bottom.yaxis.set_major_formatter("{x:+g}")
+    else:
+        top.yaxis.set_major_formatter(percent)
+        bottom.yaxis.set_major_formatter(points)
+    top.set_ylabel("distinct right\nsolutions" if solutions else "pass@k")
+    bottom.set_ylabel(f"{'more than' if solutions else 'points above'}\n{against}")
     samples_axis(bottom, next(iter(curves.values())))
     handles, names = top.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper right", ncols=len(curves))
+    return figure
+
+
+def plot_steps(
+    panels: Mapping[str, Mapping[str, tuple[Interval, Interval]]],
+    *,
+    x: str,
+    colors: Mapping[str, str] | None = None,
+) -> Figure:
+    """Show how far each of some policies is from another one in two metrics at once.
+
+    Args:
+        panels: What is up the axis, to name of a policy to both differences, that along
+            the axis first.
+        x: What is along the axis.
+    """
+    figure, grid = new_figure(1, len(panels), height=3.8, sharey=True, squeeze=False)
+    names = list(dict.fromkeys(name for found in panels.values() for name in found))
+    drawn = {}
+    for axes, (y, found) in zip(grid.flat, panels.items(), strict=True):
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        for name, (across, up) in found.items():
+            style = look(names.index(name), name, colors)
+            drawn[name] = axes.errorbar(
+                across.mean,
+                up.mean,
+                xerr=[[across.mean - across.low], [across.high - across.mean]],
+                yerr=[[up.mean - up.low], [up.high - up.mean]],
+                linestyle="none",
+                elinewidth=0.9,
+                **style,
+            )
+        axes.xaxis.set_major_formatter(points)
+        axes.yaxis.set_major_formatter(points)
+        axes.set_title(y, fontsize="small")
+        axes.set_xlabel(x)
+    handles = [drawn[name] for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
 

@@ -22,6 +22,9 @@ COLORS = {
     "ppo": "#009e73",
     "rcrl": "#882255",
     "orm": "#332288",
+    "reinforce": "#6c0aff",
+    "rloo": "#1d8aa5",
+    "grpo": "#6b5f2e",
 }
 """The colour of each method, the same in every figure."""
 
@@ -126,6 +129,16 @@ def place_tokens(
         if "\n" in piece:
             x, y = 0.0, y + 1
     return places, y + 1
+
+
+def color_of(arm: str) -> str:
+    """The colour of the method that an arm of the catalogue is of: PPO's by default.
+
+    >>> color_of("expert-iteration-base") == COLORS["expert_iteration"]
+    True
+    """
+    kind = arm.partition("-")[0]
+    return COLORS.get({"expert": "expert_iteration"}.get(kind, kind), COLORS["ppo"])
 
 
 def look(
