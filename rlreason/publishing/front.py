@@ -18,7 +18,7 @@ ENDS = {
     "ppo-base": "PPO, without SFT",
     "sft": "SFT",
     "expert-iteration": "expert iteration, from SFT",
-    "expert-iteration-orm": "the same, with an ORM's filter",
+    "expert-iteration-orm": "the same, filtered by an ORM",
     "ppo": "PPO, from SFT",
     "ppo-network": "the same, V a network",
     "rcrl": "return-conditioned RL",

@@ -273,7 +273,7 @@ def plot_pass_curves(
     if solutions:
         top.set_yscale("log", base=2)
         top.yaxis.set_major_formatter("{x:g}")
-        bottom.yaxis.set_major_formatter("{x:+g}")
+        bottom.yaxis.set_major_formatter(lambda x, _: points(x / 100))
     else:
         top.yaxis.set_major_formatter(percent)
         bottom.yaxis.set_major_formatter(points)
