@@ -193,7 +193,7 @@ def test_rows_are_made_elsewhere_resumed_and_taken_over(
     assert said[:3] == [
         "0",
         "rloo  0 of 2 rows recorded",
-        "2 runs to train, 1 to measure",
+        "runs to train: 2; to measure: 1",
     ]
     rows = read_rows(path)
     assert [(row.arm, row.measure) for row in rows] == [
@@ -208,11 +208,16 @@ def test_rows_are_made_elsewhere_resumed_and_taken_over(
     # What is there is not made again; what lacks one row is
     assert run(*alone, "--here", *out)[1:3] == [
         "rloo  2 of 2 rows recorded",
-        "0 runs to train, 0 to measure",
+        "runs to train: 0; to measure: 0",
     ]
     assert run(*alone, "--list", *out)[3].startswith("2 rows of 1 runs took 0.0 hours")
     path.write_text(path.read_text().splitlines(keepends=True)[1])
     assert run(*alone, "--list", *out)[1] == "rloo  1 of 2 rows recorded"
+    like = rows[0].model_copy(update={"arm": "grpo", "measuring": 7200.0})
+    write_rows([like], path)  # the same measure of another arm says how long it takes
+    said = run(*alone, "--list", *out)
+    assert said[4] == "about 2.0 hours are left, of one core or GPU"
+    path.write_text(path.read_text().splitlines(keepends=True)[1])
     run(*alone, "--here", *out)
     assert [row.values for row in read_rows(path)] == [row.values for row in rows]
     rows = read_rows(path)

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ from rlreason.experiments.rows import (
 )
 from rlreason.runs.environment import cores as all_cores
 from rlreason.runs.environment import runs_root
-from rlreason.runs.plans import Plan
+from rlreason.runs.plans import Plan, folder_of
 from rlreason.runs.profiles import load_recipe
 
 Report = Callable[[str], object]
@@ -117,9 +117,40 @@ class Work:
             done = self.recorded[name]
             yield f"{name:<{width}}  {done} of {done + count} rows recorded"
         measuring = sum(1 for _, measures in self.subjects if measures)
-        yield f"{len(self.training)} runs to train, {measuring} to measure"
+        yield f"runs to train: {len(self.training)}; to measure: {measuring}"
         if self.rows:
             yield took(self.rows)
+        if self.rows and measuring:
+            yield f"about {self.hours_left():.1f} hours are left, of one core or GPU"
+
+    def hours_left(self) -> float:
+        """By what the same arm took, else the same step, and the same measure, so far.
+
+        Nothing is counted for what has no like yet, nor for runs that no row is of.
+        """
+        trained, measured = defaultdict(list), defaultdict(list)
+        for row in self.rows:
+            step, begun, size = row.step, row.start, row.size
+            for like in ((row.arm, size), (step, begun, size), (step, begun), (step,)):
+                trained[like].append(row.spent.seconds)
+            for like in ((row.measure, row.size), (row.measure,)):
+                measured[like].append(row.measuring)
+
+        def mean(known: Mapping[tuple, list[float]], *likes: tuple) -> float:
+            return fmean(next((known[like] for like in likes if like in known), [0.0]))
+
+        seconds, counted = 0.0, set()
+        for subject, measures in self.subjects:
+            arm, size, begun = subject.arm, subject.size, subject.recipe.start
+            run = folder_of(subject.plan).path.name if subject.plan else ""
+            if run in self.training and run not in counted:
+                counted.add(run)
+                step = arm.step
+                likes = (arm.name, size), (step, begun, size), (step, begun), (step,)
+                seconds += mean(trained, *likes)
+            for name in measures:
+                seconds += mean(measured, (name, size), (name,))
+        return seconds / 3600
 
 
 @dataclass(frozen=True)
