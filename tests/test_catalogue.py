@@ -51,8 +51,6 @@ def test_a_name_means_one_thing_and_what_entries_name_exists():
         for name in table.arms:
             needed = {metric_of(metric)[0] for metric in table.metrics}
             assert needed <= {*ARMS[name].measures} or table.metrics == ("maj@1",)
-    for figure in CATALOGUE.figures:
-        assert figure.lines.keys() <= set(ARMS)
     assert set(GREEDY) < set(ALL) < MEASURES.keys()
 
 
@@ -123,8 +121,6 @@ def test_arms_are_found_by_their_name_or_their_tables_in_the_order_asked():
     assert CATALOGUE.find() == [*ARMS.values()]
     with pytest.raises(ValueError, match=r"'ppo-densest' \(did you mean 'ppo-dense'"):
         CATALOGUE.find(["ppo", "ppo-densest"])
-    with pytest.raises(ValueError, match="no figure 'x'; there are over-opt"):
-        CATALOGUE.figure("x")
     with pytest.raises(ValueError, match="no table 'x'; there are table-1, table-2"):
         CATALOGUE.table("x")
 

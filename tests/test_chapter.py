@@ -14,7 +14,7 @@ from rlreason.evaluation.evaluate import ProblemResult, Report
 from rlreason.evaluation.intervals import Interval, verdict
 from rlreason.publishing import chapter, figures
 
-GAIN = Interval(0.047, 0.007, 0.087, 0.95, 300, "paired")
+GAIN = Interval(0.047, 0.007, 0.087, 300, "paired")
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_a_difference_is_told_in_points_with_both_ends():
 
 def test_a_difference_is_inconclusive_where_its_interval_holds_zero():
     assert verdict(GAIN) == "a gain"
-    assert verdict(Interval(-0.1, -0.2, -0.01, 0.95, 3, ""), less="worse") == "worse"
-    assert verdict(Interval(0.1, 0.0, 0.2, 0.95, 3, "")) == "inconclusive"
+    assert verdict(Interval(-0.1, -0.2, -0.01, 3, ""), less="worse") == "worse"
+    assert verdict(Interval(0.1, 0.0, 0.2, 3, "")) == "inconclusive"
 
 
 def test_a_table_has_a_line_a_row_numbers_at_the_right_and_gaps_left_empty():
@@ -89,11 +89,8 @@ def test_a_table_has_a_line_a_row_numbers_at_the_right_and_gaps_left_empty():
 
 
 def report(*right: bool) -> Report:
-    results = tuple(
-        ProblemResult(str(i), "1", "1" if ok else "2", ok, True)
-        for i, ok in enumerate(right)
-    )
-    return Report("nano", 0, 0.7, 64, 0, 0.95, results)
+    results = tuple(ProblemResult(str(i), "1", ok, True) for i, ok in enumerate(right))
+    return Report("nano", 0, 0.7, 64, 0, results)
 
 
 def test_policies_are_set_against_the_first_by_problem(outputs):

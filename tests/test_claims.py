@@ -55,7 +55,7 @@ from rlreason.publishing.notebooks import find_notebooks
 )
 def test_a_verdict_is_of_the_whole_interval(low, high, expected, verdict):
     mean = 0.0 if low == -inf else (low + high) / 2
-    effect = Effect("x", Interval(mean, low, high, 0.95, 3, ""), expected)
+    effect = Effect("x", Interval(mean, low, high, 3, ""), expected)
     assert effect.verdict == verdict
 
 
@@ -167,7 +167,7 @@ def test_what_is_never_right_reaches_no_level():
 
 
 def test_one_seed_has_no_interval_in_any_unit():
-    one = Interval(0.5, -inf, inf, 0.95, 1, "t")
+    one = Interval(0.5, -inf, inf, 1, "t")
     said = [str(Effect("x", one, ABOVE_0, unit)) for unit in ("points", "share")]
     said.append(str(Effect("x", one, ABOVE_0, "number")))
     assert said == [

@@ -320,9 +320,3 @@ def test_a_setting_within_what_a_profile_leaves_out_is_made(capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["algorithm"]["lora"]["rank"] == 4
     assert plan["algorithm"]["credit"] == {"kind": "rloo", "k": 1}
-
-
-def test_the_benchmark_of_ppo_is_a_table(shown):
-    head, *lines = shown("bench", "ppo", "--phases", "1")
-    assert head.split()[0] == "stage"
-    assert [line.split()[0] for line in lines] == ["sampling", "scoring", "learning"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -215,19 +214,10 @@ def test_truncated_share_is_reported_and_warned_of_above_two_percent(script):
     assert report.truncated_greedy == 1 / 4
     assert report.truncated_sampled == 2 / 16
     assert "truncated: greedy 25.0%, sampled 12.5%" in str(report)
-    assert report.rows()[3]["n_truncated"] == 2
 
 
-def test_report_is_safe_for_json_and_reads_well(script):
+def test_report_reads_well(script):
     report = played(script, PROBLEMS, k=4, seed=7)
-    summary = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert summary["metrics"]["maj@1"]["mean"] == 0.25
-    assert (summary["problems"], summary["seed"], summary["k"]) == (4, 7, 4)
-    rows = json.loads(json.dumps(report.rows(), allow_nan=False))
-    assert [row["id"] for row in rows] == [p.id for p in PROBLEMS]
-    assert [row["n_correct"] for row in rows] == [3, 1, 1, 0]
-    assert [row["pass@4"] for row in rows] == [1, 1, 1, 0]
-    assert rows[2]["greedy_answer"] is None
     markdown = report._repr_markdown_().splitlines()
     assert markdown[0] == "| metric | mean | 95% interval |"
     assert "| maj@1 | 0.250 |" in markdown[2]

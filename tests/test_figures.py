@@ -49,9 +49,6 @@ DRAWN = {
     "plot_gradient": lambda: figures.plot_gradient(
         ["a", "b"], [0.1, -0.2], [0.11, -0.19], [0.01, 0.02]
     ),
-    "plot_curves": lambda: figures.plot_curves(
-        {"one": [0.1, 0.2], "two": [0.2, 0.1]}, x="round", y="J"
-    ),
     "draw_expert_iteration": figures.draw_expert_iteration,
     "plot_rounds": lambda: figures.plot_rounds(ROUNDS),
     "plot_seeds": lambda: figures.plot_seeds(

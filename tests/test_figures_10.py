@@ -37,7 +37,7 @@ def test_what_is_learned_what_is_a_label_and_what_is_prompt_look_different():
 
 def test_differences_are_in_points_with_a_line_at_0():
     (axes,) = figures.plot_accuracies(
-        {"a": Interval(0.05, -0.01, 0.11, 0.95, 3, "")},
+        {"a": Interval(0.05, -0.01, 0.11, 3, "")},
         {"a": figures.RIGHT},
         x="difference",
         differences=True,

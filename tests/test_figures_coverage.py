@@ -8,7 +8,7 @@ from rlreason.publishing import figures
 
 def line(*means):
     return {
-        4**i: Interval(mean, mean - 0.05, mean + 0.05, 0.95, 50, "bootstrap")
+        4**i: Interval(mean, mean - 0.05, mean + 0.05, 50, "bootstrap")
         for i, mean in enumerate(means)
     }
 

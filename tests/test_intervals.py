@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 
@@ -32,16 +31,8 @@ def test_bootstrap_covers_the_mean_of_scores_as_often_as_it_says():
     generator = np.random.default_rng(0)
     data = generator.random((400, 100)) < 0.3
 
-    def at(level):
-        return coverage(
-            lambda i: bootstrap_interval(data[i], level=level, resamples=400),
-            truth=0.3,
-            trials=400,
-        )
-
-    # Standard error of a coverage of 0.95 in 400 trials is 0.011
-    assert 0.91 <= at(0.95) <= 0.98
-    assert 0.75 <= at(0.8) <= 0.85
+    held = coverage(lambda i: bootstrap_interval(data[i], resamples=400), 0.3, 400)
+    assert 0.91 <= held <= 0.98  # the standard error of 400 trials is 0.011
 
 
 def test_bootstrap_is_as_wide_as_the_standard_error_says():
@@ -51,13 +42,6 @@ def test_bootstrap_is_as_wide_as_the_standard_error_says():
     assert interval.high - interval.low == pytest.approx(expected, rel=0.05)
     assert interval.mean == values.mean()
     assert interval.n == 500
-
-
-def test_bootstrap_of_many_problems_is_the_same_in_blocks(monkeypatch):
-    values = np.random.default_rng(2).random(50)
-    whole = bootstrap_interval(values, resamples=300)
-    monkeypatch.setattr("rlreason.evaluation.intervals._BLOCK", 50 * 7)
-    assert bootstrap_interval(values, resamples=300) == whole
 
 
 def test_seed_decides_the_bootstrap_and_no_global_stream_is_touched():
@@ -152,8 +136,6 @@ def test_one_seed_says_nothing_about_others():
     for interval in (seed_interval([0.4]), hierarchical_interval([[0.4, 0.5]])):
         assert (interval.low, interval.high) == (-math.inf, math.inf)
         assert not interval.excludes(100.0)
-        stored = json.dumps(interval.to_dict(), allow_nan=False)
-        assert json.loads(stored)["low"] is None
 
 
 @pytest.mark.parametrize("seed_spread", [0.0, 0.04])
@@ -195,7 +177,7 @@ def test_a_table_without_any_spread_has_an_interval_of_no_width():
 
 
 def test_excludes_and_text():
-    interval = Interval(0.05, 0.01, 0.09, 0.95, 3, "t over seeds")
+    interval = Interval(0.05, 0.01, 0.09, 3, "t over seeds")
     assert interval.excludes(0.0)
     assert not interval.excludes(0.01)
     assert str(interval) == "0.050 [0.010, 0.090]"
@@ -207,8 +189,6 @@ def test_excludes_and_text():
         (lambda: bootstrap_interval([]), "at least one"),
         (lambda: bootstrap_interval([[0.0, 1.0]]), "one value a unit"),
         (lambda: bootstrap_interval([0.0, math.nan]), "NaN"),
-        (lambda: bootstrap_interval([0.0, 1.0], level=95), "level"),
-        (lambda: bootstrap_interval([0.0, 1.0], resamples=0), "resamples"),
         (lambda: accuracy_interval([0.0, 1.5]), "between 0 and 1"),
         (lambda: wilson_interval(3, 2), "no proportion"),
         (lambda: hierarchical_interval([0.1, 0.2]), "table"),

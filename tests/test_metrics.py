@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlreason.evaluation.diversity import count_operation_sequences, distinct_at_k
+from rlreason.evaluation.diversity import distinct_at_k
 from rlreason.evaluation.metrics import (
     known_from_question,
     maj_at_k,
@@ -22,6 +22,7 @@ from rlreason.evaluation.metrics import (
     pass_at_k,
     rerank_at_k,
 )
+from rlreason.tasks.answers import operation_key
 
 correctness = st.lists(st.booleans(), min_size=1, max_size=10)
 votes = st.lists(st.sampled_from([None, "1", "2", "3", "4"]), min_size=1, max_size=10)
@@ -300,6 +301,6 @@ def test_solutions_with_the_same_operations_are_one():
         "Together <<2 + 3 = 5>>5 apples.\n#### 5",
         "Together <<3+2=5>>5 apples.\n#### 5",
     ]
-    assert sorted(count_operation_sequences(texts).values()) == [1, 2]
+    assert sorted(Counter(map(operation_key, texts)).values()) == [1, 2]
     with pytest.raises(ValueError, match="not possible"):
         distinct_at_k([3], 2, 1)

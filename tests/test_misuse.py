@@ -146,7 +146,6 @@ OPTIONS = [
     (["bench", "train", "--problems", "-3"], "--problems"),
     (["bench", "train", "--batch-size", "0"], "--batch-size"),
     (["bench", "train", "--repeats", "0"], "--repeats"),
-    (["bench", "ppo", "--phases", "0"], "--phases"),
     (["bench", "tasks", "--problems", "0"], "--problems"),
     (["bench", "tasks", "--repeats", "0"], "--repeats"),
 ]
@@ -224,7 +223,7 @@ WORDS = [
     ([*SETTINGS, "control.yaml"], "control.yaml"),
     (["book", "--profile", "unused.yaml"], "no notebook takes common.typo"),
     (["book", "--profile", "big"], "no profile 'big'"),
-    (["bench", "ppo", "--profile", "big"], "no profile 'big'"),
+    (["bench", "base", "--profile", "big"], "no profile 'big'"),
     # Notebooks
     (["run", "no.ipynb"], "no notebook no.ipynb"),
     (["run", "folder.ipynb"], "cannot be read: Is a directory"),

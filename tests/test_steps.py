@@ -53,6 +53,7 @@ from rlreason.runs import steps as module
 from rlreason.runs.contents import policy_digest
 from rlreason.runs.folder import RunFolder
 from rlreason.runs.plans import (
+    _STEPS,
     Plan,
     Trained,
     TrainedRewardModel,
@@ -63,7 +64,6 @@ from rlreason.runs.plans import (
     read_plan,
     register,
     steps,
-    unregister,
 )
 from rlreason.runs.profiles import load_recipe
 from rlreason.runs.recipes import Recipe
@@ -586,7 +586,7 @@ class Wish(Plan):
 def wish():
     register(Wish)
     yield
-    unregister(Wish)
+    del _STEPS["wish"]
 
 
 def test_a_step_of_ones_own_is_a_class_and_known_to_the_command_line(

@@ -93,8 +93,8 @@ def check(raw, markdown: str, against: str = "") -> int:
 @pytest.mark.parametrize("name", PAPERS)
 def test_every_number_of_a_table_of_the_paper_is_of_its_rows(name, raw):
     records, table = load_records("tiny"), CATALOGUE.table(name)
-    assert check(raw, measured_table(records, table, CATALOGUE)) > 10
-    for markdown in changes_table(records, table, CATALOGUE)[1:]:
+    assert check(raw, measured_table(records, table)) > 10
+    for markdown in changes_table(records, table)[1:]:
         assert check(raw, markdown, against=" against its start") > 2
 
 
@@ -112,7 +112,7 @@ def test_a_number_of_another_row_does_not_pass(measure, raw):
         rows.append(row)
     other = Records(rows, records.size)
     with pytest.raises(AssertionError, match="sft"):
-        check(raw, measured_table(other, table, CATALOGUE))
+        check(raw, measured_table(other, table))
 
 
 def test_the_differences_that_claims_rest_on_are_of_the_rows(raw):

@@ -153,7 +153,7 @@ def test_a_full_disk_does_not_hide_what_went_wrong(tmp_path, monkeypatch):
 
     def fails() -> None:
         with RunFolder("toy", Rows(), root=tmp_path):
-            monkeypatch.setattr(module, "_write_json", full)
+            monkeypatch.setattr(module, "write_json", full)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

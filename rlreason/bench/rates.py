@@ -11,15 +11,13 @@ from rlreason.runs.estimate import Work
 from rlreason.runs.recipes import Recipe
 
 
-def measured_rates(
-    recipe: Recipe, work: Work, *, questions: int = 16, k: int = 16
-) -> tuple[float, float]:
+def measured_rates(recipe: Recipe, work: Work) -> tuple[float, float]:
     """Tokens a second of sampling, responses alone, and of SFT, prompts included."""
     policy = recipe.base()
-    asked = recipe.questions()[:questions]
+    asked = recipe.questions()[:16]
     sample(policy, asked[:1], max_new_tokens=4)  # the sampler looks at it once
     began = time.perf_counter()
-    rollouts = sample(policy, asked, k=k, max_new_tokens=recipe.max_new_tokens)
+    rollouts = sample(policy, asked, k=16, max_new_tokens=recipe.max_new_tokens)
     sampled = sum(len(r.tokens) for r in rollouts) / (time.perf_counter() - began)
     example = Example((1,) * work.prompt, (1,) * work.response)
     batch = [example] * recipe.sft.batch_size

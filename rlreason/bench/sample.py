@@ -35,10 +35,8 @@ def run_sample_benchmark(
     *,
     questions: int = 64,
     samples: Sequence[int] = (8, 96),
-    temperature: float = 1.0,
     max_new_tokens: int = 128,
     repeats: int = 3,
-    generate_rows: int | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Measure both, for each number of samples a question.
@@ -48,10 +46,8 @@ def run_sample_benchmark(
             profile ``tiny``, which is trained if there is no such run yet.
         questions: gsm-mini test problems.
         samples: Values of K.
-        temperature: Of both.
         max_new_tokens: Of both.
         repeats: Turns that count.
-        generate_rows: Rows in one call of ``generate``; None finds its best.
         report: Told what is being done.
 
     Returns:
@@ -65,10 +61,10 @@ def run_sample_benchmark(
     elif isinstance(policy, str):
         policy = load_policy(policy)
     problems = load_problems("gsm-mini", "test", limit=questions)
-    settings = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    settings = {"temperature": 1.0, "max_new_tokens": max_new_tokens}
     rows = []
     for k in samples:
-        best = generate_rows or _best_rows(policy, problems, k=k, **settings)
+        best = _best_rows(policy, problems, k=k, **settings)
         report(f"K={k}: {best} rows in a call of generate")
         turns = []
         for turn in range(repeats + 1):

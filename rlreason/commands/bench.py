@@ -132,28 +132,6 @@ def bench_trl_command(points: float, phases: int | None, seeds: int) -> None:
     click.echo(f"from {found['start']:.1%}, {found['threads']} threads")
 
 
-@bench.command("ppo")
-@profile_option
-@count_option("--phases", default=4, help="Phases that count.")
-@click.option(
-    "--start",
-    type=click.Choice(["sft", "base"]),
-    default="sft",
-    show_default=True,
-    help="From SFT, or from the base with solved examples.",
-)
-def bench_ppo_command(profile: str, phases: int, start: str) -> None:
-    """Where the time of a phase of PPO goes.
-
-    Seconds of sampling, scoring and learning; the tokens that had to go through the
-    model, and those that did.
-    """
-    from rlreason.bench.ppo import bench_ppo, format_ppo_benchmark
-
-    found = bench_ppo(profile=profile, phases=phases, start=start)
-    click.echo(format_ppo_benchmark(found))
-
-
 @bench.command("gpu")
 @click.option("--model", help="Folder of a policy of 135M. [default: random weights]")
 @click.option(
@@ -210,15 +188,3 @@ def bench_base_command(policy: str, profile: str, problems: int, sampled: int) -
 
     rows = bench_base(policy, profile=profile, problems=problems, sampled=sampled)
     click.echo(format_base_benchmark(rows))
-
-
-@bench.command("tasks")
-@count_option("--problems", default=20_000, help="A turn.")
-@count_option("--repeats", default=5, help="Turns that count.")
-def bench_tasks_command(problems: int, repeats: int) -> None:
-    """Problems a second that gsm-mini makes on one core."""
-    from rlreason.bench.tasks import bench_tasks
-
-    rates = bench_tasks(problems=problems, repeats=repeats)
-    for split, (middle, low, high) in rates.items():
-        click.echo(f"{split}: {middle:,.0f} problems/s ({low:,.0f} to {high:,.0f})")

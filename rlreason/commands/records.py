@@ -8,21 +8,12 @@ from pathlib import Path
 import click
 
 from rlreason.commands.options import executor_option, jobs_option, profile_option
+from rlreason.experiments.catalogue import CATALOGUE
 
 TIME_IS_UP = 3  # the exit code of what its time limit stopped
 
 
-class RecordCommand(click.Command):
-    """Its help ends with the catalogue."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write a line a comparison, under those of the tables."""
-        from rlreason.experiments.catalogue import CATALOGUE
-
-        formatter.write("\n" + "\n".join(CATALOGUE.lines()) + "\n")
-
-
-@click.command(cls=RecordCommand)
+@click.command(epilog="\b\n" + "\n".join(CATALOGUE.lines()))
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @profile_option
 @click.option("--seeds", type=click.IntRange(min=1), help="[default: the profile's]")
@@ -117,7 +108,8 @@ def _show(profile: str, out: Path | None) -> None:
     if Path(profile).stem == "tiny" and out is None:
         from rlreason.publishing.front import draw_front
 
-        click.echo(f"{draw_front(profile)} shows it")
+        if picture := draw_front(profile):
+            click.echo(f"{picture} shows it")
 
 
 @click.command()

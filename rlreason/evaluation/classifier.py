@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlreason.evaluation.intervals import Interval, wilson_interval
+from rlreason.evaluation.intervals import TAILS, Interval, wilson_interval
 
 Array = NDArray[np.float64]
 
@@ -75,9 +75,7 @@ def auc_interval(
     labels: ArrayLike,
     questions: Sequence[Hashable],
     *,
-    level: float = 0.95,
     resamples: int = 1000,
-    seed: int = 0,
 ) -> Interval:
     """``auc`` with a percentile bootstrap over questions (Efron, 1979).
 
@@ -90,24 +88,21 @@ def auc_interval(
         labels: As in ``auc``.
         questions: (N,), which question each sample answers.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"a level lies between 0 and 1, such as 0.95, not {level}")
     scores, labels = _checked(scores, labels)
     if len(questions) != len(scores):
         raise ValueError(f"{len(questions)} questions for {len(scores)} scores")
     numbers = {question: i for i, question in enumerate(dict.fromkeys(questions))}
     group = np.array([numbers[question] for question in questions])
-    generator, n = np.random.default_rng(seed), len(numbers)
+    generator, n = np.random.default_rng(0), len(numbers)
     rows, drawn = max(1, _BLOCK // len(scores)), []
     for done in range(0, resamples, rows):
         times = generator.multinomial(
             n, np.full(n, 1 / n), size=min(rows, resamples - done)
         )  # (R, questions)
         drawn.append(_weighted_auc(scores, labels, times[:, group]))
-    tails = (1 - level) / 2, (1 + level) / 2
-    low, high = np.nanquantile(np.concatenate(drawn), tails)
+    low, high = np.nanquantile(np.concatenate(drawn), TAILS)
     mean = auc(scores, labels)
-    return Interval(mean, float(low), float(high), level, n, "bootstrap over questions")
+    return Interval(mean, float(low), float(high), n, "bootstrap over questions")
 
 
 def auc_within(
@@ -149,7 +144,7 @@ def auc_within(
 
 
 def calibration_curve(
-    scores: ArrayLike, labels: ArrayLike, *, bins: int = 10, level: float = 0.95
+    scores: ArrayLike, labels: ArrayLike, *, bins: int = 10
 ) -> list[Bin]:
     """Mean score and share of right samples, in ranges of equal width that hold any.
 
@@ -157,7 +152,6 @@ def calibration_curve(
         scores: (N,), probabilities.
         labels: (N,), true where right.
         bins: How many ranges [0, 1] is cut into.
-        level: Coverage of the intervals.
 
     Raises:
         ValueError: A score is no probability, or there are none.
@@ -173,9 +167,7 @@ def calibration_curve(
     curve = []
     for b in np.unique(place):
         inside = place == b
-        right = wilson_interval(
-            float(labels[inside].sum()), int(inside.sum()), level=level
-        )
+        right = wilson_interval(float(labels[inside].sum()), int(inside.sum()))
         mean = float(scores[inside].mean())
         curve.append(Bin(float(b / bins), float((b + 1) / bins), mean, right))
     return curve

@@ -12,7 +12,6 @@ keep how often each of two policies gave each correct solution:
 ``distinct_at_k``    solutions in k samples
 ``shared_at_k``      solutions in m samples of one policy that k of another have as well
 ``repeated_at_k``    the same within one policy: m samples, and k others of its own
-``absent_solutions`` solutions that a policy lacks beyond what chance does to it
 ===================  ==================================================================
 
 A rare solution is in one sample and missing from the next of the *same* policy. So what
@@ -30,7 +29,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import Any
 
 from rlreason.evaluation.metrics import pass_at_k
@@ -56,31 +54,10 @@ class Solutions:
     samples: int
     counts: Mapping[str, Counts]
 
-    def __post_init__(self) -> None:
-        if not self.counts:
-            raise ValueError("no problems: there is nothing to count")
-        for problem, counts in self.counts.items():
-            if (
-                sum(counts.values()) > self.samples
-                or min(counts.values(), default=1) < 1
-            ):
-                raise ValueError(
-                    f"{problem}: {dict(counts)} are not counts of correct ones among "
-                    f"{self.samples} samples"
-                )
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON; ``Solutions(**values)`` reads it."""
         counts = {problem: dict(counts) for problem, counts in self.counts.items()}
         return {"samples": self.samples, "counts": counts}
-
-
-def count_operation_sequences(texts: Iterable[str]) -> Counter[tuple[str, ...]]:
-    """How often each sequence of operations occurs; give it the correct solutions.
-
-    A solution that annotates nothing counts by its lines (``operation_key``).
-    """
-    return Counter(operation_key(text) for text in texts)
 
 
 def count_solutions(problem: Problem, rollouts: Iterable[Rollout]) -> Counter[str]:
@@ -164,27 +141,3 @@ def repeated_at_k(counts: Counts, *, n: int, m: int, k: int) -> float:
             for c in counts.values()
         )
     )
-
-
-def absent_solutions(of: Solutions, by: Solutions, *, level: float = 0.05) -> Counts:
-    r"""How many solutions of a policy another one lacks, by problem, chance ruled out.
-
-    A solution that has c samples of ``of`` and none of ``by`` is counted where equally
-    frequent solutions would so divide with a chance of at most ``level`` over the
-    number of all solutions seen (Bonferroni): with samples n and n', that chance is
-
-    .. math:: \binom{n}{c} \Big/ \binom{n + n'}{c}.
-
-    So with equal samples a solution must be seen about 13 times. Those that are counted
-    are rarer in ``by``; that they are impossible there no sample can show.
-    """
-    n, both = of.samples, of.samples + by.samples
-    seen = sum(len({*of.counts[p], *by.counts[p]}) for p in of.counts)
-    return {
-        problem: sum(
-            name not in by.counts[problem]
-            and comb(n, c) / comb(both, c) <= level / seen
-            for name, c in counts.items()
-        )
-        for problem, counts in of.counts.items()
-    }

@@ -17,15 +17,14 @@ Left out: the reward model; its scores come through ``orm``.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlreason.evaluation.diversity import count_operation_sequences
 from rlreason.evaluation.intervals import (
     Interval,
     accuracy_interval,
@@ -38,7 +37,7 @@ from rlreason.policy.load import Policy
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.rollout import Rollout
 from rlreason.rewards.sparse import sparse_reward
-from rlreason.tasks.answers import extract_answer
+from rlreason.tasks.answers import extract_answer, operation_key
 from rlreason.tasks.problem import Problem
 
 Array = NDArray[np.float64]
@@ -53,12 +52,11 @@ TRUNCATED_LIMIT = 0.02  # a larger share of cut samples lowers the scores notice
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """What one problem gave; a row of the report's table.
+    """What one problem gave.
 
     Attributes:
         id: ``Problem.id``, by which two reports are paired.
         gold: The reference answer.
-        greedy_answer: The answer stated by the greedy solution, None without one.
         greedy_correct: Whether it is right.
         greedy_finished: False where the length limit cut the greedy solution.
         answers: The answer of each of the K samples, None without one.
@@ -71,7 +69,6 @@ class ProblemResult:
 
     id: str
     gold: str
-    greedy_answer: str | None
     greedy_correct: bool
     greedy_finished: bool
     answers: tuple[str | None, ...] = ()
@@ -96,7 +93,6 @@ class Report:
         temperature: Of the K samples.
         max_new_tokens: The length limit of every sample.
         seed: Of the K samples, and of the bootstrap.
-        level: Coverage of the intervals.
         results: One a problem, in the order of the problems.
     """
 
@@ -105,7 +101,6 @@ class Report:
     temperature: float
     max_new_tokens: int
     seed: int
-    level: float
     results: tuple[ProblemResult, ...]
 
     def __post_init__(self) -> None:
@@ -202,30 +197,12 @@ class Report:
             for k in ks
         }
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The table, one flat dictionary a problem, for JSON lines or CSV."""
-        return list(self._rows())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Settings and metrics, safe for JSON; the table is ``rows``."""
-        return {
-            "policy": self.policy,
-            "problems": len(self.results),
-            "k": self.k,
-            "temperature": self.temperature,
-            "max_new_tokens": self.max_new_tokens,
-            "seed": self.seed,
-            "truncated_greedy": self.truncated_greedy,
-            "truncated_sampled": self.truncated_sampled,
-            "metrics": {name: i.to_dict() for name, i in self.metrics.items()},
-        }
-
     def __str__(self) -> str:
         lines = [f"{name:<10} {interval}" for name, interval in self.metrics.items()]
         return "\n".join([self._caption(), *lines])
 
     def _repr_markdown_(self) -> str:
-        head = f"| metric | mean | {self.level:.0%} interval |\n|---|---:|---:|"
+        head = "| metric | mean | 95% interval |\n|---|---:|---:|"
         lines = [
             f"| {name} | {i.mean:.3f} | {i.low:.3f} to {i.high:.3f} |"
             for name, i in self.metrics.items()
@@ -243,21 +220,6 @@ class Report:
             f"{self.policy}, {len(self.results)} problems, {samples}"
             f"seed {self.seed}; {cut}"
         )
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        columns = {name: self.values(name) for name in self.metrics if name != "maj@1"}
-        for i, r in enumerate(self.results):
-            yield {
-                "id": r.id,
-                "gold": r.gold,
-                "greedy_answer": r.greedy_answer,
-                "greedy_correct": r.greedy_correct,
-                "greedy_finished": r.greedy_finished,
-                "n_samples": len(r.correct),
-                "n_correct": sum(r.correct),
-                "n_truncated": r.finished.count(False),
-                **{name: float(column[i]) for name, column in columns.items()},
-            }
 
     @property
     def _scored(self) -> bool:
@@ -289,7 +251,7 @@ class Report:
 
     def _interval_of(self, values: Array, *, bounded: bool) -> Interval:
         interval = accuracy_interval if bounded else bootstrap_interval
-        return interval(values, level=self.level, seed=self.seed)
+        return interval(values, seed=self.seed)
 
 
 def evaluate(
@@ -303,8 +265,6 @@ def evaluate(
     orm: Scorer | None = None,
     shots: Sequence[Problem] = (),
     label: str | None = None,
-    level: float = 0.95,
-    byte_budget: int | None = None,
     progress: bool | None = None,
     sampler: Sampler = answer_groups,
 ) -> Report:
@@ -320,8 +280,6 @@ def evaluate(
             problem with its K samples; returns one number each, the best the highest.
         shots: Worked examples put before every question.
         label: Force it before every step, for policies of return-conditioned RL.
-        level: Coverage of the intervals over problems.
-        byte_budget: As in ``sample``.
         progress: As in ``sample``.
         sampler: Draws the answers, or knows them: is called as ``answer_groups``.
 
@@ -339,7 +297,6 @@ def evaluate(
         seed=seed,
         shots=shots,
         label=label,
-        byte_budget=byte_budget,
         progress=False,
     )
     results = {}
@@ -365,7 +322,6 @@ def evaluate(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        level=level,
         results=tuple(results[i] for i in range(len(problems))),
     )
     _warn_of_truncation(report)
@@ -377,7 +333,6 @@ def grade_greedy(problem: Problem, rollout: Rollout) -> ProblemResult:
     return ProblemResult(
         id=problem.id,
         gold=problem.answer,
-        greedy_answer=extract_answer(rollout.text),
         greedy_correct=sparse_reward(rollout, problem) == 1.0,
         greedy_finished=rollout.finished,
     )
@@ -393,7 +348,7 @@ def grade_samples(
     """``result`` with the K samples of its problem, scored where ``orm`` is given."""
     correct = tuple(sparse_reward(r, problem) == 1.0 for r in rollouts)
     right = (r.text for r, c in zip(rollouts, correct, strict=True) if c)
-    sequences = count_operation_sequences(right)
+    sequences = Counter(map(operation_key, right))
     return replace(
         result,
         answers=tuple(extract_answer(r.text) for r in rollouts),
@@ -415,9 +370,7 @@ def compare(before: Report, after: Report, name: str) -> Interval:
             f"{before.policy} and {after.policy} were evaluated on different problems, "
             "or in another order: their values cannot be paired"
         )
-    return paired_interval(
-        before.values(name), after.values(name), level=after.level, seed=after.seed
-    )
+    return paired_interval(before.values(name), after.values(name), seed=after.seed)
 
 
 def _scores_of(

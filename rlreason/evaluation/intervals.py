@@ -1,4 +1,4 @@
-"""How sure a number is: intervals over problems, over seeds, and over both.
+"""How sure a number is: 95% intervals over problems, over seeds, and over both.
 
 =========================  ==========================================================
 function                   the question it answers
@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-_BLOCK = 4_000_000  # indices drawn at once, 32 MB
+TAILS = 0.025, 0.975
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,6 @@ class Interval:
         mean: The mean of the values themselves, not of resamples.
         low: Lower end; minus infinity where the data cannot bound it (one seed).
         high: Upper end; plus infinity likewise.
-        level: Nominal coverage, e.g. 0.95.
         n: Number of independent units: problems, or seeds where seeds were given.
         method: How the ends were found, in words.
     """
@@ -49,25 +48,12 @@ class Interval:
     mean: float
     low: float
     high: float
-    level: float
     n: int
     method: str
 
     def excludes(self, value: float) -> bool:
         """True where ``value`` lies outside; on an end it is not excluded."""
         return not self.low <= value <= self.high
-
-    def to_dict(self) -> dict[str, float | int | str | None]:
-        """For JSON, which has no infinity: an end without a bound is None."""
-        low, high = (v if math.isfinite(v) else None for v in (self.low, self.high))
-        return {
-            "mean": self.mean,
-            "low": low,
-            "high": high,
-            "level": self.level,
-            "n": self.n,
-            "method": self.method,
-        }
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -81,11 +67,7 @@ def verdict(change: Interval, more: str = "a gain", less: str = "a loss") -> str
 
 
 def bootstrap_interval(
-    values: ArrayLike,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    values: ArrayLike, *, resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Percentile bootstrap of the mean of one value a problem (Efron, 1979).
 
@@ -93,19 +75,13 @@ def bootstrap_interval(
     ``accuracy_interval`` for scores in [0, 1].
     """
     values = _vector(values)
-    means = _resampled_means(values, resamples, seed)
-    low, high = np.quantile(means, _tails(level))
     mean, n = float(values.mean()), len(values)
-    return Interval(mean, float(low), float(high), level, n, "bootstrap over problems")
+    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    low, high = np.quantile(values[drawn].mean(axis=1), TAILS)
+    return Interval(mean, float(low), float(high), n, "bootstrap over problems")
 
 
-def accuracy_interval(
-    values: ArrayLike,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
+def accuracy_interval(values: ArrayLike, *, seed: int = 0) -> Interval:
     """Bootstrap for scores in [0, 1]; Wilson where they are all equal.
 
     No resample of 20 failures holds a success, yet the policy may have some. Wilson's
@@ -116,11 +92,11 @@ def accuracy_interval(
     if values.min() < 0 or values.max() > 1:
         raise ValueError("scores of an accuracy lie between 0 and 1")
     if values.min() == values.max():
-        return wilson_interval(float(values.sum()), len(values), level=level)
-    return bootstrap_interval(values, level=level, resamples=resamples, seed=seed)
+        return wilson_interval(float(values.sum()), len(values))
+    return bootstrap_interval(values, seed=seed)
 
 
-def wilson_interval(successes: float, n: int, *, level: float = 0.95) -> Interval:
+def wilson_interval(successes: float, n: int) -> Interval:
     """Wilson's (1927) interval for a proportion: those p that a z-test does not reject.
 
     >>> print(wilson_interval(0, 20))
@@ -128,23 +104,16 @@ def wilson_interval(successes: float, n: int, *, level: float = 0.95) -> Interva
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} is no proportion")
-    z = NormalDist().inv_cdf(_tails(level)[1])
+    z = NormalDist().inv_cdf(TAILS[1])
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # The ends meet 0 and 1 exactly in theory, and within rounding here
     low, high = min(max(centre - half, 0.0), p), max(min(centre + half, 1.0), p)
-    return Interval(p, low, high, level, n, "Wilson")
+    return Interval(p, low, high, n, "Wilson")
 
 
-def paired_interval(
-    before: ArrayLike,
-    after: ArrayLike,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
+def paired_interval(before: ArrayLike, after: ArrayLike, *, seed: int = 0) -> Interval:
     """Bootstrap of the mean difference ``after - before`` over the same problems.
 
     Pairing removes what the problems have in common, so it is narrower than the two
@@ -155,12 +124,10 @@ def paired_interval(
         raise ValueError(
             f"{len(before)} values before and {len(after)} after cannot be paired"
         )
-    return bootstrap_interval(
-        after - before, level=level, resamples=resamples, seed=seed
-    )
+    return bootstrap_interval(after - before, seed=seed)
 
 
-def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+def seed_interval(values: Sequence[float]) -> Interval:
     """Student's t interval over seeds, one value a seed.
 
     It holds for these problems; that others would score otherwise is not in it. One
@@ -169,12 +136,12 @@ def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     seeds = _vector(values)
     mean, n, method = float(seeds.mean()), len(seeds), "t over seeds"
     if n == 1:
-        return Interval(mean, -math.inf, math.inf, level, n, method)
-    half = t_quantile(_tails(level)[1], n - 1) * float(seeds.std(ddof=1)) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, level, n, method)
+        return Interval(mean, -math.inf, math.inf, n, method)
+    half = t_quantile(TAILS[1], n - 1) * float(seeds.std(ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n, method)
 
 
-def hierarchical_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+def hierarchical_interval(values: ArrayLike) -> Interval:
     r"""t interval over seeds and problems at once, from a (seeds, problems) table.
 
     Every seed is evaluated on the same problems, so both are random and crossed. With
@@ -199,7 +166,7 @@ def hierarchical_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     seeds, problems = table.shape
     mean, method = float(table.mean()), "t over seeds and problems"
     if seeds == 1:
-        return Interval(mean, -math.inf, math.inf, level, seeds, method)
+        return Interval(mean, -math.inf, math.inf, seeds, method)
     by_seed, by_problem = table.mean(axis=1), table.mean(axis=0)
     rest = table - by_seed[:, None] - by_problem + mean
     freedom = np.array([seeds - 1, problems - 1, (seeds - 1) * (problems - 1)])
@@ -215,8 +182,8 @@ def hierarchical_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     total = max(ms_seed + ms_problem - ms_rest, ms_seed, ms_problem)
     spread = float((mean_squares**2 / freedom).sum())
     dof = max(total**2 / spread, seeds - 1) if spread else seeds - 1
-    half = t_quantile(_tails(level)[1], dof) * math.sqrt(total / table.size)
-    return Interval(mean, mean - half, mean + half, level, seeds, method)
+    half = t_quantile(TAILS[1], dof) * math.sqrt(total / table.size)
+    return Interval(mean, mean - half, mean + half, seeds, method)
 
 
 def t_quantile(p: float, dof: float) -> float:
@@ -249,26 +216,6 @@ def t_quantile(p: float, dof: float) -> float:
 def _legendre(degree: int) -> tuple[Array, Array]:
     """Nodes and weights of Gauss-Legendre, which take longer than all their uses."""
     return np.polynomial.legendre.leggauss(degree)
-
-
-def _resampled_means(values: Array, resamples: int, seed: int) -> Array:
-    """Means of ``resamples`` draws of n values with replacement: (resamples,)"""
-    if resamples < 1:
-        raise ValueError(f"{resamples} resamples: at least 1 is needed")
-    generator = np.random.default_rng(seed)
-    n = len(values)
-    rows = max(1, _BLOCK // n)
-    means = [
-        values[generator.integers(0, n, (min(rows, resamples - done), n))].mean(axis=1)
-        for done in range(0, resamples, rows)
-    ]
-    return np.concatenate(means)
-
-
-def _tails(level: float) -> tuple[float, float]:
-    if not 0 < level < 1:
-        raise ValueError(f"a level lies between 0 and 1, such as 0.95, not {level}")
-    return (1 - level) / 2, (1 + level) / 2
 
 
 def _vector(values: ArrayLike) -> Array:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from tempfile import TemporaryFile
 from typing import IO
 
@@ -36,7 +37,8 @@ def visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return [str(number) for number in range(len(gpus()))]
-    return [name.strip() for name in named.split(",") if name.strip()]
+    names = (name.strip() for name in named.split(","))
+    return list(takewhile(lambda name: name and name != "-1", names))  # as CUDA does
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 from rlreason.execution.executors import executor_named
 from rlreason.execution.jobs import Job, Outcome
-from rlreason.execution.seeds import QUIET, missing, plan_files, raise_faults
+from rlreason.execution.seeds import QUIET, missing, raise_faults, training_jobs
 from rlreason.experiments.measures import (
     MEASURES,
     Context,
@@ -158,14 +158,12 @@ class Recorder:
     """Brings the rows of a profile up to date.
 
     Attributes:
-        profile: Name, or path of a YAML file.
         path: The file of rows that is written.
         known: A further file, whose rows are not made again.
         measures: Those to take; all of each arm where none is named.
         options: By which a process of its own is told the same.
     """
 
-    profile: str
     context: Context
     path: Path
     known: Path
@@ -257,17 +255,15 @@ class Recorder:
         Raises:
             JobError, RuntimeError: See ``seeds.raise_faults``; all else is done before.
         """
-        with plan_files(work.training) as training:
-            jobs, kinds = self._jobs(work, training)
-            progress = Progress(kinds, cores or all_cores(), report)
-            there = executor_named(
-                executor,
-                folder=runs_root() / "record",
-                cores=cores,
-                finished=progress.finished,
-            )
-            outcomes = there.run(jobs)
-        raise_faults(outcomes.values())
+        jobs, kinds = self._jobs(work, training_jobs(work.training))
+        progress = Progress(kinds, cores or all_cores(), report)
+        there = executor_named(
+            executor,
+            folder=runs_root() / "record",
+            cores=cores,
+            finished=progress.finished,
+        )
+        raise_faults(there.run(jobs).values())
 
     def _jobs(
         self, work: Work, training: Mapping[str, Job]
@@ -392,7 +388,7 @@ def recorder(
     options += ["--seeds", str(seeds)] if seeds else []
     options += [word for name in measures for word in ("--measure", name)]
     context = Context(load_recipe(profile, changes))
-    return Recorder(profile, context, path, own, tuple(measures), tuple(options))
+    return Recorder(context, path, own, tuple(measures), tuple(options))
 
 
 @dataclass
@@ -413,15 +409,15 @@ class Progress:
     def __post_init__(self) -> None:
         self.left = dict(self.kinds)
 
-    def finished(self, outcome: Outcome) -> None:
-        """Write a line."""
+    def finished(self, outcome: Outcome, label: str = "") -> None:
+        """Write a line; under another name than the job's, if one is given."""
         kind = self.left.pop(outcome.name)
         if outcome.state == "done":
             self.seconds.setdefault(kind, []).append(outcome.seconds)
         done, total = len(self.kinds) - len(self.left), len(self.kinds)
         self.report(
-            f"{done}/{total} {outcome.name}: {outcome.state}, {outcome.seconds:.0f} s; "
-            f"{in_words(self.time_left())} left"
+            f"{done}/{total} {label or outcome.name}: {outcome.state}, "
+            f"{outcome.seconds:.0f} s; {in_words(self.time_left())} left"
         )
 
     def time_left(self) -> float | None:

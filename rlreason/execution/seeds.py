@@ -12,10 +12,8 @@ job does, here or on another machine.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from rlreason.execution.jobs import Executor, Job, JobError, Outcome
 from rlreason.execution.local import LocalExecutor
 from rlreason.policy.progress import tell
 from rlreason.runs.environment import make_folder, runs_root
+from rlreason.runs.folder import write_atomically
 from rlreason.runs.plans import Plan, folder_of, obtain, plan_of
 from rlreason.runs.recipes import Recipe
 from rlreason.settings import canonical_json
@@ -69,8 +68,7 @@ def carry_out(plans: Sequence[Plan], executor: Executor | None = None) -> list[A
             report=lambda job: tell(f"{job.name} is being trained ..."),
             finished=_tell,
         )
-        with plan_files(todo) as jobs:
-            outcomes = executor.run(list(jobs.values()))
+        outcomes = executor.run(list(training_jobs(todo).values()))
         raise_faults(outcomes.values())
     return [obtain(plan) for plan in plans]
 
@@ -86,19 +84,18 @@ def missing(plans: Iterable[Plan]) -> dict[str, Plan]:
     return found
 
 
-@contextmanager
-def plan_files(plans: Mapping[str, Plan]) -> Iterator[dict[str, Job]]:
-    """A job for each plan, by its run folder's name, as long as the block lasts.
+def training_jobs(plans: Mapping[str, Plan]) -> dict[str, Job]:
+    """A job for each plan, by its run folder's name.
 
-    The plans are written where run folders lie, which other machines see too.
+    The plans are written where run folders lie, which other machines see too, and stay:
+    a job may begin when this process is no more.
     """
-    with TemporaryDirectory(prefix="plans-", dir=make_folder(runs_root())) as folder:
-        jobs = {}
-        for name, plan in plans.items():
-            file = Path(folder).absolute() / f"{name}.json"
-            file.write_text(canonical_json(plan), encoding="utf8")
-            jobs[name] = training_job(plan, name, file)
-        yield jobs
+    folder, jobs = make_folder(runs_root().absolute() / "plans"), {}
+    for name, plan in plans.items():
+        file = folder / f"{name}.json"
+        write_atomically(file, canonical_json(plan).encode())
+        jobs[name] = training_job(plan, name, file)
+    return jobs
 
 
 def training_job(plan: Plan, name: str, file: Path) -> Job:

@@ -27,7 +27,7 @@ from rlreason.execution.jobs import Job, JobError, Outcome, check_jobs
 from rlreason.execution.local import TOLD
 from rlreason.execution.schedule import run_jobs
 from rlreason.runs.environment import make_folder, runs_root
-from rlreason.runs.folder import write_atomically
+from rlreason.runs.folder import write_atomically, write_json
 
 # Those from which a job does not come back
 ENDED = (
@@ -212,8 +212,7 @@ class _Queue:
             number = f"{array}_{index}"
             self.running[number] = (job, time.monotonic())
             submitted[job.name] = {"number": number, "command": list(job.command)}
-        content = json.dumps(submitted, indent=1).encode()
-        write_atomically(self.folder / "submitted.json", content)
+        write_json(self.folder / "submitted.json", submitted)
         return []
 
     def ended(self) -> list[Outcome]:

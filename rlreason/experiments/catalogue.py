@@ -100,27 +100,11 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """What each phase of training reached, of several arms side by side.
-
-    Attributes:
-        lines: Arm to what the figure calls it.
-        columns: Of the rows of a run's curve.
-    """
-
-    name: str
-    title: str
-    lines: Mapping[str, str]
-    columns: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Catalogue:
-    """All arms, and the tables and figures that show them."""
+    """All arms, and the tables that show them."""
 
     entries: tuple[Arm, ...]
     tables: tuple[Table, ...]
-    figures: tuple[Figure, ...] = ()
 
     @property
     def arms(self) -> dict[str, Arm]:
@@ -152,15 +136,10 @@ class Catalogue:
         Raises:
             CatalogueError: There is no such table.
         """
-        return _named(self.tables, name, "table")
-
-    def figure(self, name: str) -> Figure:
-        """A figure by its name.
-
-        Raises:
-            CatalogueError: There is no such figure.
-        """
-        return _named(self.figures, name, "figure")
+        known = {table.name: table for table in self.tables}
+        if name not in known:
+            raise CatalogueError(f"no table {name!r}; there are {', '.join(known)}")
+        return known[name]
 
     def has_sizes(self, arm: str) -> bool:
         """Whether an arm is trained from every base of the profile."""
@@ -177,13 +156,6 @@ class Catalogue:
                 *(f"  {name:<{width}}  {known[name].text}" for name in table.arms),
             )
         ]
-
-
-def _named(entries: Sequence[Any], name: str, kind: str) -> Any:
-    known = {entry.name: entry for entry in entries}
-    if name not in known:
-        raise CatalogueError(f"no {kind} {name!r}; there are {', '.join(known)}")
-    return known[name]
 
 
 # --- How entries are made -------------------------------------------------------------
@@ -246,13 +218,6 @@ def together(one: Changes, other: Changes) -> Changes:
     return changes
 
 
-def as_long_as_all_rounds(recipe: Recipe) -> Mapping[str, Any]:
-    """Epochs of every fit, so that the last has what a policy that goes on has had."""
-    chosen = recipe.expert_iteration
-    epochs = chosen.rounds * chosen.finetune.epochs
-    return {"expert_iteration.finetune.epochs": epochs}
-
-
 def on_the_shifted_task(recipe: Recipe) -> Mapping[str, Any]:
     """SVAMP in place of GSM8K, svamp-mini in place of gsm-mini."""
     twins = {"gsm-mini": "svamp-mini", "gsm8k": "svamp"}
@@ -261,21 +226,6 @@ def on_the_shifted_task(recipe: Recipe) -> Mapping[str, Any]:
             f"the task {recipe.task.name} has no shifted variant; {', '.join(twins)} do"
         )
     return {"task.name": twins[recipe.task.name]}
-
-
-def light_sft(recipe: Recipe) -> Mapping[str, Any]:
-    """Half of the epochs of SFT."""
-    return {"sft.epochs": max(1, recipe.sft.epochs // 2)}
-
-
-def quarter_of_ppo(recipe: Recipe) -> Mapping[str, Any]:
-    """A quarter of the phases."""
-    return {"ppo.phases": max(1, recipe.ppo.phases // 4)}
-
-
-def twice_the_phases(recipe: Recipe) -> Mapping[str, Any]:
-    """Twice the phases: is a lead of another method one of longer training?"""
-    return {"ppo.phases": 2 * recipe.ppo.phases}
 
 
 def best_half(recipe: Recipe) -> Mapping[str, Any]:
@@ -371,7 +321,10 @@ PROMPTED = replace(PROMPTED, measures=("greedy", "samples"))
 NO_SFT = (PROMPTED, *map(without_sft, (EI, EI_ORM, PPO, SPARSE_ORM, DENSE_ORM)))
 SHIFTED = tuple(shifted(arm) for arm in NO_SFT if arm.name != f"{EI_ORM.name}-base")
 BY_MODEL = {"rcrl_labels": "orm"}
-LIGHT = {"changes": light_sft, "measures": ALL}
+LIGHT = {
+    "changes": lambda recipe: {"sft.epochs": max(1, recipe.sft.epochs // 2)},
+    "measures": ALL,
+}
 
 ENTRIES = (
     SFT,
@@ -413,8 +366,17 @@ ENTRIES = (
     ),
     ppo("ppo-best-half", "learn from the better half", best_half),
     ppo("ppo-no-kl", "without a KL penalty", NO_KL),
-    ppo("ppo-early", "a quarter of the phases", quarter_of_ppo, measures=ALL),
-    ppo("ppo-longer", "twice the phases", twice_the_phases),
+    ppo(
+        "ppo-early",
+        "a quarter of the phases",
+        lambda recipe: {"ppo.phases": max(1, recipe.ppo.phases // 4)},
+        measures=ALL,
+    ),
+    ppo(
+        "ppo-longer",
+        "twice the phases",
+        lambda recipe: {"ppo.phases": 2 * recipe.ppo.phases},
+    ),
     replace(
         EI,
         name="expert-iteration-early",
@@ -433,7 +395,10 @@ ENTRIES = (
         "expert-iteration-longer",
         "each fit as long as those of all rounds together",
         "expert-iteration",
-        as_long_as_all_rounds,
+        lambda recipe: {
+            "expert_iteration.finetune.epochs": recipe.expert_iteration.rounds
+            * recipe.expert_iteration.finetune.epochs
+        },
         against="expert-iteration",
     ),
     ppo(
@@ -577,16 +542,5 @@ CATALOGUE = Catalogue(
             ("ppo-novel", "rloo-pass", "expert-iteration-rare"),
         ),
         Table("reranking", "choosing among samples of SFT", ("orm",)),
-    ),
-    figures=(
-        Figure(
-            "over-optimisation",
-            "what PPO earns from a reward model, and how often it is right",
-            {
-                "ppo-sparse-orm": "this page's reward model, with KL",
-                "ppo-weak-orm": "a head alone, no KL",
-            },
-            ("reward", "accuracy"),
-        ),
     ),
 )

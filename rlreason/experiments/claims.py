@@ -39,6 +39,7 @@ from rlreason.experiments.records import (
     ends,
     in_points,
     interval_of,
+    looks_of,
 )
 from rlreason.experiments.reported import Provenance
 from rlreason.experiments.rows import Row
@@ -238,20 +239,12 @@ def gap_to_sft(arm: str) -> Callable[[Records, str], dict[int, np.ndarray]]:
 
 def best_of(row: Row) -> float:
     """The highest accuracy on validation that a run was seen at; 0 without a look."""
-    return max((accuracy for _, accuracy in _looks(row)), default=0.0)
+    return max((accuracy for _, accuracy in looks_of(row)), default=0.0)
 
 
 def rollouts_to(row: Row, accuracy: float) -> int | None:
     """Rollouts until a run was first seen at such an accuracy; None: it never was."""
-    return next((n for n, seen in _looks(row) if seen >= accuracy), None)
-
-
-def _looks(row: Row) -> list[tuple[int, float]]:
-    """Rollouts so far, and accuracy on validation, at each look of a run."""
-    seen = [
-        (each["rollouts"], each.get("validation_maj_1")) for each in row.values["rows"]
-    ]
-    return [(n, accuracy) for n, accuracy in seen if accuracy is not None]
+    return next((n for n, seen in looks_of(row) if seen >= accuracy), None)
 
 
 def sooner(one: str, other: str, expected: Range) -> Rule:

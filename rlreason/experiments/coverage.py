@@ -43,7 +43,6 @@ from numpy.typing import NDArray
 from rlreason.evaluation.diversity import (
     Counts,
     Solutions,
-    absent_solutions,
     count_solutions,
     distinct_at_k,
     repeated_at_k,
@@ -70,8 +69,7 @@ Array = NDArray[np.float64]
 Seeds = Sequence[Solutions]
 """The solutions of one policy, one a seed of training."""
 
-SAMPLES = 1536  # 16 times the paper's 96
-SCALE, PROBLEMS = 16, 50  # times the K of the evaluation; and of how many problems
+SCALE, PROBLEMS = 16, 50  # times the K of the evaluation: 1,536; of how many problems
 
 
 def powers_to(samples: int) -> list[int]:
@@ -130,7 +128,7 @@ def draw_solutions(
     policy: Policy,
     problems: Sequence[Problem],
     *,
-    samples: int = SAMPLES,
+    samples: int,
     stream: str,
     sampler: Sampler = answer_groups,
     **settings: Any,
@@ -200,40 +198,16 @@ def own_coverage(each: Seeds, ks: Sequence[int], *, m: int = 96) -> dict[int, In
     return {k: _share(_repeated_table(each, m, k), whole) for k in ks}
 
 
-@dataclass(frozen=True)
-class Novelty:
-    """Solutions of one policy that another one lacks, a question.
+def novelty(of: Seeds, by: Seeds, *, m: int, k: int) -> Interval:
+    """Solutions a question, of m samples of ``of``, that are new to k of ``by``.
 
-    Attributes:
-        distinct: Correct solutions in m samples.
-        new: Those of them that k samples of the other policy do not have.
-        by_chance: What m samples of the other policy itself have beyond k of its own.
-        excess: ``new`` less ``by_chance``, paired by problem.
-        certain: Solutions that the other policy has less often, chance ruled out, of
-            those that it never gave (``absent_solutions``, from all samples).
+    Less those by chance, which m samples of ``by``, who has m + k, have beyond k of its
+    own: paired by problem.
     """
-
-    distinct: Interval
-    new: Interval
-    by_chance: Interval
-    excess: Interval
-    certain: Interval
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {name: interval.to_dict() for name, interval in vars(self).items()}
-
-
-def novelty(of: Seeds, by: Seeds, *, m: int = SAMPLES, k: int = SAMPLES) -> Novelty:
-    """What of m samples of ``of`` is new to k samples of ``by``, who has m + k."""
     _check_pairs(of, by)
-    whole = _distinct_table(of, m)
-    new = whole - _shared_table(of, by, m, k)
+    new = _distinct_table(of, m) - _shared_table(of, by, m, k)
     by_chance = _distinct_table(by, m) - _repeated_table(by, m, k)
-    absent = [absent_solutions(a, b) for a, b in zip(of, by, strict=True)]
-    certain = np.array([list(map(float, found.values())) for found in absent])
-    tables = (whole, new, by_chance, new - by_chance, certain)
-    return Novelty(*map(_interval, tables))
+    return _interval(new - by_chance)
 
 
 @dataclass(frozen=True)
@@ -243,13 +217,11 @@ class Crossing:
     Attributes:
         at: Of the curves as measured; infinite where it is not ahead at ``up_to``.
         low, high: 95% of the resamples.
-        share: Of the resamples in which there is one.
     """
 
     at: float
     low: float
     high: float
-    share: float
     up_to: int
 
     def __str__(self) -> str:
@@ -259,19 +231,8 @@ class Crossing:
         )
         return f"{at} [{low}, {high}]"
 
-    def to_dict(self) -> dict[str, float | int | None]:
-        """For JSON, where None is none."""
-        return {k: v if math.isfinite(v) else None for k, v in vars(self).items()}
 
-
-def crossing(
-    before: Seeds,
-    after: Seeds,
-    ks: Sequence[int],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Crossing:
+def crossing(before: Seeds, after: Seeds, ks: Sequence[int]) -> Crossing:
     """Where the pass@k of ``before`` overtakes that of ``after`` for good.
 
     Problems are drawn with replacement, and seeds of training where there are several:
@@ -282,18 +243,17 @@ def crossing(
     differences = np.stack(
         [_pass_table(after, k) - _pass_table(before, k) for k in ks], axis=-1
     )  # (seeds, problems, ks)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     by_seed, by_problem = (
-        generator.multinomial(n, [1 / n] * n, size=resamples) / n
+        generator.multinomial(n, [1 / n] * n, size=2000) / n
         for n in differences.shape[:2]
-    )  # (resamples, seeds) and (resamples, problems), weights that add to 1
+    )  # (2000, seeds) and (2000, problems), weights that add to 1
     curves = np.einsum("rs,rp,spk->rk", by_seed, by_problem, differences, optimize=True)
     at = _overtaken(differences.mean((0, 1))[None], ks)[0]
     found = _overtaken(curves, ks)
     # No interpolation, which infinity cannot bear
     low, high = np.quantile(found, [0.025, 0.975], method="inverted_cdf")
-    share = float(np.isfinite(found).mean())
-    return Crossing(float(at), float(low), float(high), share, max(ks))
+    return Crossing(float(at), float(low), float(high), max(ks))
 
 
 def _overtaken(curves: Array, ks: Sequence[int]) -> Array:
@@ -391,4 +351,4 @@ def _share(part: Array, whole: Array) -> Interval:
     around = _interval(ratio + rest)
     low, high = max(around.low, 0.0), min(around.high, 1.0)
     method = f"ratio, {around.method}"
-    return Interval(ratio, low, high, around.level, around.n, method)
+    return Interval(ratio, low, high, around.n, method)

@@ -191,11 +191,6 @@ class Context:
 Values = dict[str, Any]
 
 
-def no_plans(context: Context, subject: Subject) -> list[Plan]:
-    """Of measures that need what the subject trained alone."""
-    return []
-
-
 @dataclass(frozen=True)
 class Measure:
     """A measure: its function, and what else has to be trained for it.
@@ -208,7 +203,7 @@ class Measure:
     """
 
     function: Callable[[Context, Subject, Any], Values]
-    needs: Callable[[Context, Subject], list[Plan]] = no_plans
+    needs: Callable[[Context, Subject], list[Plan]] = lambda context, subject: []
     evaluation: tuple[str, ...] = ()
     version: int = 1
 
@@ -367,11 +362,6 @@ def samples(context: Context, subject: Subject, policy: Policy) -> Values:
     }
 
 
-def judge_needs(context: Context, subject: Subject) -> list[Plan]:
-    """The reward model that chooses."""
-    return [context.judge_plan(subject)]
-
-
 def unadorned(
     rollouts: Sequence[Rollout], problem: Problem, policy: Policy
 ) -> list[Rollout]:
@@ -453,11 +443,6 @@ def reward_and_accuracy(
     )
 
 
-def own_reward_model(context: Context, subject: Subject) -> list[Plan]:
-    """The reward model of the subject's recipe."""
-    return [subject.plan_of("orm")]
-
-
 def auc(context: Context, subject: Subject, policy: Any) -> Values:
     """See the table above: in the last epoch."""
     return {"auc": obtain(subject.plan_of("orm")).held_out[-1]["auc"]}
@@ -483,21 +468,16 @@ def reranking(context: Context, subject: Subject, orm: OutcomeRewardModel) -> Va
     }
 
 
-def policy_of_sft(context: Context, subject: Subject) -> list[Plan]:
-    """SFT of the same base and seed."""
-    return [subject.plan_of("sft")]
-
-
 GREEDY = ("problems",)
 SAMPLED = ("sampled_problems", "k", "temperature")
 
 MEASURES: dict[str, Measure] = {
     "greedy": Measure(greedy, evaluation=GREEDY),
-    "samples": Measure(samples, judge_needs, SAMPLED),
+    "samples": Measure(samples, lambda c, s: [c.judge_plan(s)], SAMPLED),
     "solutions": Measure(solutions, evaluation=SAMPLED),
     "curve": Measure(curve),
     "labels": Measure(labels, evaluation=GREEDY),
-    "earned": Measure(earned, own_reward_model, GREEDY),
-    "auc": Measure(auc, own_reward_model),
-    "reranking": Measure(reranking, policy_of_sft, SAMPLED),
+    "earned": Measure(earned, lambda c, s: [s.plan_of("orm")], GREEDY),
+    "auc": Measure(auc, lambda c, s: [s.plan_of("orm")]),
+    "reranking": Measure(reranking, lambda c, s: [s.plan_of("sft")], SAMPLED),
 }

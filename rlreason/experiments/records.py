@@ -34,7 +34,7 @@ from rlreason.evaluation.intervals import (
     verdict,
 )
 from rlreason.evaluation.metrics import pass_at_k
-from rlreason.experiments.catalogue import CATALOGUE, Arm, Catalogue
+from rlreason.experiments.catalogue import CATALOGUE, Arm
 from rlreason.experiments.rows import RecordError, Row, read_rows, rows_path
 from rlreason.runs.profiles import load_profile
 
@@ -137,6 +137,11 @@ class Records:
     def value(self, cell: Cell) -> Interval | None:
         """The mean with its interval; None where nothing is recorded."""
         tables = list(self.values(cell).values())
+        if len({table.shape for table in tables}) > 1:
+            raise RecordError(
+                f"seeds of {cell.arm} are recorded on different numbers of problems; "
+                f"`rlreason record {cell.arm}` anew"
+            )
         return interval_of(np.stack(tables)) if tables else None
 
     def pairs(self, one: Cell, other: Cell) -> dict[int, np.ndarray]:
@@ -228,23 +233,9 @@ class Record:
     rows: tuple[Row, ...]
 
     @property
-    def difference(self) -> float | None:
-        """``after`` minus ``before``."""
-        return self.interval.mean if self.against else None
-
-    @property
     def measured(self) -> str:
         """What is compared with what, in words."""
         return f"{self.metric} against {self.against}" if self.against else self.metric
-
-    def __str__(self) -> str:
-        """One line for the terminal: shares in percent and points, an AUC as it is."""
-        if self.before is None:
-            return f"{self.comparison}: {self.metric} {self.interval}"
-        return (
-            f"{self.comparison}: {self.measured} {self.before:.1%} -> "
-            f"{self.after:.1%}, {in_points(self.interval)}, {len(self.rows)} seeds"
-        )
 
 
 def contrasts(arm: Arm) -> Iterator[tuple[str, Cell | None, str]]:
@@ -296,9 +287,7 @@ def records_of(records: Records, arm: Arm) -> Iterator[Record]:
         )
 
 
-def recorded(
-    profile: str | Path, *names: str, catalogue: Catalogue = CATALOGUE
-) -> list[Record]:
+def recorded(profile: str | Path, *names: str) -> list[Record]:
     """What is recorded of some arms or tables, in their order; all if none is named.
 
     Raises:
@@ -306,7 +295,7 @@ def recorded(
         RecordError: The file is damaged.
     """
     records = load_records(profile)
-    return [r for arm in catalogue.find(names) for r in records_of(records, arm)]
+    return [r for arm in CATALOGUE.find(names) for r in records_of(records, arm)]
 
 
 def told(
@@ -371,22 +360,6 @@ def compared(records: Records, one: str, other: str, metric: str = "maj@1") -> s
     return f"{in_points(found)} ({verdict(found, 'higher', 'lower')})"
 
 
-def recorded_panels(
-    profile: str | Path, name: str, *, catalogue: Catalogue = CATALOGUE
-) -> dict[str, dict[str, dict[int, float]]]:
-    """What a figure of the catalogue shows: panel, line (a seed), phase, value.
-
-    Empty where nothing is recorded. As ``figures.plot_panels`` takes it.
-    """
-    figure, records = catalogue.figure(name), load_records(profile)
-    panels = {
-        f"{called}: {column}": phases_of(records, arm, column)
-        for arm, called in figure.lines.items()
-        for column in figure.columns
-    }
-    return {title: lines for title, lines in panels.items() if lines}
-
-
 def phases_of(records: Records, arm: str, column: str) -> dict[str, dict[int, float]]:
     """A column of an arm's phases: line (a seed), phase, value; empty without."""
     lines = {
@@ -400,18 +373,19 @@ def phases_of(records: Records, arm: str, column: str) -> dict[str, dict[int, fl
     return {name: line for name, line in lines.items() if line}
 
 
+def looks_of(row: Row) -> list[tuple[int, float]]:
+    """Rollouts so far, and accuracy on validation, at each look of a run."""
+    seen = [
+        (each["rollouts"], each.get("validation_maj_1")) for each in row.values["rows"]
+    ]
+    return [(n, accuracy) for n, accuracy in seen if accuracy is not None]
+
+
 def validation_of(records: Records, arm: str, size: str = "") -> dict[int, float]:
     """Accuracy on validation problems by rollouts so far: the mean over seeds.
 
     Where an arm did not look is left out, and so are looks that not all seeds have.
     """
-    looks = [
-        {
-            each["rollouts"]: each["validation_maj_1"]
-            for each in row.values["rows"]
-            if each.get("validation_maj_1") is not None
-        }
-        for row in records.of(arm, "curve", size).values()
-    ]
+    looks = [dict(looks_of(row)) for row in records.of(arm, "curve", size).values()]
     shared = set.intersection(*map(set, looks)) if looks else set()
     return {x: fmean(look[x] for look in looks) for x in sorted(shared)}

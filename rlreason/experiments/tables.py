@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from rlreason.evaluation.intervals import Interval, verdict
-from rlreason.experiments.catalogue import CATALOGUE, Arm, Catalogue, Table
+from rlreason.experiments.catalogue import CATALOGUE, Arm, Table
 from rlreason.experiments.records import (
     Cell,
     Record,
@@ -89,16 +89,14 @@ def _table_line(record: Record, above: Record | None) -> str:
 # --- Pages of tables ------------------------------------------------------------------
 
 
-def table_page(
-    profile: str | Path, name: str, *, catalogue: Catalogue = CATALOGUE
-) -> str:
+def table_page(profile: str | Path, name: str) -> str:
     """A table of the catalogue as Markdown: measured, and beside it as reported.
 
     Raises:
         CatalogueError: There is no such table.
         RecordError: The file of rows is damaged.
     """
-    table, records = catalogue.table(name), load_records(profile)
+    table, records = CATALOGUE.table(name), load_records(profile)
     rows = [row for row in records.rows if row.arm in table.arms]
     if not rows:
         return "\n\n".join(
@@ -119,8 +117,8 @@ def table_page(
         "those of all runs that it builds on.",
         _missing(profile, absent, name),
     ]
-    measured = [measured_table(records, table, catalogue), " ".join(said).strip()]
-    changes = changes_table(records, table, catalogue)
+    measured = [measured_table(records, table), " ".join(said).strip()]
+    changes = changes_table(records, table)
     return "\n\n".join([*measured, *changes, *_as_reported(table)])
 
 
@@ -142,12 +140,10 @@ def _sizes(records: Records, table: Table) -> list[str]:
     return [*sorted(known), records.size]
 
 
-def _lines(
-    records: Records, table: Table, catalogue: Catalogue
-) -> Iterator[tuple[Arm, str, list[str]]]:
+def _lines(records: Records, table: Table) -> Iterator[tuple[Arm, str, list[str]]]:
     """Arm, base and the first cells of each line that is recorded."""
     for name in table.arms:
-        arm = catalogue.arms[name]
+        arm = CATALOGUE.arms[name]
         for size in _sizes(records, table):
             if seeds := len(records.of(name, "greedy", size)):
                 yield arm, size, [f"{arm.called} (`{name}`)", size, str(seeds)]
@@ -158,7 +154,7 @@ def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *lines))
 
 
-def measured_table(records: Records, table: Table, catalogue: Catalogue) -> str:
+def measured_table(records: Records, table: Table) -> str:
     """A line an arm and base that is recorded, as Markdown."""
     metrics = _recorded_metrics(records, table)
     named = [records.named(metric) for metric in metrics]
@@ -166,7 +162,7 @@ def measured_table(records: Records, table: Table, catalogue: Catalogue) -> str:
         ["", "base", "seeds", *named, "maj@1 against its start", "rollouts", "tokens"],
         [
             [*first, *_cells(records, arm, metrics, size)]
-            for arm, size, first in _lines(records, table, catalogue)
+            for arm, size, first in _lines(records, table)
         ],
     )
 
@@ -197,7 +193,7 @@ def _change(records: Records, arm: Arm, metric: str, size: str) -> str:
     return unbroken(in_points(change)) if change else ""
 
 
-def changes_table(records: Records, table: Table, catalogue: Catalogue) -> list[str]:
+def changes_table(records: Records, table: Table) -> list[str]:
     """The other metrics against the start, and a line on it; nothing without any.
 
     Samples of all problems would take long, so these have fewer problems, and wider
@@ -206,7 +202,7 @@ def changes_table(records: Records, table: Table, catalogue: Catalogue) -> list[
     metrics = [m for m in _recorded_metrics(records, table) if m != "maj@1"]
     lines = [
         [f"{arm.called} (`{arm.name}`)", size, *cells]
-        for arm, size, _ in _lines(records, table, catalogue)
+        for arm, size, _ in _lines(records, table)
         if any(cells := [_change(records, arm, m, size) for m in metrics])
     ]
     if not lines:

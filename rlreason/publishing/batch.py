@@ -18,13 +18,13 @@ folder each carries out what the other does not.
 
 from __future__ import annotations
 
-import json
 import shutil
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from html import escape
 from os.path import relpath
 from pathlib import Path
@@ -38,7 +38,7 @@ from rlreason.execution.recording import Progress, in_words
 from rlreason.publishing.grid import Item, read_json
 from rlreason.runs.environment import cores as all_cores
 from rlreason.runs.environment import make_folder
-from rlreason.runs.folder import write_atomically
+from rlreason.runs.folder import write_atomically, write_json
 from rlreason.settings import canonical_json
 
 ORDER = ("running", "failed", "blocked", "waiting", "done", "fresh")  # in the table
@@ -78,7 +78,7 @@ def run_batch(
         report=board.begin,
         finished=board.finished,
     )
-    jobs = [replace(i.job, fresh=_Fresh(i, retry_failed)) for i in items]
+    jobs = [replace(i.job, fresh=partial(_is_done, i, retry_failed)) for i in items]
     try:
         return there.run(jobs)
     except BaseException:
@@ -86,29 +86,21 @@ def run_batch(
         raise
 
 
-@dataclass(frozen=True)
-class _Fresh:
-    """Whether an item is done; asked by the process that holds it."""
+def _is_done(item: Item, retry_failed: bool) -> bool:
+    """Whether an item is done, asked by who holds it; if not, its plan is written.
 
-    item: Item
-    retry_failed: bool
-
-    def __call__(self) -> bool:
-        """Write its plan down where it is to be carried out.
-
-        Raises:
-            JobError: It failed before, and is not to be tried again.
-        """
-        item = self.item
-        if item.job.fresh():
-            return True
-        if has_failed(item) and not self.retry_failed:
-            told = read_json(item.folder / "failed.json")["told"]
-            raise JobError(f"{told}\n(that was before: --retry-failed runs it again)")
-        if item.plan is not None:
-            text = canonical_json(item.plan)
-            (item.folder / "plan.json").write_text(text, encoding="utf8")
-        return False
+    Raises:
+        JobError: It failed before, and is not to be tried again.
+    """
+    if item.job.fresh():
+        return True
+    if has_failed(item) and not retry_failed:
+        told = read_json(item.folder / "failed.json")["told"]
+        raise JobError(f"{told}\n(that was before: --retry-failed runs it again)")
+    if item.plan is not None:
+        text = canonical_json(item.plan)
+        (item.folder / "plan.json").write_text(text, encoding="utf8")
+    return False
 
 
 def has_failed(item: Item) -> bool:
@@ -173,7 +165,7 @@ class Board:
     def __post_init__(self) -> None:
         self._items = {item.job.name: item for item in self.items}
         self.states = {name: State() for name in self._items}
-        kinds = {item.label: item.label.split()[0] for item in self.items}
+        kinds = {i.job.name: i.label.split()[0] for i in self.items}
         told = self.report if self.terminal is None else lambda line: None
         self._progress = Progress(kinds, self.cores, told)
 
@@ -195,8 +187,8 @@ class Board:
             keep_picture(result, item.folder / "picture.png")
         elif tried:
             failure = {"digest": item.digest, "told": told, "seconds": outcome.seconds}
-            _write_json(item.folder / "failed.json", failure)
-        self._progress.finished(replace(outcome, name=item.label))
+            write_json(item.folder / "failed.json", failure)
+        self._progress.finished(outcome, item.label)
         self.show()
 
     def stopped(self) -> None:
@@ -208,7 +200,7 @@ class Board:
     def show(self) -> None:
         """Bring all that is shown up to date."""
         with FileLock(self.output / "lock"):  # of another batch on this folder
-            _write_json(self.output / "status.json", self.status())
+            write_json(self.output / "status.json", self.status())
             page = self.page().encode("utf8", "replace")
             write_atomically(self.output / "index.html", page)
         if self.terminal is not None:
@@ -295,10 +287,6 @@ def keep_picture(notebook: Path | None, picture: Path) -> None:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _write_json(path: Path, content: dict) -> None:
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 PAGE = """\

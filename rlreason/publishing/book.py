@@ -146,7 +146,6 @@ def build_book(
         }
         executed = shelf.execute(notebooks, digests)
         records = [read_record(n.name, shelf.outputs) for n in notebooks]
-        records.sort(key=lambda record: record.notebook)
         collect_pages(root / "book", folder, build / "source", records)
         build_html(build, report)
         drop_old_runs(folder)
@@ -320,10 +319,11 @@ def prepare_notebook(content: dict[str, Any]) -> dict[str, Any]:
             cell["source"] = _lead_to_pages(cell["source"])
         alts = []
         for output in cell.get("outputs", []):
-            data, metadata = output.get("data", {}), output.get("metadata", {})
+            data = output.get("data", {})
             if "text/markdown" in data:
                 data["text/markdown"] = _lead_to_pages(data["text/markdown"])
-            alts += [v["alt"] for v in metadata.values() if "alt" in _mapping(v)]
+            of_picture = output.get("metadata", {}).get("image/png", {})
+            alts += [of_picture["alt"]] if "alt" in of_picture else []
         if alts:
             shown = cell["metadata"].setdefault("mystnb", {}).setdefault("image", {})
             shown.setdefault("alt", "; ".join(dict.fromkeys(alts)))
@@ -332,10 +332,6 @@ def prepare_notebook(content: dict[str, Any]) -> dict[str, Any]:
 
 def _lead_to_pages(text: str | list[str]) -> str:
     return "".join(text).replace("](../book/", "](../")
-
-
-def _mapping(value: Any) -> dict:
-    return value if isinstance(value, dict) else {}
 
 
 def mathjax_files() -> dict[str, Path]:

@@ -74,7 +74,7 @@ def provenance(profile: str, seeds: int | Sequence[int], on: date | None = None)
 def points(change: Interval) -> str:
     """Write a difference of shares with its interval, in points.
 
-    >>> points(Interval(0.047, 0.007, 0.087, 0.95, 300, "paired"))
+    >>> points(Interval(0.047, 0.007, 0.087, 300, "paired"))
     '+4.7 points (+0.7 to +8.7)'
     """
     mean, low, high = (100 * x for x in (change.mean, change.low, change.high))
@@ -108,26 +108,22 @@ def table(
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
-def before_after(
-    reports: Mapping[str, Report], metric: str = "maj@1"
-) -> dict[str, Interval]:
-    """Show some policies' scores on the same problems, each set against the first.
+def before_after(reports: Mapping[str, Report]) -> dict[str, Interval]:
+    """Show some policies' maj@1 on the same problems, each set against the first.
 
     Args:
         reports: Name of a policy to its report; what stood before comes first.
-        metric: As of ``Report.interval``.
 
     Returns:
         Name to the difference from the first, paired by problem, for all the others.
     """
     (start, before), *others = reports.items()
-    changes = {name: compare(before, report, metric) for name, report in others}
+    changes = {name: compare(before, report, "maj@1") for name, report in others}
     rows = [
-        {"policy": name, metric: str(report.interval(metric))}
-        for name, report in reports.items()
+        {"policy": name, "maj@1": str(report.maj_1)} for name, report in reports.items()
     ]
     against = f"against {start}"
     for row, change in zip(rows[1:], changes.values(), strict=True):
         row |= {against: points(change), "verdict": verdict(change)}
-    display(table(rows, ("policy", metric, against, "verdict")))
+    display(table(rows, ("policy", "maj@1", against, "verdict")))
     return changes

@@ -46,9 +46,8 @@ def draw_front(profile: str | Path) -> Path | None:
         Where it is.
     """
     figures.use_style()
-    figure = plot_ends(load_records(profile))
-    if figure is None:
+    figure, path = plot_ends(load_records(profile)), project_root() / PICTURE
+    if figure is None or not path.parent.is_dir():  # no checkout
         return None
-    path = project_root() / PICTURE
     figure.savefig(path, metadata={"Date": None})  # the same rows are the same file
     return path

@@ -27,7 +27,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -162,23 +161,8 @@ def _is_cell(cell: Any) -> bool:
 
 
 def find_notebooks(folder: Path) -> list[Notebook]:
-    """Return the notebooks of a folder, each after those that it needs.
-
-    Raises:
-        NotebookError: One needs a notebook that is not there, or they need each other.
-    """
-    notebooks = {p.stem: read_notebook(p) for p in sorted(folder.glob("*.ipynb"))}
-    for notebook in notebooks.values():
-        if missing := [name for name in notebook.needs if name not in notebooks]:
-            raise NotebookError(
-                unknown_key_message(f"{notebook.path} needs", missing, list(notebooks))
-            )
-    graph = TopologicalSorter({n.name: n.needs for n in notebooks.values()})
-    try:
-        return [notebooks[name] for name in graph.static_order()]
-    except CycleError as error:
-        circle = " -> ".join(error.args[1])
-        raise NotebookError(f"notebooks need each other: {circle}") from None
+    """Return the notebooks of a folder, by name."""
+    return [read_notebook(path) for path in sorted(folder.glob("*.ipynb"))]
 
 
 def _assignments(source: str, path: Path) -> dict[str, Any]:
@@ -375,7 +359,6 @@ def run_notebook(
     where, started = machine(), time.monotonic()
     try:
         _execute(notebook, _changed(notebook, parameters), draft, cell_limit)
-        _label_parameters(draft, f"# Parameters of this run (profile {profile_name})")
         record = Record(
             notebook=notebook.name,
             profile=profile_name,
@@ -493,17 +476,6 @@ def _put_in_place(draft: Path, record: Record, folder: Path) -> None:
 def _changed(notebook: Notebook, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters that differ from the notebook's own defaults."""
     return {k: v for k, v in parameters.items() if notebook.parameters[k] != v}
-
-
-def _label_parameters(path: Path, comment: str) -> None:
-    """Say in the cell that papermill added where its values come from."""
-    import nbformat
-
-    content = nbformat.read(path, as_version=4)
-    for cell in content.cells:
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.source = cell.source.replace("# Parameters", comment, 1)
-    nbformat.write(content, path)
 
 
 def _failure(notebook: Notebook, error: Any, draft: Path) -> str:

@@ -62,7 +62,9 @@ def describe_settings(algorithm: str | None, recipe: Recipe) -> str:
         default = f" = {row.default}" if row.default else ", must be given"
         now = f", here {row.value}" if row.value not in ("", row.default) else ""
         lines.append(f"{row.path}: {row.type}{default}{now}  [{row.source}]")
-        lines += textwrap.wrap(row.meaning, 84, initial_indent="    ", subsequent_indent="    ")
+        lines += textwrap.wrap(
+            row.meaning, 84, initial_indent="    ", subsequent_indent="    "
+        )
     return "\n".join(lines)
 
 
@@ -103,12 +105,14 @@ def _rows(cls: type[Settings], values: Any, above: str) -> Iterator[SettingRow]:
         value = getattr(values, name, None) if values is not None else None
         nested = _settings_classes(field.annotation)
         if len(nested) != 1 or type(None) in typing.get_args(field.annotation):
-            yield _row(path, field, values, value, nested)
+            yield _row(path, field, values, value)
         for kind in nested:
-            yield from _rows(kind, value if isinstance(value, kind) else None, f"{path}.")
+            yield from _rows(
+                kind, value if isinstance(value, kind) else None, f"{path}."
+            )
 
 
-def _row(path: str, field: Any, values: Any, value: Any, nested: list) -> SettingRow:
+def _row(path: str, field: Any, values: Any, value: Any) -> SettingRow:
     extra = field.json_schema_extra or {}
     default = field.get_default(call_default_factory=True)
     return SettingRow(
@@ -148,7 +152,11 @@ def _type(annotation: Any) -> str:
         return "None"
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return "mapping"
-    return "mapping" if origin is dict else getattr(annotation, "__name__", str(annotation))
+    return (
+        "mapping"
+        if origin is dict
+        else getattr(annotation, "__name__", str(annotation))
+    )
 
 
 def _settings_classes(annotation: Any) -> list[type[Settings]]:

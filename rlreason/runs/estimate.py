@@ -34,12 +34,12 @@ from rlreason.algorithms.reward_modelling import (
     OrmSettings,
     classification_loss,
 )
+from rlreason.policy.budget import PREFILL_TOKENS, Costs
 from rlreason.policy.layout import micro_batches
 from rlreason.policy.load import BUNDLED
 from rlreason.policy.lora import trainable_weights, with_lora
 from rlreason.policy.passes import Checked
 from rlreason.policy.rollout import Rollout
-from rlreason.policy.budget import PREFILL_TOKENS, Costs
 from rlreason.policy.value import score
 from rlreason.policy.weightless import (
     LiveBytes,
@@ -55,10 +55,11 @@ from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt
 
 CPU_BUDGET = 2**30  # bytes of the rows in flight; on a GPU, half of what is free
-# Lost of what comes and goes, activations above all. Of small tensors, which glibc keeps
-# on its heap, 0.9 was seen; of large ones, which it gives back at once, 0.05
+# Lost of what comes and goes, activations above all. Of small tensors, which glibc
+# keeps on its heap, 0.9 was seen; of large ones, which it gives back at once, 0.05
 SLACK = 0.2
 STEPS_OF_A_SOLUTION = 4
+CHARACTERS = 3.0  # of a token, mean
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,8 @@ class Work:
     kept: int = 4
 
     @classmethod
-    def of(cls, recipe: Recipe, *, characters: float = 3.0) -> Work:
-        """Of a recipe's task: responses as long as its reference solutions.
-
-        Args:
-            recipe: Its problems are loaded, its policy is not.
-            characters: Of a token, mean.
-        """
+    def of(cls, recipe: Recipe) -> Work:
+        """Of a recipe's task: responses as long as its reference solutions."""
         asked = recipe.questions()
         prompt = sum(len(format_prompt(p)) for p in asked) / len(asked)
         response = sum(len(p.solution) for p in asked) / len(asked)
@@ -114,8 +110,8 @@ class Work:
             solved=len(recipe.solved_problems()),
             asked=len(asked),
             judged=len(recipe.task.load("test", recipe.evaluation.sampled_problems)),
-            prompt=round(prompt / characters),
-            response=round(response / characters),
+            prompt=round(prompt / CHARACTERS),
+            response=round(response / CHARACTERS),
         )
 
     @property
@@ -187,9 +183,10 @@ def _sft(models: Models, recipe: Recipe, work: Work) -> Need:
 
 
 def _expert_iteration(models: Models, recipe: Recipe, work: Work) -> Need:
-    """Base, start and the last round's policy leave the device while a student learns."""
+    """Base, start and the last policy leave the device while a student learns."""
     settings, from_base = recipe.expert_iteration, recipe.start == "base"
     rounds = (recipe.rounds_from_base if from_base else None) or settings.rounds
+    first_k = (recipe.first_k_from_base if from_base else None) or settings.k
     first = models.weights * (1 if from_base else 2)
     held = first + models.weights * (rounds > 1)
     learned = work.asked * min(settings.k, work.kept) * work.whole
@@ -197,7 +194,7 @@ def _expert_iteration(models: Models, recipe: Recipe, work: Work) -> Need:
         first,
         sampling=models.sampling(held, work.asked, settings.k),
         update=models.fine_tuning(settings.finetune),
-        sampled=rounds * work.asked * settings.k * work.response,
+        sampled=(first_k + (rounds - 1) * settings.k) * work.asked * work.response,
         trained=rounds * learned * settings.finetune.epochs,
     )
 
@@ -221,7 +218,8 @@ def _ppo(models: Models, recipe: Recipe, work: Work) -> Need:
     settings, from_base = recipe.ppo, recipe.start == "base"
     held = models.weights * (1 if from_base else 2)
     idle, scoring, update = models.ppo()
-    responses = settings.phases * settings.rollouts
+    phases = (recipe.ppo_phases_from_base if from_base else None) or settings.phases
+    responses = phases * settings.rollouts
     return Need(
         held,
         sampling=models.sampling(
@@ -447,7 +445,7 @@ class Models:
         return int((free if self.machine.gpus else CPU_ROOM) * len(example) / kept)
 
     def ppo(self) -> tuple[int, int, int]:
-        """Of a learner: itself with its optimiser, and the peaks of scoring and update."""
+        """Of a learner: itself with its optimiser, the peaks of scoring and update."""
         settings = self.recipe.ppo
         problem = Problem("", "", "", "")
 
@@ -522,7 +520,8 @@ class Models:
             for layers in (low, 2 * low)
         )
         return [
-            a + (b - a) * (depth - low) // low for a, b in zip(first, second, strict=True)
+            a + (b - a) * (depth - low) // low
+            for a, b in zip(first, second, strict=True)
         ]
 
 

@@ -12,7 +12,7 @@ experiment and the hash of its settings, so that a run that is done is not run t
 
     runs/sft-1f0c9a.../
         settings.json       the settings, canonical
-        metrics.jsonl       what the algorithm logged: on a CPU equal to the bit for equal runs
+        metrics.jsonl       what the algorithm logged; equal runs, equal bits (CPU)
         timing.jsonl        seconds since the start of the run, one row a row of metrics
         checkpoints/000012/ weights.safetensors, state.json, bookmark.json, hashes.json
         environment.json    versions, device, commit, threads, for every session
@@ -50,6 +50,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlreason.algorithms.recorder import Checkpoint
+from rlreason.policy.progress import tell
 from rlreason.runs.contents import sha256_of
 from rlreason.runs.environment import (
     environment,
@@ -58,7 +59,6 @@ from rlreason.runs.environment import (
     version_of,
 )
 from rlreason.runs.stopping import heeding
-from rlreason.policy.progress import tell
 from rlreason.settings import (
     SettingsError,
     canonical_json,
@@ -66,7 +66,6 @@ from rlreason.settings import (
     load_settings,
     settings_hash,
 )
-
 
 PARTS = ("weights.safetensors", "state.json", "bookmark.json")  # of a checkpoint
 HASHES = "hashes.json"
@@ -369,7 +368,7 @@ class RunFolder:
         settings = canonical_json(self.settings).encode() + b"\n"
         write_atomically(self.path / "settings.json", settings)
         sessions = _read_json(self.path / "environment.json") or []
-        _write_json(self.path / "environment.json", [*sessions, environment()])
+        write_json(self.path / "environment.json", [*sessions, environment()])
         self._write_status("running")
 
     def close_logs(self) -> None:
@@ -389,7 +388,7 @@ class RunFolder:
     def _write_status(self, status: str, **more: Any) -> None:
         seconds = round(self._seconds(), 3)
         content = {"status": status, "seconds": seconds, "pid": os.getpid(), **more}
-        _write_json(self.path / "status.json", content)
+        write_json(self.path / "status.json", content)
 
     def _require_open(self) -> None:
         if self._metrics is None:
@@ -566,7 +565,8 @@ def _force_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file; see ``write_atomically``."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 

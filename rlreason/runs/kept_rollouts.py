@@ -27,9 +27,9 @@ from torch import Tensor
 
 from rlreason.algorithms.recorder import Checkpoint
 from rlreason.evaluation.evaluate import answer_groups
-from rlreason.runs.folder import RunFolder
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
+from rlreason.runs.folder import RunFolder
 from rlreason.settings import Settings, setting
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import end_of_response, format_prompt
@@ -70,7 +70,6 @@ def kept_answers(
     seed: int,
     shots: Sequence[Problem] = (),
     label: str | None = None,
-    byte_budget: int | None = None,
     progress: bool | None = None,
 ) -> Iterator[tuple[int, list[Rollout]]]:
     """As ``answer_groups``, with answers that were drawn before taken from the disk."""
@@ -97,8 +96,9 @@ def kept_answers(
         if not run.done:
             missing = [i for i in range(len(problems)) if i not in groups]
             asked = [problems[i] for i in missing]
-            how = {"byte_budget": byte_budget, "progress": progress}
-            drawn = answer_groups(policy, asked, shots=shots, **sampling, **how)
+            drawn = answer_groups(
+                policy, asked, shots=shots, progress=progress, **sampling
+            )
             for place, rollouts in drawn:
                 groups[missing[place]] = _pack_group(rollouts)
                 if run.due():

@@ -32,8 +32,8 @@ from rlreason.policy.parallel import agreed, ranks
 from rlreason.rewards.orm import OutcomeRewardModel
 from rlreason.runs.contents import Contents, policy_digest, reward_digest, task_digest
 from rlreason.runs.folder import RunFolder, RunFolderError, read_settings
-from rlreason.runs.shared import SharedRun
 from rlreason.runs.recipes import Recipe, TaskSettings
+from rlreason.runs.shared import SharedRun
 from rlreason.settings import (
     Settings,
     SettingsError,
@@ -196,11 +196,6 @@ def register(cls: type[Plan]) -> type[Plan]:
     """Make a step known by its name: to plans in files, and to the command line."""
     _STEPS[cls.model_fields["step"].default] = cls
     return cls
-
-
-def unregister(cls: type[Plan]) -> None:
-    """Forget a step."""
-    del _STEPS[cls.model_fields["step"].default]
 
 
 def steps() -> dict[str, type[Plan]]:

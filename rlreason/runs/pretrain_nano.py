@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 
 from rlreason.algorithms.pretrain import PretrainSettings, pretrain
-from rlreason.runs.environment import environment
-from rlreason.runs.folder import RunFolder
 from rlreason.policy.load import ASSETS
 from rlreason.policy.nano import SIZES
+from rlreason.runs.environment import environment
+from rlreason.runs.folder import RunFolder
 from rlreason.tasks.pretraining_text import COMPOSED, MIX
 
 CARD = """# {size}
@@ -36,7 +36,7 @@ above that.
 
 It speaks only of the small world of its templates. Other bits come out on another
 device, since matrix products in bfloat16 round differently; the recipe is the same.
-"""
+"""  # noqa: E501
 
 
 def train_nano(

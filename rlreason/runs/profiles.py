@@ -98,6 +98,8 @@ def _from_folder(value: Any, folder: Path) -> Any:
     """Return a part of a recipe with its ``./`` and ``../`` starting at a folder."""
     if isinstance(value, dict):
         return {name: _from_folder(part, folder) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_from_folder(part, folder) for part in value]
     if isinstance(value, str) and value.startswith(("./", "../")):
         return str(folder.resolve() / value)
     return value

@@ -15,9 +15,9 @@ from pydantic import model_validator
 
 from rlreason.algorithms.expert_iteration import ExpertIterationSettings
 from rlreason.algorithms.finetune import FinetuneSettings
-from rlreason.algorithms.reward_modelling import OrmSettings
 from rlreason.algorithms.ppo import PpoSettings
 from rlreason.algorithms.rcrl import RcrlSettings
+from rlreason.algorithms.reward_modelling import OrmSettings
 from rlreason.policy.load import Policy, load_policy
 from rlreason.settings import Settings, SettingsError, load_settings, setting
 from rlreason.tasks import load_problems
@@ -186,9 +186,7 @@ class Recipe(Settings):
     shots: int = setting(
         2, "Solved examples in the base's prompt.", source="precursor", ge=0
     )
-    seeds: int = setting(
-        3, "Seeds over which results are stated.", source="ours", ge=1
-    )
+    seeds: int = setting(3, "Seeds over which results are stated.", source="ours", ge=1)
     sft: FinetuneSettings = setting(
         FinetuneSettings, "Supervised fine-tuning.", source="paper"
     )
@@ -234,9 +232,7 @@ class Recipe(Settings):
         "Whose samples the reward model learns from.",
         source="paper",
     )
-    rcrl: RcrlSettings = setting(
-        RcrlSettings, "Return-conditioned RL.", source="paper"
-    )
+    rcrl: RcrlSettings = setting(RcrlSettings, "Return-conditioned RL.", source="paper")
     rcrl_labels: Literal["rollouts", "orm"] = setting(
         "rollouts",
         "Who labels the steps: rcrl.k rollouts from each, or the reward model.",

@@ -18,9 +18,9 @@ from rlreason.algorithms.expert_iteration import (
     expert_iteration,
 )
 from rlreason.algorithms.finetune import FinetuneSettings
-from rlreason.algorithms.reward_modelling import OrmSettings, train_orm
 from rlreason.algorithms.ppo import PpoSettings, ppo
 from rlreason.algorithms.rcrl import BAD, GOOD, RcrlSettings, rcrl
+from rlreason.algorithms.reward_modelling import OrmSettings, train_orm
 from rlreason.algorithms.sft import sft
 from rlreason.evaluation.classifier import classification_metrics
 from rlreason.policy.load import Policy, load_policy
@@ -150,7 +150,9 @@ class ExpertIterationPlan(Plan):
         update: dict[str, Any] = {"seed": seed, "max_new_tokens": recipe.max_new_tokens}
         if from_base:
             update |= {"reference_solutions": False, "first_round_shots": recipe.shots}
-            update |= {"rounds": recipe.rounds_from_base or recipe.expert_iteration.rounds}
+            update |= {
+                "rounds": recipe.rounds_from_base or recipe.expert_iteration.rounds
+            }
             update |= {"first_round_k": recipe.first_k_from_base}
         filtered = recipe.expert_iteration.orm_threshold is not None
         unfiltered = recipe.changed(

@@ -37,7 +37,6 @@ from rlreason.publishing.figures.results import (
     plot_accuracies,
     plot_bars,
     plot_coverage,
-    plot_curves,
     plot_intervals,
     plot_panels,
     plot_pass_curves,

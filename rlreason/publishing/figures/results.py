@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rlreason.evaluation.intervals import Interval
 from rlreason.publishing.figures.style import (
@@ -21,23 +21,6 @@ from rlreason.publishing.figures.style import (
 )
 
 DASHES = ("-", "--", "-.", ":")
-
-
-def plot_curves(
-    curves: Mapping[str, Sequence[float]],
-    *,
-    x: str,
-    y: str,
-    colors: Mapping[str, str] | None = None,
-) -> Figure:
-    """Draw one line a name over 0, 1, 2, ..., told apart by marker too."""
-    figure, axes = new_figure()
-    for i, (name, values) in enumerate(curves.items()):
-        axes.plot(values, markersize=4, **look(i, name, colors))
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.legend()
-    return figure
 
 
 def plot_panels(
@@ -154,7 +137,7 @@ def plot_accuracies(
     axes.set_yticks(range(len(accuracies)), list(accuracies))
     axes.set_ylim(len(accuracies) - 0.5, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_formatter(points if differences else percent)
+    axes.xaxis.set_major_formatter(points if differences else PercentFormatter(1))
     axes.set_xlabel(x)
     return figure
 
@@ -239,7 +222,7 @@ def plot_coverage(
         error_bars(axes, at, list(intervals.values()), **look(i, name, colors))
     samples_axis(axes, {k for line in shares.values() for k in line})
     axes.set_ylim(top=1.02)
-    axes.yaxis.set_major_formatter(percent)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylabel("solutions covered")
     figure.legend(loc="outside upper center", ncols=2)
     return figure
@@ -275,7 +258,7 @@ def plot_pass_curves(
         top.yaxis.set_major_formatter("{x:g}")
         bottom.yaxis.set_major_formatter(lambda x, _: points(x / 100))
     else:
-        top.yaxis.set_major_formatter(percent)
+        top.yaxis.set_major_formatter(PercentFormatter(1))
         bottom.yaxis.set_major_formatter(points)
     top.set_ylabel("distinct right\nsolutions" if solutions else "pass@k")
     bottom.set_ylabel(f"{'more than' if solutions else 'points above'}\n{against}")
@@ -334,15 +317,6 @@ def draw_band(axes: Axes, intervals: Mapping[int, Interval], **line: Any) -> Non
     axes.fill_between(at, low, high, color=line["color"], alpha=0.15, linewidth=0)
 
 
-def percent(share: float, _: int | None = None) -> str:
-    """A tick's label, with the decimals that it has: 2.5% is no 2%.
-
-    >>> percent(0.025)
-    '2.5%'
-    """
-    return f"{100 * share:g}%"
-
-
 def points(share: float, _: int | None = None) -> str:
     """A tick's label where shares differ, in percentage points.
 
@@ -393,16 +367,13 @@ def plot_seeds(accuracies: Mapping[str, Sequence[float]], *, y: str) -> Figure:
     return figure
 
 
-def plot_rollouts(
-    paths: Mapping[str, Mapping[int, float]], *, y: str, mean: str = "mean"
-) -> Figure:
+def plot_rollouts(paths: Mapping[str, Mapping[int, float]], *, y: str) -> Figure:
     """Show accuracy against the rollouts that it took, one line a run.
 
     Args:
         paths: Name of a run to rollouts so far to accuracy. The mean is taken where
             all runs have looked.
         y: What is shown.
-        mean: What the mean of the runs is called.
     """
     figure, axes = new_figure()
     for i, (name, path) in enumerate(paths.items()):
@@ -410,7 +381,9 @@ def plot_rollouts(
         axes.plot(list(path), list(path.values()), markersize=5, linewidth=1, **run)
     shared = sorted(set.intersection(*map(set, paths.values())))
     means = [sum(path[x] for path in paths.values()) / len(paths) for x in shared]
-    axes.plot(shared, means, color=COLORS["expert_iteration"], linewidth=3, label=mean)
+    axes.plot(
+        shared, means, color=COLORS["expert_iteration"], linewidth=3, label="mean"
+    )
     at = sorted(set().union(*paths.values()))
     axes.set_xticks(at, [f"{x:,}" for x in at])
     highest = max(max(path.values()) for path in paths.values())

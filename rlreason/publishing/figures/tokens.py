@@ -26,6 +26,8 @@ from rlreason.publishing.figures.style import (
     write_tokens,
 )
 
+WIDTH = 84  # characters in a line
+
 
 def plot_update(
     pieces: Sequence[str],
@@ -111,7 +113,6 @@ def draw_tokens(
     *,
     label: str,
     largest: float,
-    width: int = 84,
 ) -> Figure:
     """Draw a text token by token, each in a box as dark as its value.
 
@@ -121,10 +122,9 @@ def draw_tokens(
             token without a box.
         label: What the number is.
         largest: The value of the darkest box.
-        width: Characters in a line.
     """
     shown = token_labels(pieces)
-    places, lines = place_tokens(pieces, shown, width)
+    places, lines = place_tokens(pieces, shown, WIDTH)
     figure, axes = new_figure(
         len(values), height=(0.26 * lines + 0.45) * len(values) + 0.1, squeeze=False
     )
@@ -136,7 +136,7 @@ def draw_tokens(
     edge = {"edgecolor": "#aab4be", "linewidth": 0.6}
     for ax, (title, numbers) in zip(axes.flat, values.items(), strict=True):
         ax.set_axis_off()
-        ax.set_xlim(0, width)
+        ax.set_xlim(0, WIDTH)
         ax.set_ylim(lines, 0)
         ax.set_title(title)
         boxes = [
@@ -154,8 +154,6 @@ def draw_layout(
     prompt: Sequence[str],
     response: Sequence[str],
     labels: Mapping[int, str],
-    *,
-    width: int = 84,
 ) -> Figure:
     """Draw a labelled solution token by token: what is read, what is learned.
 
@@ -163,16 +161,15 @@ def draw_layout(
         prompt: The decoded tokens of the prompt, without boxes.
         response: The decoded tokens of the response; all but labels are learned.
         labels: Place in ``response`` to the name of the label that stands there.
-        width: Characters in a line.
     """
     spelled = [labels.get(i, text) for i, text in enumerate(token_labels(response))]
     # No response ends in a prompt: what has no text there is BOS
     asked = [text or "BOS" for text in prompt]
     shown = [*token_labels(asked), *spelled]
-    places, lines = place_tokens([*prompt, *response], shown, width)
+    places, lines = place_tokens([*prompt, *response], shown, WIDTH)
     figure, axes = new_figure(height=0.26 * lines + 0.6)
     axes.set_axis_off()
-    axes.set_xlim(0, width)
+    axes.set_xlim(0, WIDTH)
     axes.set_ylim(lines, 0)
     learned = {"facecolor": "#d6e6f4", "edgecolor": "#6b8299", "linewidth": 0.6}
     given = {"facecolor": "white", "edgecolor": INK, "linewidth": 1.4}

@@ -1,8 +1,9 @@
-"""The benchmark of PPO: shares of a whole, and a count that sees what is done twice."""
+"""A phase of PPO computes nothing twice, and the count would see it if it did."""
 
 from __future__ import annotations
 
 import pytest
+from meter import STAGES, Stage, run_ppo
 from toys import toy_recipe
 
 from rlreason.algorithms import ppo as algorithm
@@ -12,31 +13,29 @@ from rlreason.algorithms.ppo_settings import (
     LoraSettings,
     PpoSettings,
 )
-from rlreason.bench import ppo as module
-from rlreason.bench.ppo import (
-    STAGES,
-    Stage,
-    bench_ppo,
-    format_ppo_benchmark,
-)
 from rlreason.policy.value import score
+from rlreason.runs.profiles import load_recipe
+from rlreason.runs.steps import train_sft
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """The toy, whose whole phase takes a tenth of a second, and its SFT."""
+    """The toy, whose whole phase takes a tenth of a second."""
     folder = tmp_path_factory.mktemp("toy")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLREASON_RUNS", str(folder / "runs"))
-        recipe = toy_recipe(folder)
-        start = module.train_sft(recipe)
-        patch.setattr(module, "load_recipe", lambda profile: recipe)
-        patch.setattr(module, "train_sft", lambda recipe: start)
-        yield recipe
+        yield toy_recipe(folder)
 
 
-def measure(settings: PpoSettings | None = None) -> dict[str, Stage]:
-    return {stage.name: stage for stage in bench_ppo(phases=1, settings=settings)}
+@pytest.fixture(scope="module")
+def measure(recipe):
+    """Counts a phase from the toy's SFT."""
+    start = train_sft(recipe).policy
+
+    def measure(settings: PpoSettings = recipe.ppo) -> dict[str, Stage]:
+        return {s.name: s for s in run_ppo(recipe, start.clone(), settings)}
+
+    return measure
 
 
 def ratios(stages: dict[str, Stage]) -> dict[str, float]:
@@ -44,18 +43,11 @@ def ratios(stages: dict[str, Stage]) -> dict[str, float]:
 
 
 def test_the_smoke_profile_computes_nothing_twice():
-    stages = bench_ppo(profile="smoke", phases=1)
+    smoke = load_recipe("smoke")
+    stages = run_ppo(smoke, train_sft(smoke).policy, smoke.ppo)
     assert tuple(stage.name for stage in stages) == STAGES
-    assert sum(stage.share for stage in stages) == pytest.approx(1)
-    seconds = sum(stage.seconds for stage in stages)
-    for stage in stages:
-        assert stage.share == pytest.approx(stage.seconds / seconds)
-        # At least what is needed, and not much padding beside it
+    for stage in stages:  # at least what is needed, and not much padding beside it
         assert 1 <= stage.computed / stage.needed < 1.5
-    head, *lines = format_ppo_benchmark(stages).splitlines()
-    assert head.split()[:3] == ["stage", "seconds", "share"]
-    assert [line.split()[0] for line in lines] == list(STAGES)
-    assert len({len(line) for line in (head, *lines)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -79,7 +71,9 @@ def test_the_smoke_profile_computes_nothing_twice():
         "four-samples",
     ],
 )
-def test_every_forward_pass_is_counted_and_none_is_made_twice(changes, passes, recipe):
+def test_every_forward_pass_is_counted_and_none_is_made_twice(
+    changes, passes, recipe, measure
+):
     settings = recipe.ppo.model_copy(update=changes)
     stages = measure(settings)
     updates = settings.epochs * settings.rollouts // settings.batch_size
@@ -101,11 +95,11 @@ def test_from_the_base_every_prompt_holds_the_examples(recipe, monkeypatch):
 
     sample = algorithm.sample_prompts
     monkeypatch.setattr(algorithm, "sample_prompts", sample_prompts)
-    for start, questions in (("sft", 1), ("base", 1 + recipe.shots)):
+    for prompted, questions in ((False, 1), (True, 1 + recipe.shots)):
         asked.clear()
-        stages = {stage.name: stage for stage in bench_ppo(phases=1, start=start)}
+        stages = run_ppo(recipe, recipe.base(), recipe.ppo, prompted=prompted)
         assert {prompt.count("Q: ") for prompt in asked} == {questions}
-        assert 1 <= stages["scoring"].computed / stages["scoring"].needed < 1.5
+        assert 1 <= ratios({s.name: s for s in stages})["scoring"] < 1.5
 
 
 def score_again(learner: Learner, rollouts) -> None:
@@ -113,7 +107,7 @@ def score_again(learner: Learner, rollouts) -> None:
     score(learner.policy, prompts, [rollout.tokens for rollout in rollouts])
 
 
-def test_a_second_pass_of_the_policy_is_seen_by_the_count(recipe, monkeypatch):
+def test_a_second_pass_of_the_policy_is_seen_by_the_count(measure, monkeypatch):
     plain = measure()
 
     class Twice(Learner):
@@ -131,7 +125,7 @@ def test_a_second_pass_of_the_policy_is_seen_by_the_count(recipe, monkeypatch):
         assert ratios(found)[stage] == ratios(plain)[stage]
 
 
-def test_prompts_computed_for_every_sample_are_seen_by_the_count(recipe, monkeypatch):
+def test_prompts_computed_for_every_sample_are_seen_by_the_count(measure, monkeypatch):
     plain, sample_prompts = measure(), algorithm.sample_prompts
 
     def one_by_one(policy, prompts, *, k, **options):
@@ -149,7 +143,7 @@ def test_prompts_computed_for_every_sample_are_seen_by_the_count(recipe, monkeyp
 
 
 def test_old_log_probabilities_computed_again_are_seen_by_the_count(
-    recipe, monkeypatch
+    measure, monkeypatch
 ):
     class Again(Learner):
         """Wrong: those of the sampling policy are scored anew for every mini-batch."""
@@ -163,6 +157,7 @@ def test_old_log_probabilities_computed_again_are_seen_by_the_count(
 
 
 def test_the_policy_is_left_without_a_hook(recipe):
-    measure()
-    model = module.train_sft(recipe).policy.model
-    assert not any(layer._forward_pre_hooks for layer in model.modules())
+    policy = recipe.base()
+    run_ppo(recipe, policy, recipe.ppo)
+    layers = policy.model.modules()
+    assert not any(layer._forward_pre_hooks for layer in layers)

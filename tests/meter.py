@@ -1,13 +1,8 @@
-"""``rlreason bench ppo``: where the time of a phase of PPO goes.
+"""Counts what goes through the trunk in a phase of PPO, and what would have to.
 
-A phase samples, scores and learns. For each stage: seconds, the tokens that had to go
-through the trunk, those that did (padding included), and how many a second. The second
-over the first says whether anything was computed twice: 1 would be nothing at all. It
-is about PPO with a value function; without one a phase may do with less.
-
-What has to go through: in sampling a prompt once a question and each sampled token but
-the last; in scoring each beginning that sequences have in common once, for the policy
-(V comes along) and for the reference; in learning once an epoch.
+What has to: in sampling a prompt once a question and each sampled token but the last;
+in scoring each beginning that sequences have in common once, for the policy (V comes
+along) and for the reference; in learning once an epoch.
 """
 
 from __future__ import annotations
@@ -27,12 +22,12 @@ from transformers import PreTrainedModel
 from rlreason.algorithms.ppo import PpoSettings, ppo
 from rlreason.algorithms.recorder import NullRecorder
 from rlreason.policy.layout import in_order
+from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import trunk_of
 from rlreason.policy.rollout import Rollout
 from rlreason.rewards.base import RewardFunction
 from rlreason.rewards.sparse import sparse_token_rewards
-from rlreason.runs.profiles import load_recipe
-from rlreason.runs.steps import train_sft
+from rlreason.runs.recipes import Recipe
 from rlreason.tasks.problem import Problem
 
 STAGES = ("sampling", "scoring", "learning")
@@ -44,7 +39,6 @@ class Stage:
 
     Attributes:
         seconds: Wall-clock.
-        share: Of the three stages together.
         needed: Tokens that had to go through the trunk.
         computed: Tokens that did, padding included.
         calls: Forward passes of the trunk, a reference's included.
@@ -52,7 +46,6 @@ class Stage:
 
     name: str
     seconds: float
-    share: float
     needed: float
     computed: float
     calls: float
@@ -90,27 +83,12 @@ class _Meter(NullRecorder):
             self.now[self.stage]["computed"] += hidden.shape[0] * hidden.shape[1]
 
 
-def bench_ppo(
-    *,
-    profile: str = "tiny",
-    phases: int = 4,
-    start: str = "sft",
-    settings: PpoSettings | None = None,
+def run_ppo(
+    recipe: Recipe, policy: Policy, settings: PpoSettings, *, prompted: bool = False
 ) -> list[Stage]:
-    """Run some phases of a profile's PPO; the first warms up.
-
-    Args:
-        profile: Whose recipe.
-        phases: That count.
-        start: ``"sft"``, or ``"base"``, whose prompts hold the profile's examples.
-        settings: In place of the recipe's.
-    """
-    recipe = load_recipe(profile)
-    prompted = start == "base"
-    policy = recipe.base() if prompted else train_sft(recipe).policy
-    chosen = settings or recipe.ppo
-    chosen = chosen.model_copy(
-        update={"phases": phases + 1, "max_new_tokens": recipe.max_new_tokens}
+    """Run two phases of PPO and count the second; the first warms up."""
+    chosen = settings.model_copy(
+        update={"phases": 2, "max_new_tokens": recipe.max_new_tokens}
     )
     meter = _Meter()
     with _watched(policy.model, meter):
@@ -129,11 +107,7 @@ def bench_ppo(
         }
         for stage in STAGES
     }
-    total = sum(numbers["seconds"] for numbers in middle.values())
-    return [
-        Stage(stage, share=numbers["seconds"] / total, **numbers)
-        for stage, numbers in middle.items()
-    ]
+    return [Stage(stage, **numbers) for stage, numbers in middle.items()]
 
 
 @contextmanager
@@ -181,18 +155,3 @@ def _counting(
         return reward(rollouts, problems)
 
     return counted
-
-
-def format_ppo_benchmark(stages: list[Stage]) -> str:
-    """A table for the terminal."""
-    lines = [
-        f"{'stage':<9} {'seconds':>8} {'share':>6} {'tokens/s':>9} "
-        f"{'passes':>7} {'needed':>8} {'computed':>9} {'ratio':>6}"
-    ]
-    for s in stages:
-        lines.append(
-            f"{s.name:<9} {s.seconds:>8.2f} {s.share:>6.0%} "
-            f"{s.needed / s.seconds:>9,.0f} {s.calls:>7.0f} {s.needed:>8,.0f} "
-            f"{s.computed:>9,.0f} {s.computed / s.needed:>6.2f}"
-        )
-    return "\n".join(lines)
