@@ -922,6 +922,29 @@ def test_v_alone_is_taught_each_token_s_own_return(scored):
     assert not torch.allclose(found, by(experience.returns.roll(1, 0)), atol=1e-3)
 
 
+def test_v_alone_is_taught_with_fewer_tokens_at_once_where_memory_ends(
+    scored, monkeypatch
+):
+    learner, experience, _ = scored
+    function, rows = learner.value_function, list(range(len(experience.rollouts)))
+    learner.accumulate_values(experience, rows)
+    expected = function.weight.grad.clone()
+    learner.optimizer.zero_grad()
+    whole = algorithm.score_values
+
+    def small(policy, prompts, *given):
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(policy, prompts, *given)
+
+    monkeypatch.setattr(algorithm, "score_values", small)
+    monkeypatch.setattr(learner, "micro_tokens", 10_000)
+    learner.accumulate_values(experience, rows)
+    assert learner.micro_tokens < 10_000
+    assert torch.allclose(function.weight.grad, expected, atol=1e-5)
+    learner.optimizer.zero_grad()
+
+
 def test_what_v_is_to_become_has_a_lambda_of_its_own(scored):
     rollouts = scored[1].rollouts
 

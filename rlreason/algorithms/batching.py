@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rlreason.policy.memory import free_bytes
+from rlreason.policy.memory import free_bytes, out_of_memory
 
 AnyExample = TypeVar("AnyExample", bound="Example")
 Item = TypeVar("Item")
@@ -94,7 +94,9 @@ def tokens_that_fit(
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             device = loss([longest]).device
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return len(longest)  # whoever learns it will say so, and what to do
     room = GPU_SHARE * free_bytes(device) if device.type == "cuda" else CPU_ROOM
     return max(1, int(room * len(longest) / max(1, sum(kept.values()))))

@@ -326,6 +326,7 @@ class Learner:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
+    @fewer_tokens_at_once
     def accumulate_values(self, experience: Experience, mb_rows: list[int]) -> None:
         """Add the gradient of half the mean squared error of V, which is not clipped"""
         rollouts = experience.rollouts
