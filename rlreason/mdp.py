@@ -21,25 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:  # it stands above
+    from rlreason.policy.rollout import Rollout
+
 Tokens = tuple[int, ...]
 Span = tuple[int, int]
 Rewards = TypeVar("Rewards", list[float], Tensor)
-
-
-class Sampled(Protocol):
-    """What the process needs to know of a rollout (``policy.rollout.Rollout``)."""
-
-    @property
-    def prompt_tokens(self) -> Tokens: ...
-    @property
-    def tokens(self) -> Tokens: ...
-    @property
-    def finished(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +83,7 @@ class Trajectory:
 
 
 def trajectory(
-    rollout: Sampled,
+    rollout: Rollout,
     reward: float | Sequence[float],
     *,
     spans: Sequence[Span] | None = None,

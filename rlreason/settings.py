@@ -1,8 +1,8 @@
 """Settings: what decides a run, written down, checked, and named by its hash.
 
-One class an algorithm or experiment. A subclass of ``Settings`` or a frozen dataclass:
-both are read strictly (an unknown key or a value of the wrong type is an error that
-names it) and both have one canonical JSON text. What of it decides a result is the
+One class an algorithm or experiment, a subclass of ``Settings``: it is read strictly
+(an unknown key or a value of the wrong type is an error that names it) and has one
+canonical JSON text. What of it decides a result is the
 ``identity``, whose SHA-256 names the run folder: two settings with the same hash are
 the same experiment.
 
@@ -15,16 +15,16 @@ a result was recorded makes another experiment of it.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Settings")
 
 HASH_LENGTH = 12  # hex digits: 48 bits, ample for the runs of one project
 
@@ -89,24 +89,30 @@ def setting(
     )
 
 
+# Fields whose default comes from there
+paper, precursor, ours = (
+    partial(setting, source=source) for source in ("paper", "precursor", "ours")
+)
+
+
 def load_settings(cls: type[T], values: Mapping[str, Any]) -> T:
     """Make settings from plain values, e.g. of a YAML file.
 
     Args:
-        cls: A ``Settings`` subclass or a frozen dataclass.
+        cls: A ``Settings`` subclass.
         values: Field name to value, as JSON or YAML holds them (a list where the field
             is a tuple). Missing fields take their default.
 
     Raises:
         SettingsError: Names every wrong key or value, and what would have been right.
     """
-    known = field_names(cls)
+    known = list(cls.model_fields)
     unknown = [key for key in values if key not in known]
     if unknown:
         raise SettingsError(unknown_key_message(cls.__name__, unknown, known))
     try:
         text = json.dumps(dict(values), default=_refuse)
-        return TypeAdapter(cls).validate_json(text, strict=True)
+        return cls.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise SettingsError(describe(error, cls.__name__)) from None
 
@@ -117,13 +123,6 @@ def _refuse(value: Any) -> Any:
         f"{value!r} is a {type(value).__name__}; settings are numbers, text, true, "
         "false, null, lists and mappings. Put text that looks otherwise in quotes"
     )
-
-
-def field_names(cls: type) -> list[str]:
-    """Return the names of the fields of a settings class, in their order."""
-    if dataclasses.is_dataclass(cls):
-        return [field.name for field in dataclasses.fields(cls)]
-    return list(cls.model_fields)
 
 
 def unknown_key_message(where: str, unknown: Iterable[str], known: list[str]) -> str:
@@ -149,19 +148,19 @@ def describe(error: ValidationError, where: str) -> str:
     return f"{where}: " + "; ".join(faults)
 
 
-def canonical_json(settings: Any) -> str:
+def canonical_json(settings: Settings) -> str:
     """Return the one JSON text of settings: keys sorted, no spaces, ASCII.
 
     Floats are written as Python's ``repr``, the shortest text that reads back to the
     same number, so the text is the same on every platform.
     """
-    plain = TypeAdapter(type(settings)).dump_python(settings, mode="json")
+    plain = settings.model_dump(mode="json")
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def identity(settings: Any) -> str:
+def identity(settings: Settings) -> str:
     """Return ``canonical_json`` without placement and without what is neutral."""
-    plain = TypeAdapter(type(settings)).dump_python(settings, mode="json")
+    plain = settings.model_dump(mode="json")
     _leave_out(settings, plain)
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -183,7 +182,7 @@ def _leave_out(settings: Any, plain: Any) -> None:
             _leave_out(value, plain[name])
 
 
-def settings_hash(settings: Any) -> str:
+def settings_hash(settings: Settings) -> str:
     """Return the first 12 hex digits of the SHA-256 of ``identity(settings)``."""
     digest = hashlib.sha256(identity(settings).encode()).hexdigest()
     return digest[:HASH_LENGTH]

@@ -31,7 +31,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from rlreason.runs import folder as module
 from rlreason.runs import steps as train
 from rlreason.runs.folder import RunFolder, RunFolderError
 from rlreason.runs.kept_rollouts import kept_answers
+from rlreason.settings import Settings
 
 # --- Writes --------------------------------------------------------------------------
 
@@ -151,8 +151,7 @@ class _Log:
         self.file.flush()
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(Settings):
     steps: int = 3
 
 
@@ -163,7 +162,7 @@ def line(root: Path) -> None:
             return
         saved = run.restore()
         weights = saved.tensors["weights"] if saved else torch.ones(2)
-        for step in range(saved.state["steps"] if saved else 0, Line.steps):
+        for step in range(saved.state["steps"] if saved else 0, Line().steps):
             weights = 2 * weights + step
             run.log("step", step=step, sum=weights.sum())
             if step != 1:

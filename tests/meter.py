@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlreason.algorithms.ppo import PpoSettings, ppo
-from rlreason.algorithms.recorder import NullRecorder
+from rlreason.algorithms.recorder import Recorder
 from rlreason.policy.layout import in_order
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import trunk_of
@@ -51,7 +51,7 @@ class Stage:
     calls: float
 
 
-class _Meter(NullRecorder):
+class _Meter(Recorder):
     """Counts seconds, calls and tokens of the trunks by stage, phase by phase."""
 
     def __init__(self) -> None:

@@ -17,7 +17,6 @@ from rlreason.tasks import load_problems
 from rlreason.tasks.answers import (
     MAX_DEPTH,
     MAX_EXPRESSION,
-    MAX_NUMBER,
     Annotation,
     Solution,
     Step,
@@ -28,6 +27,7 @@ from rlreason.tasks.answers import (
     operation_key,
     parse_solution,
 )
+from rlreason.tasks.numerals import MAX_NUMBER
 
 # ----------------------------------------------------------------------------------
 # Final answers: the truth table

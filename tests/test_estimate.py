@@ -60,7 +60,7 @@ def recipe_of(folder: str, **changes):
     [  # as their model cards' files count them
         ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
         ("meta-llama/Llama-2-13b-hf", 13_015_864_320),
-        ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
+        ("SmolLM2-135M-Instruct", 134_515_008),
     ],
 )
 def test_models_of_the_profiles_are_known_without_a_network(name, parameters):

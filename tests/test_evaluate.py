@@ -20,7 +20,7 @@ from rlreason.evaluation.evaluate import compare, evaluate, grade_greedy, grade_
 from rlreason.evaluation.metrics import maj_at_k, pass_at_k, rerank_at_k
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
-from rlreason.policy.sampler import sample_groups
+from rlreason.policy.sampler import prompt_groups, sample_groups
 from rlreason.rewards import sparse_reward, sparse_rewards
 from rlreason.tasks.problem import Problem
 
@@ -50,11 +50,13 @@ def play(script, problems, *, label, **options):
     """Sampling reads the script, last problem first; the real signature is checked."""
     assert label is None
     call = inspect.signature(sample_groups).bind(script, problems, **options)
-    greedy = call.arguments["temperature"] == 0
+    settings = call.arguments["settings"]
+    inspect.signature(prompt_groups).bind(script, problems, **settings)
+    greedy = settings["temperature"] == 0
     for i in reversed(range(len(problems))):
         texts = [script.greedy[problems[i].id]]
         if not greedy:
-            texts = script.samples[problems[i].id][: call.arguments["k"]]
+            texts = script.samples[problems[i].id][: settings["k"]]
         yield (
             i,
             [

@@ -39,7 +39,6 @@ from rlreason.algorithms.expert_iteration import (
     solution_key,
 )
 from rlreason.algorithms.finetune import FinetuneSettings
-from rlreason.mdp import trajectory
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
@@ -665,12 +664,12 @@ def keeping_truncated_solutions_teaches_not_to_stop(seed: int) -> float:
         rollouts = sample(policy, TOY_PROBLEMS, k=8, max_new_tokens=40, seed=99)
         return sum(r.finished for r in rollouts) / len(rollouts)
 
-    def blind(one, reward):
-        return trajectory(replace(one, finished=True), reward)
+    def blind(whole, rollouts, rewards):
+        return whole([replace(one, finished=True) for one in rollouts], rewards)
 
     ended = finished()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "trajectory", blind)
+        patch.setattr(module, "_candidates", partial(blind, module._candidates))
         # A limit of 17 leaves place for "<<1+1=2>>\n#### 2", and none for EOS
         return ended - finished(max_new_tokens=17)
 

@@ -42,11 +42,7 @@ from toys import (
 
 from rlreason.algorithms import expert_iteration as algorithm
 from rlreason.algorithms import finetune as module
-from rlreason.algorithms.batching import (
-    Example,
-    response_token_count,
-    shuffled_batches,
-)
+from rlreason.algorithms.batching import Example, response_token_count
 from rlreason.algorithms.finetune import (
     FinetuneSettings,
     accumulate_gradients,
@@ -220,16 +216,20 @@ def test_micro_batches_hold_each_example_once_within_the_budget(lengths, max_tok
 
 def test_every_epoch_sees_each_example_once_in_an_order_of_its_own():
     examples = [Example((1,), (i,)) for i in range(10)]
+
+    def epochs(seed: int) -> list[list[list[Example]]]:
+        settings = FinetuneSettings(epochs=2, batch_size=4, seed=seed)
+        batches = [batch for _, batch in module._batches(examples, settings, 0)]
+        return [batches[:3], batches[3:]]
+
     orders = [
-        [e for batch in shuffled_batches(examples, batch_size=4, seed=s, epoch=n)
-         for e in batch]
-        for s, n in ((0, 0), (0, 1), (1, 0), (0, 0))
-    ]  # fmt: skip
+        [example for batch in epoch for example in batch]
+        for epoch in (*epochs(0), *epochs(1), *epochs(0))
+    ]
     assert all(sorted(o, key=lambda e: e.tokens) == examples for o in orders)
-    assert orders[0] == orders[3]
+    assert orders[:2] == orders[4:]
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    sizes = [len(b) for b in shuffled_batches(examples, batch_size=4, seed=0, epoch=0)]
-    assert sizes == [4, 4, 2]
+    assert [len(batch) for batch in epochs(0)[0]] == [4, 4, 2]
 
 
 # The schedule

@@ -204,6 +204,12 @@ def test_running_out_of_problems_is_an_error_not_a_hang():
         list(islice(problems, 5000))
 
 
+def test_a_split_without_any_problem_is_an_error_not_a_hang():
+    knobs = {"templates": ["doubling"], "steps": (3, 3), "largest": 12}
+    with pytest.raises(ValueError, match="no more than 0 different problems"):
+        load_gsm_mini("validation", limit=1, **knobs)
+
+
 def test_distractors_are_told_but_not_used():
     plain = load_gsm_mini("train", limit=400, distractors=0.0)
     told = load_gsm_mini("train", limit=400, distractors=1.0)

@@ -58,6 +58,15 @@ def test_weights_stored_in_half_precision_are_float32_on_a_cpu(folder):
     )
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "nn", "int8"])
+def test_an_unknown_number_format_is_an_error_that_names_the_known(folder, dtype):
+    with pytest.raises(
+        PolicyError, match=f"dtype='{dtype}'.*use auto, float32"
+    ) as error:
+        load_policy(folder, device="cpu", dtype=dtype)
+    assert "\n" not in str(error.value)
+
+
 def test_bundled_names_lead_to_the_assets(folder, monkeypatch):
     monkeypatch.setattr(load, "ASSETS", folder.parent)
     with pytest.raises(PolicyError, match="rlreason train nano"):

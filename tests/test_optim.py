@@ -28,7 +28,7 @@ from toys import (
 
 from rlreason import sample
 from rlreason.algorithms import ppo as ppo_module
-from rlreason.algorithms.finetune import FinetuneSettings, finetune, load_model_tensors
+from rlreason.algorithms.finetune import FinetuneSettings, finetune
 from rlreason.algorithms.optim import (
     MasterAdamW,
     adamw,
@@ -40,6 +40,7 @@ from rlreason.algorithms.optim import (
 from rlreason.algorithms.ppo import GaeSettings, PpoSettings, ppo
 from rlreason.policy.load import Policy
 from rlreason.policy.value import ValueSettings
+from rlreason.policy.weights import load_model_tensors
 from rlreason.rewards.sparse import sparse_token_rewards
 
 # Masters of weights in half precision

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 from functools import cache, partial
 
@@ -247,19 +246,6 @@ def test_weights_go_through_a_safetensors_file(tmp_path):
     assert score_tokens(other, rollouts) == score_tokens(orm, rollouts)
 
 
-def test_a_partial_or_foreign_set_of_weights_is_refused_whole():
-    orm = random_orm(tiny_policy())
-    before = {name: t.clone() for name, t in orm.tensors().items()}
-    other = random_orm(tiny_policy(seed=1)).tensors()
-    partial = {name: t for name, t in other.items() if name != "model.bias"}
-    # A bias of shape (1,) would be broadcast without a word
-    foreign = other | {"model.weight": torch.ones(1)}
-    for wrong, name in ((partial, "bias"), (foreign, "weight")):
-        with pytest.raises(ValueError, match=rf"1 of \d+ tensors.*'model.{name}'"):
-            orm.load_tensors(wrong)
-    assert same_bits(orm.tensors(), before)
-
-
 def test_empty_responses_and_unknown_tokens_are_clear_errors():
     orm = random_orm(tiny_policy())
     with pytest.raises(ValueError, match="without tokens has no score"):
@@ -392,12 +378,12 @@ drawn = st.lists(
 )
 
 
-@given(drawn, st.integers(0, 3), st.sampled_from((None, 1, 3)))
+@given(drawn, st.integers(0, 3))
 @settings(max_examples=150, deadline=None)
 def test_p37_data_hold_each_sample_once_in_balance_and_no_question_twice(
-    examples, seed, limit
+    examples, seed
 ):
-    chosen = QUICK.model_copy(update={"seed": seed, "max_per_question": limit})
+    chosen = QUICK.model_copy(update={"seed": seed})
     try:
         data = build_dataset(examples, chosen)
     except ValueError:
@@ -410,8 +396,6 @@ def test_p37_data_hold_each_sample_once_in_balance_and_no_question_twice(
     assert not train & held_out
     for part in (data.train, data.held_out):
         assert sum(e.right for e in part) * 2 == len(part) > 0
-    if limit is not None:
-        assert max(Counter(e.problem_id for e in both).values()) <= limit
     assert build_dataset(examples, chosen) == data  # the seed decides
     assert build_dataset(examples + examples, chosen) == data  # repeats do not
 
@@ -653,7 +637,6 @@ CHANGED = {
     "k": 7,
     "temperature": 0.5,
     "max_new_tokens": 20,
-    "max_per_question": 2,
     "held_out": 0.5,
     "epochs": 1,
     "batch_size": 5,

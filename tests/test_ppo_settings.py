@@ -735,7 +735,6 @@ WITHIN = {
             "value_coef": 9.0,
             "value_clip": 1e-6,
             "value_lr_scale": 9.0,
-            "value_warmup": 1,
             "value_epochs": 1,
             "value_lam": 0.3,
             "bootstrap": True,

@@ -24,22 +24,20 @@ from toys import (
 )
 
 from rlreason.algorithms import rcrl as module
+from rlreason.algorithms.batching import Example, response_token_count
 from rlreason.algorithms.finetune import FinetuneSettings, nll
 from rlreason.algorithms.rcrl import (
     LABELLING_STREAM,
     SAMPLING_STREAM,
-    ConditionedExample,
     LabelledSolution,
     RcrlSettings,
     balance_solutions,
-    conditional_nll,
     conditioned_example,
     cut_steps,
     distinct_solutions,
     label_steps,
     prefix_success,
     rcrl,
-    step_token_count,
 )
 from rlreason.mdp import step_spans
 from rlreason.policy.labels import BAD, GOOD, sample_conditioned
@@ -317,7 +315,7 @@ def test_each_label_stands_before_its_step():
         *(good, *one.rollout.tokens[:line]),
         *(bad, *one.rollout.tokens[line:]),
     )
-    assert example.labels == (0, line + 1)
+    assert example.given == (0, line + 1)
     assert example.prompt_tokens == one.rollout.prompt_tokens
     assert student().decode(example.tokens) == one.rollout.text
     assert example.tokens[-1] == student().eos_id
@@ -329,19 +327,23 @@ def test_a_solution_that_spells_a_label_is_not_given_one():
         student(), replace(one, good=(True, True)), TOY_PROBLEMS
     )
     ids = [token_id(student(), GOOD), token_id(student(), BAD)]
-    assert [t for t, i in enumerate(example.tokens) if i in ids] == list(example.labels)
+    assert [t for t, i in enumerate(example.tokens) if i in ids] == list(example.given)
     assert student().decode(example.tokens) == one.rollout.text
 
 
 # Loss
 
 
-def labelled_batch() -> list[ConditionedExample]:
+def labelled_batch() -> list[Example]:
     chosen = [replace(s, good=(s.right, not s.right)) for s in TOY_SOLUTIONS]
     return [conditioned_example(student(), s, TOY_PROBLEMS) for s in chosen]
 
 
-def obvious_loss(policy: Policy, batch: list[ConditionedExample]) -> tuple[float, int]:
+def all_learned(batch: list[Example]) -> list[Example]:
+    return [replace(example, given=()) for example in batch]
+
+
+def obvious_loss(policy: Policy, batch: list[Example]) -> tuple[float, int]:
     """The loss from its definition, token by token, and the tokens it counts."""
     labels = {token_id(policy, GOOD), token_id(policy, BAD)}
     total, count = 0.0, 0
@@ -359,25 +361,22 @@ def obvious_loss(policy: Policy, batch: list[ConditionedExample]) -> tuple[float
 def test_the_loss_is_on_steps_and_eos_and_never_on_labels():
     batch = labelled_batch()
     expected, count = obvious_loss(student(), batch)
-    assert step_token_count(batch) == count
-    loss = conditional_nll(student(), batch).item()
+    assert response_token_count(batch) == count
+    loss = nll(student(), batch).item()
     assert loss == pytest.approx(expected, rel=1e-5)
-    cut = [
-        conditional_nll(student(), mb).item()
-        for mb in micro_batches(batch, max_tokens=90)
-    ]
+    cut = [nll(student(), mb).item() for mb in micro_batches(batch, max_tokens=90)]
     assert len(cut) > 2
     assert sum(cut) == pytest.approx(expected, rel=1e-5)
-    # The wrong version: the loss of fine-tuning learns the labels, too
-    assert nll(student(), batch).item() > 1.1 * expected
+    # The wrong version: the labels are learned, too
+    assert nll(student(), all_learned(batch)).item() > 1.1 * expected
 
 
 def test_labels_are_no_targets_of_the_output_layer():
     policy = student()
     ids = [token_id(policy, GOOD), token_id(policy, BAD)]
     output = policy.model.get_output_embeddings().weight
-    right = torch.autograd.grad(conditional_nll(policy, labelled_batch()), output)[0]
-    wrong = torch.autograd.grad(nll(policy, labelled_batch()), output)[0]
+    right = torch.autograd.grad(nll(policy, labelled_batch()), output)[0]
+    wrong = torch.autograd.grad(nll(policy, all_learned(labelled_batch())), output)[0]
     # As wrong alternatives, labels have only their small probability as gradient
     assert right[ids].norm() < 0.2 * wrong[ids].norm()
 
@@ -567,10 +566,10 @@ def rcrl_swapped_labels_reverse_it(seed: int) -> float:
 def late(whole, student, one, problems):
     """All labels after all steps, as if they described what was written."""
     example = whole(student, one, problems)
-    labels = [example.tokens[place] for place in example.labels]
-    steps = [t for i, t in enumerate(example.tokens) if i not in example.labels]
+    labels = [example.tokens[place] for place in example.given]
+    steps = [t for i, t in enumerate(example.tokens) if i not in example.given]
     places = tuple(range(len(steps), len(example.tokens)))
-    return ConditionedExample(example.prompt_tokens, (*steps, *labels), places)
+    return Example(example.prompt_tokens, (*steps, *labels), given=places)
 
 
 @effect(above=0.5)

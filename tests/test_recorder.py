@@ -19,7 +19,7 @@ from rlreason.algorithms.finetune import FinetuneSettings
 from rlreason.algorithms.optim import DivergedError
 from rlreason.algorithms.ppo import BaselineSettings, PpoSettings, ppo
 from rlreason.algorithms.rcrl import RcrlSettings, rcrl
-from rlreason.algorithms.recorder import MemoryRecorder, NestedRecorder, Recorder
+from rlreason.algorithms.recorder import MemoryRecorder, NestedRecorder
 from rlreason.algorithms.reward_modelling import OrmSettings, train_orm
 from rlreason.algorithms.sft import sft
 from rlreason.runs.plans import folder_of, obtain, plan_of
@@ -207,11 +207,10 @@ def test_the_stages_have_one_set_of_names_in_all_algorithms(run, stages):
 
 
 def test_a_part_writes_into_the_recorder_of_the_whole():
-    outer = MemoryRecorder(save_every=1)
+    outer = Memory()
     inner = NestedRecorder(
         outer, tensors={"data": torch.ones(2)}, state={"round": 1}, round=2
     )
-    assert isinstance(inner, Recorder)
     assert inner.restore() is None
     inner.log("update", loss=1.0)
     assert outer.rows == [{"kind": "update", "round": 2, "loss": 1.0}]
@@ -225,10 +224,9 @@ def test_a_part_writes_into_the_recorder_of_the_whole():
 
 
 def test_memory_restores_as_a_run_folder_does():
-    recorder, weight = MemoryRecorder(), torch.ones(2)
-    assert isinstance(recorder, Recorder)
+    recorder, weight = Memory(save_every=2), torch.ones(2)
     recorder.log("update", loss=1.0)
-    assert not recorder.due()  # nobody asked for checkpoints
+    assert not recorder.due()
     assert recorder.restore() is None
     assert recorder.rows == []  # what was logged before the first save is taken back
     recorder.log("update", loss=1.0)

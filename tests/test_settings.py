@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from datetime import date
 
 import pytest
@@ -29,10 +28,7 @@ class Training(Settings):
     name: str = "nano"
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Layers below the experiments use plain dataclasses."""
-
+class Sampling(Settings):
     k: int = 4
     temperature: float = 1.0
 
@@ -42,32 +38,26 @@ class Experiment(Settings):
     sampling: Sampling = Sampling()
 
 
-@pytest.mark.parametrize("cls", [Training, Sampling])
-def test_an_unknown_key_is_an_error_that_names_what_was_meant(cls):
-    wrong, meant = {
-        Training: ("setps", "steps"),
-        Sampling: ("temprature", "temperature"),
-    }[cls]
-    with pytest.raises(SettingsError, match=f"{wrong!r}.*did you mean {meant!r}"):
-        load_settings(cls, {wrong: 1})
+def test_an_unknown_key_is_an_error_that_names_what_was_meant():
+    with pytest.raises(SettingsError, match=r"'setps'.*did you mean 'steps'"):
+        load_settings(Training, {"setps": 1})
 
 
 @pytest.mark.parametrize(
-    ("cls", "values", "field"),
+    ("values", "field"),
     [
-        (Training, {"lr": "fast"}, "lr"),
-        (Training, {"lr": -1.0}, "lr"),
-        (Training, {"lr": float("nan")}, "lr"),
-        (Training, {"steps": "3"}, "steps"),
-        (Training, {"steps": True}, "steps"),
-        (Training, {"steps": 2.5}, "steps"),
-        (Training, {"betas": [0.9]}, "betas"),
-        (Sampling, {"k": "4"}, "k"),
+        ({"lr": "fast"}, "lr"),
+        ({"lr": -1.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"steps": "3"}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"betas": [0.9]}, "betas"),
     ],
 )
-def test_a_wrong_value_is_an_error_on_one_line_that_names_the_field(cls, values, field):
-    with pytest.raises(SettingsError, match=rf"{cls.__name__}: {field}") as caught:
-        load_settings(cls, values)
+def test_a_wrong_value_is_an_error_on_one_line_that_names_the_field(values, field):
+    with pytest.raises(SettingsError, match=rf"Training: {field}") as caught:
+        load_settings(Training, values)
     assert "\n" not in str(caught.value)
 
 
@@ -98,7 +88,7 @@ def test_any_change_of_a_value_changes_the_hash(change):
     assert settings_hash(Training(**change)) != settings_hash(Training())
 
 
-def test_settings_of_settings_and_dataclasses_have_a_canonical_text():
+def test_settings_within_settings_have_a_canonical_text():
     text = canonical_json(Experiment())
     assert json.loads(text)["sampling"] == {"k": 4, "temperature": 1.0}
     assert " " not in text

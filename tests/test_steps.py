@@ -340,7 +340,7 @@ def test_rcrl_samples_from_the_expert_and_learns_from_the_base(monkeypatch):
         learners.append({name: tensor.clone() for name, tensor in weights})
         return policy
 
-    monkeypatch.setattr(rcrl_module, "fit_policy", learn)
+    monkeypatch.setattr(rcrl_module, "finetune", learn)
     expert, base = moved("expert-iteration"), toy_policy()
     settings = RcrlSettings(samples=4, k=2, max_new_tokens=24)
     student = rcrl(expert, base, TOY_PROBLEMS, settings)
@@ -542,6 +542,15 @@ def test_a_plan_is_a_file(folder):
         read = read_plan(json.loads(canonical_json(plan)))
         assert read == plan
         assert settings_hash(read) == settings_hash(plan)
+    values = json.loads(canonical_json(plan_of("ppo", recipe, 3)))
+    # What a run of before holds besides, where it did nothing, and where it did
+    values["algorithm"]["truncation_penalty"] = 0.0
+    values["algorithm"]["credit"]["value_warmup"] = 0
+    values["reward_model"]["algorithm"]["max_per_question"] = None
+    assert read_plan(values) == plan_of("ppo", recipe, 3)
+    values["algorithm"]["truncation_penalty"] = 0.5
+    with pytest.raises(SettingsError, match="truncation_penalty"):
+        read_plan(values)
     with pytest.raises(SettingsError, match=r"steps: unknown 'pop'.*mean 'ppo'"):
         read_plan({"step": "pop"})
     with pytest.raises(SettingsError, match="a plan is a mapping with a step"):

@@ -27,6 +27,7 @@ from toys import (
     written,
 )
 
+from rlreason.algorithms import finetune as finetune_module
 from rlreason.algorithms import ppo as ppo_module
 from rlreason.algorithms import rcrl as rcrl_module
 from rlreason.algorithms import reward_modelling as orm_module
@@ -81,7 +82,7 @@ RCRL_KILLS = {
     "sampling-last": (partial(die_in, rcrl_module, "sample", 3), [1, 3]),
     "labelling-first": (partial(die_in, rcrl_module, "sample_prompts", 1), [1, 3]),
     "labelling-last": (partial(die_in, rcrl_module, "label_steps", 3), [0, 2]),
-    "learning": (partial(die_in, rcrl_module, "conditional_nll", 4), [0, 0]),
+    "learning": (partial(die_in, finetune_module, "nll", 4), [0, 0]),
     "before-the-last-save": (partial(die_in, plans, "trained_tensors", 1), [0, 0]),
     "after-the-last-save": (partial(die_in_run, "rcrl", "close_logs", 1), [0, 0]),
 }

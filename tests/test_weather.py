@@ -17,7 +17,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -57,11 +56,10 @@ from rlreason.runs import folder as module
 from rlreason.runs.folder import HASHES, PARTS, RunFolder, RunFolderError
 from rlreason.runs.plans import folder_of, obtain, plan_of
 from rlreason.runs.stopping import EXIT_CODE, Stop, Stopped, heeding
-from rlreason.settings import SettingsError
+from rlreason.settings import Settings, SettingsError
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(Settings):
     """Settings of a run that counts."""
 
     rows: int = 9

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlreason.algorithms.batching import Example
 from rlreason.algorithms.finetune import FinetuneSettings, finetune
-from rlreason.algorithms.recorder import MemoryRecorder
+from rlreason.algorithms.recorder import Checkpoint, MemoryRecorder
 from rlreason.policy.load import Policy
 from rlreason.runs.folder import RunFolder
 from rlreason.runs.recipes import Recipe
@@ -86,7 +86,7 @@ class InterruptedRunError(Exception):
 
 
 class Memory(MemoryRecorder):
-    """A recorder in memory that can be interrupted.
+    """Rows and the last checkpoint, in memory; it restores as a run folder does.
 
     Args:
         save_every: Rows from one checkpoint to the next one that is due.
@@ -94,14 +94,34 @@ class Memory(MemoryRecorder):
     """
 
     def __init__(self, *, save_every: int = 1, die_at: int | None = None) -> None:
-        super().__init__(save_every=save_every)
-        self.die_at = die_at
+        super().__init__()
+        self.save_every, self.die_at = save_every, die_at
+        self.saved: tuple[dict[str, Tensor], str, int] | None = None
 
     def log(self, kind: str, **metrics: Any) -> None:
         if len(self.rows) == self.die_at:
             self.die_at = None
             raise InterruptedRunError
         super().log(kind, **metrics)
+
+    def due(self) -> bool:
+        """True when ``save_every`` rows were logged since the last checkpoint."""
+        since = len(self.rows) - (self.saved[2] if self.saved else 0)
+        return since >= self.save_every
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Keep copies of both, in place of those of the last checkpoint."""
+        own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.saved = own, json.dumps(state), len(self.rows)
+
+    def restore(self) -> Checkpoint | None:
+        """Take rows back to the last checkpoint, and return a copy of it."""
+        tensors, state, rows = self.saved or ({}, "", 0)
+        del self.rows[rows:]
+        if self.saved is None:
+            return None
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        return Checkpoint(own, json.loads(state))
 
 
 def weights(policy: Policy) -> dict[str, Tensor]:

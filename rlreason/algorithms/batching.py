@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rlreason.policy.memory import free_bytes
+from rlreason.policy.memory import free_bytes, out_of_memory
 
 AnyExample = TypeVar("AnyExample", bound="Example")
 Item = TypeVar("Item")
@@ -33,31 +33,22 @@ class Example:
         prompt_tokens: Ids of the prompt, BOS included where the model has one.
         tokens: Ids of the response, EOS included where it ended by itself.
         weight: Of its loss.
+        given: Places in ``tokens`` of what is told and not learned, such as labels.
     """
 
     prompt_tokens: tuple[int, ...]
     tokens: tuple[int, ...]
     weight: float = field(default=1.0, kw_only=True)
+    given: tuple[int, ...] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.prompt_tokens) + len(self.tokens)
 
 
-def shuffled_batches(
-    examples: Sequence[Example], *, batch_size: int, seed: int, epoch: int
-) -> Iterator[list[Example]]:
-    """Cut one epoch into batches in an order that (seed, epoch) alone decides.
-
-    The last batch is smaller where ``batch_size`` does not divide the examples; none is
-    left out.
-    """
-    return in_random_order(examples, batch_size, seed * 1_000_003 + epoch)
-
-
 def in_random_order(
     items: Sequence[Item], batch_size: int, seed: int
 ) -> Iterator[list[Item]]:
-    """Cut items into batches in an order that the seed decides."""
+    """Cut items into batches in an order that the seed decides; the last is smaller."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(items), generator=generator).tolist()
     for start in range(0, len(order), batch_size):
@@ -66,7 +57,7 @@ def in_random_order(
 
 def response_token_count(batch: Sequence[Example]) -> int:
     """The number of tokens a loss of this batch is divided by."""
-    return sum(len(example.tokens) for example in batch)
+    return sum(len(example.tokens) - len(example.given) for example in batch)
 
 
 def tokens_that_fit(
@@ -94,7 +85,9 @@ def tokens_that_fit(
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             device = loss([longest]).device
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return len(longest)  # whoever learns it will say so, and what to do
     room = GPU_SHARE * free_bytes(device) if device.type == "cuda" else CPU_ROOM
     return max(1, int(room * len(longest) / max(1, sum(kept.values()))))

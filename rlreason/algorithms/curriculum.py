@@ -33,7 +33,7 @@ from torch import Tensor
 from rlreason.mdp import step_spans
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Prompt
-from rlreason.settings import Settings, setting
+from rlreason.settings import Settings, ours, paper
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import end_of_response, format_prompt, format_response
 
@@ -43,43 +43,35 @@ from rlreason.tasks.prompts import end_of_response, format_prompt, format_respon
 class UniformSettings(Settings):
     """Shuffled epochs."""
 
-    kind: Literal["uniform"] = setting(
-        "uniform", "Every question once before any twice.", source="paper"
-    )
+    kind: Literal["uniform"] = paper("uniform", "Every question once before any twice.")
 
 
 class BacktrackingSettings(Settings):
     """Shuffled epochs, with the start of the reference given away at first."""
 
-    kind: Literal["backtracking"] = setting(
-        "backtracking", "Start from prefixes of the reference.", source="paper"
+    kind: Literal["backtracking"] = paper(
+        "backtracking", "Start from prefixes of the reference."
     )
-    share: float = setting(
-        0.5, "Share of rows that start from a prefix.", source="ours", ge=0, le=1
+    share: float = ours(0.5, "Share of rows that start from a prefix.", ge=0, le=1)
+    start: float = ours(
+        1.0, "Fraction of steps given when training begins.", gt=0, le=1
     )
-    start: float = setting(
-        1.0, "Fraction of steps given when training begins.", source="ours", gt=0, le=1
-    )
-    until: float = setting(
-        0.5, "Progress of training at which none is given.", source="ours", gt=0, le=1
-    )
+    until: float = ours(0.5, "Progress of training at which none is given.", gt=0, le=1)
 
 
 class ReplaySettings(Settings):
     """Prioritized level replay. Temperature and staleness are that paper's."""
 
-    kind: Literal["replay"] = setting(
-        "replay", "Replay the questions with much left to learn.", source="paper"
+    kind: Literal["replay"] = paper(
+        "replay", "Replay the questions with much left to learn."
     )
-    replay_probability: float = setting(
-        0.5, "Chance of a known one while some are new.", source="ours", ge=0, lt=1
+    replay_probability: float = ours(
+        0.5, "Chance of a known one while some are new.", ge=0, lt=1
     )
-    temperature: float = setting(
-        0.1, "beta: how far below the first rank priority reaches.", source="ours", gt=0
+    temperature: float = ours(
+        0.1, "beta: how far below the first rank priority reaches.", gt=0
     )
-    staleness: float = setting(
-        0.1, "rho: weight of how long ago a visit was.", source="ours", ge=0, le=1
-    )
+    staleness: float = ours(0.1, "rho: weight of how long ago a visit was.", ge=0, le=1)
 
 
 # A field of another kind is an unknown key, and so an error
@@ -135,8 +127,6 @@ class QuestionSampler:
             n: How many.
             progress: Share of training that is done, 0 to 1; backtracking reads it.
         """
-        if n < 1 or not 0 <= progress <= 1:
-            raise ValueError(f"n={n}, progress={progress}: at least 1; within 0 to 1")
         prompts: list[Prompt] = []
         taken: set[int] = set()
         for _ in range(n):
@@ -158,16 +148,9 @@ class QuestionSampler:
             problem_ids: The question of each rollout of a phase, in any order.
             scores: Each rollout's score (``learning_scores``). A question's is their
                 mean, and replaces the one of its last visit.
-
-        Raises:
-            ValueError: An id is unknown, or a score is negative or not finite.
         """
         visits: dict[str, list[float]] = {}
         for name, score in zip(problem_ids, scores, strict=True):
-            if name not in self.index:
-                raise ValueError(f"a score for {name!r}, which is not asked here")
-            if not 0 <= score < math.inf:
-                raise ValueError(f"the score of {name!r} is {score}: give a size, >= 0")
             visits.setdefault(name, []).append(float(score))
         if self.settings.kind == "replay":
             self.scores |= {name: sum(row) / len(row) for name, row in visits.items()}
@@ -182,12 +165,6 @@ class QuestionSampler:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Undo ``state``: go on as if nothing had happened."""
-        if unknown := state["scores"].keys() - self.index.keys():
-            raise ValueError(
-                f"the saved curriculum knows {len(unknown)} question(s) that are not "
-                f"among the {len(self.index)} given, such as {min(unknown)!r}; resume "
-                f"with the problems that the run began with"
-            )
         self.drawn = state["drawn"]
         self.scores, self.last_drawn = dict(state["scores"]), dict(state["last_drawn"])
 
@@ -340,13 +317,11 @@ def best_k_of_n(
         k: How many to keep. Of equal scores the earlier rows are kept; K = N keeps all.
 
     Raises:
-        ValueError: A group has fewer than ``k`` rows, or a score is not a number.
+        ValueError: A group has fewer than ``k`` rows.
     """
     members: dict[Hashable, list[int]] = {}
     for row, group in enumerate(groups):
         members.setdefault(group, []).append(row)
-    if len(scores) != len(groups) or any(math.isnan(score) for score in scores):
-        raise ValueError("give one score, a number and not NaN, for each row's group")
     fewest = min(map(len, members.values()), default=k)
     if not 1 <= k <= fewest:
         raise ValueError(

@@ -35,24 +35,22 @@ from rlreason.algorithms.batching import Example
 from rlreason.algorithms.finetune import (
     FinetuneSettings,
     finetune,
-    load_model_tensors,
 )
 from rlreason.algorithms.optim import DivergedError
 from rlreason.algorithms.recorder import (
     Checkpoint,
     NestedRecorder,
-    NullRecorder,
     Recorder,
     pack_lists,
     unpack_lists,
 )
-from rlreason.mdp import trajectory
 from rlreason.policy.load import Policy
 from rlreason.policy.reference import set_aside
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
+from rlreason.policy.weights import load_tensors
 from rlreason.rewards.sparse import sparse_rewards
-from rlreason.settings import Settings, setting
+from rlreason.settings import Settings, ours, paper, precursor
 from rlreason.tasks.answers import operation_key
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import NEXT_QUESTION, format_prompt, format_response
@@ -61,67 +59,49 @@ from rlreason.tasks.prompts import NEXT_QUESTION, format_prompt, format_response
 class ExpertIterationSettings(Settings):
     """How to run expert iteration. The defaults are the paper's."""
 
-    k: int = setting(96, "Samples a question and round.", source="paper", ge=1)
-    temperature: float = setting(1.0, "Sampling temperature.", source="paper", gt=0)
-    rounds: int = setting(2, "Rounds of sampling and distilling.", source="paper", ge=1)
-    start_from: Literal["base", "current"] = setting(
-        "base", "What a round fine-tunes: the base, or the last policy.", source="paper"
+    k: int = paper(96, "Samples a question and round.", ge=1)
+    temperature: float = paper(1.0, "Sampling temperature.", gt=0)
+    rounds: int = paper(2, "Rounds of sampling and distilling.", ge=1)
+    start_from: Literal["base", "current"] = paper(
+        "base", "What a round fine-tunes: the base, or the last policy."
     )
-    deduplicate: Literal["operations", "text", "none"] = setting(
-        "operations", "Which two solutions of a question count as one.", source="paper"
+    deduplicate: Literal["operations", "text", "none"] = paper(
+        "operations", "Which two solutions of a question count as one."
     )
-    max_per_question: int | None = setting(
-        None,
-        "Solutions kept a question in all; None: all.",
-        source="ours",
-        neutral=None,
-        ge=1,
+    max_per_question: int | None = ours(
+        None, "Solutions kept a question in all; None: all.", neutral=None, ge=1
     )
-    reference_solutions: bool = setting(
-        True, "Whether D_0 holds the solutions that SFT learned from.", source="paper"
+    reference_solutions: bool = paper(
+        True, "Whether D_0 holds the solutions that SFT learned from."
     )
-    first_round_shots: int = setting(
-        0, "Solved examples in the prompt of round 1.", source="paper", neutral=0, ge=0
+    first_round_shots: int = paper(
+        0, "Solved examples in the prompt of round 1.", neutral=0, ge=0
     )
-    first_round_k: int | None = setting(
+    first_round_k: int | None = paper(
         None,
         "Samples a question in round 1 (the paper's figures: 16 from the base); None: "
         "k.",
-        source="paper",
         neutral=None,
         ge=1,
     )
-    orm_threshold: float | None = setting(
-        None,
-        "ORM-EI: least score to be kept; None: no ORM.",
-        source="ours",
-        neutral=None,
-        ge=0,
-        le=1,
+    orm_threshold: float | None = ours(
+        None, "ORM-EI: least score to be kept; None: no ORM.", neutral=None, ge=0, le=1
     )
-    allocation: Literal["uniform", "rare"] = setting(
+    allocation: Literal["uniform", "rare"] = paper(
         "uniform",
         "Who gets the k samples a question: each as many; or, once solve rates are "
         "known, each at least one and the rest by how seldom it is solved.",
-        source="paper",
         neutral="uniform",
     )
-    rarity: float = setting(
+    rarity: float = ours(
         0.0,
         "A solution weighs its question's solve rate to minus this power.",
-        source="ours",
         neutral=0.0,
         ge=0,
     )
-    max_new_tokens: int = setting(
-        256, "Length limit of a response.", source="precursor", ge=1
-    )
-    seed: int = setting(
-        0, "Seed of sampling and of the order of data.", source="ours", ge=0
-    )
-    finetune: FinetuneSettings = setting(
-        FinetuneSettings, "The update of each round.", source="paper"
-    )
+    max_new_tokens: int = precursor(256, "Length limit of a response.", ge=1)
+    seed: int = ours(0, "Seed of sampling and of the order of data.", ge=0)
+    finetune: FinetuneSettings = paper(FinetuneSettings, "The update of each round.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +212,7 @@ def expert_iteration(
             solved problem is not among the problems; or only one of ``orm`` and
             ``orm_threshold`` is given.
     """
-    recorder = recorder or NullRecorder()
+    recorder = recorder or Recorder()
     if settings.first_round_shots > len(shots):
         raise ValueError(
             f"first_round_shots={settings.first_round_shots}, but there are "
@@ -251,7 +231,7 @@ def expert_iteration(
     if saved is not None:
         first_round, dataset = saved.state["round"], _unpack(saved)
         tally = Tally(*map(tuple, saved.state["tally"]))
-        policy = _with_weights(start, saved, "policy.") if first_round else start
+        policy = _with_weights(start, saved) if first_round else start
     for round_ in range(first_round, settings.rounds):
         # Only the first round can go on in the middle of its fine-tuning
         resumed = saved if saved is not None and saved.state["updates"] else None
@@ -387,10 +367,7 @@ def grow(
     grown = list(dataset)
     seen = {(s.problem, s.key) for s in grown}
     counts = Counter(solution.problem for solution in grown)
-    for rollout, reward in zip(rollouts, rewards, strict=True):
-        episode = trajectory(rollout, reward)
-        if not episode.terminal or episode.returns()[0] < 1.0:
-            continue
+    for rollout in (rollouts[row] for row in _candidates(rollouts, rewards)):
         i = index[rollout.problem_id]
         key = solution_key(rollout.text, settings.deduplicate, len(grown))
         full = settings.max_per_question is not None and (
@@ -513,8 +490,8 @@ def _unpack(saved: Checkpoint) -> list[Solution]:
     ]
 
 
-def _with_weights(policy: Policy, saved: Checkpoint, prefix: str) -> Policy:
+def _with_weights(policy: Policy, saved: Checkpoint) -> Policy:
     clone = policy.clone()
-    named = {f"model.{k}": v for k, v in saved.below(prefix).items()}
-    load_model_tensors(clone.model, named)
+    own = clone.model.state_dict()
+    load_tensors(own, saved.below("policy."), of=clone.model)
     return clone

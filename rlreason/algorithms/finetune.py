@@ -25,21 +25,20 @@ from torch import Tensor, nn
 from rlreason.algorithms.batching import (
     AnyExample,
     Example,
+    in_random_order,
     response_token_count,
-    shuffled_batches,
     tokens_that_fit,
 )
 from rlreason.algorithms.optim import (
     adamw,
     check_finite,
-    clip_gradients,
-    cosine_lr,
     largest_weight,
     load_optimizer_tensors,
     optimizer_tensors,
+    scheduled_lr,
     set_lr,
 )
-from rlreason.algorithms.recorder import NullRecorder, Recorder, last_checkpoint
+from rlreason.algorithms.recorder import Recorder, last_checkpoint
 from rlreason.policy.compiling import compiled_layers
 from rlreason.policy.layout import micro_batches
 from rlreason.policy.load import Policy
@@ -54,7 +53,8 @@ from rlreason.policy.memory import within_memory
 from rlreason.policy.packing import moved
 from rlreason.policy.parallel import my_share, sum_gradients, summed
 from rlreason.policy.progress import progress_bar
-from rlreason.settings import Settings, setting
+from rlreason.policy.weights import load_model_tensors, model_tensors
+from rlreason.settings import Settings, ours, paper, precursor
 
 LossSum = Callable[[list[AnyExample]], Tensor]
 
@@ -62,42 +62,31 @@ LossSum = Callable[[list[AnyExample]], Tensor]
 class FinetuneSettings(Settings):
     """How to fine-tune. The defaults are the paper's (epochs, batch, rates)."""
 
-    epochs: int = setting(4, "Passes over the examples.", source="paper", ge=1)
-    batch_size: int = setting(128, "Examples an update.", source="paper", ge=1)
-    lr: float = setting(2e-5, "Peak learning rate.", source="paper", gt=0)
-    lr_floor: float = setting(
-        2e-7, "Learning rate that the schedule ends at.", source="paper", ge=0
-    )
-    warmup: float = setting(
-        0.05, "Share of updates of warm-up.", source="ours", ge=0, le=1
-    )
-    betas: tuple[float, float] = setting(
-        (0.9, 0.95), "AdamW's moments.", source="precursor"
-    )
-    weight_decay: float = setting(0.0, "AdamW's decay.", source="ours", ge=0)
-    max_grad_norm: float = setting(
-        1.0, "Clip the gradient to this norm.", source="ours", gt=0
-    )
-    micro_tokens: int | None = setting(
+    epochs: int = paper(4, "Passes over the examples.", ge=1)
+    batch_size: int = paper(128, "Examples an update.", ge=1)
+    lr: float = paper(2e-5, "Peak learning rate.", gt=0)
+    lr_floor: float = paper(2e-7, "Learning rate that the schedule ends at.", ge=0)
+    warmup: float = ours(0.05, "Share of updates of warm-up.", ge=0, le=1)
+    betas: tuple[float, float] = precursor((0.9, 0.95), "AdamW's moments.")
+    weight_decay: float = ours(0.0, "AdamW's decay.", ge=0)
+    max_grad_norm: float = ours(1.0, "Clip the gradient to this norm.", gt=0)
+    micro_tokens: int | None = ours(
         None,
         "Tokens in the model at once; None: as many as fit, which is measured.",
-        source="ours",
         placement=True,
         ge=1,
     )
-    compile: bool | None = setting(
+    compile: bool | None = ours(
         None,
         "Compile the layers, once a process; None: on a GPU in half precision.",
-        source="ours",
         placement=True,
     )
-    lora: LoraSettings | None = setting(
+    lora: LoraSettings | None = ours(
         None,
         "Adapters, merged into the weights at the end; None: all weights.",
-        source="ours",
         neutral=None,
     )
-    seed: int = setting(0, "Seed of the order of the examples.", source="ours", ge=0)
+    seed: int = ours(0, "Seed of the order of the examples.", ge=0)
 
 
 def finetune(
@@ -105,8 +94,13 @@ def finetune(
     examples: Sequence[Example],
     settings: FinetuneSettings,
     recorder: Recorder | None = None,
+    *,
+    new_tokens: Sequence[int] = (),
 ) -> Policy:
-    """Fine-tune ``policy`` in place on ``examples`` and return it.
+    """Fine-tune ``policy`` on ``examples`` and return it; its model is taken over.
+
+    All weights learn, or adapters that are merged into them, with the embeddings of
+    ``new_tokens`` beside these.
 
     Logged at each update: ``update``, ``epoch``, ``loss`` (nats a response token,
     before the update), ``grad_norm`` (before clipping), ``lr``, ``response_tokens``.
@@ -117,25 +111,6 @@ def finetune(
     """
     if not examples:
         raise ValueError("nothing to fine-tune on: the list of examples is empty")
-    return fit_policy(policy, examples, settings, recorder or NullRecorder(), loss=nll)
-
-
-def fit_policy(
-    policy: Policy,
-    examples: Sequence[AnyExample],
-    settings: FinetuneSettings,
-    recorder: Recorder,
-    *,
-    loss: Callable[[Policy, list[AnyExample]], Tensor],
-    count: Callable[[Sequence[AnyExample]], int] = response_token_count,
-    new_tokens: Sequence[int] = (),
-) -> Policy:
-    """``fit`` all weights of a policy, or adapters that are merged into them.
-
-    Args:
-        loss: Of a policy and a micro-batch; the rest as in ``fit``.
-        new_tokens: Whose rows of the embedding learn beside adapters.
-    """
     learner = policy
     if settings.lora is not None:
         adapters = settings.lora.model_dump()
@@ -147,9 +122,8 @@ def fit_policy(
         new_adamw(trainable_weights(learner.model), settings),
         examples,
         settings,
-        recorder,
-        loss=partial(loss, learner),
-        count=count,
+        recorder or Recorder(),
+        loss=partial(nll, learner),
     )
     return merge_adapters(learner)
 
@@ -162,7 +136,6 @@ def fit(
     recorder: Recorder,
     *,
     loss: LossSum,
-    count: Callable[[Sequence[AnyExample]], int] = response_token_count,
     after_epoch: Callable[[int], None] | None = None,
 ) -> None:
     """The loop of every supervised update: SFT, distilling, reward model, RCRL.
@@ -177,7 +150,6 @@ def fit(
         settings: Epochs, batches, schedule, clipping.
         recorder: Gets a row an update, see ``finetune``, and checkpoints.
         loss: Summed over the tokens of a micro-batch.
-        count: Tokens of a batch that have a loss; its sum is divided by them.
         after_epoch: Called with the epoch's index after its last update is logged.
 
     Raises:
@@ -199,9 +171,9 @@ def fit(
     with progress_bar(total, "training", unit="update", done=start) as progress:
         for update, batch in _batches(examples, settings, start):
             epoch, last = update // per_epoch, (update + 1) % per_epoch == 0
-            lr = _lr_of(update, total, settings)
+            lr = scheduled_lr(update, total, settings)
             set_lr(optimizer, lr)
-            tokens = count(batch)
+            tokens = response_token_count(batch)
             with recorder.clock("learning"):
                 with compiled_layers(model, compiled=settings.compile):
                     mean, max_tokens = within_memory(
@@ -210,7 +182,8 @@ def fit(
                         undo=optimizer.zero_grad,
                     )
                 sum_gradients(model.parameters())
-                norm = clip_gradients(model, settings.max_grad_norm)
+                clip, most = nn.utils.clip_grad_norm_, settings.max_grad_norm
+                norm = float(clip(model.parameters(), most))
                 check(update, loss=mean, grad_norm=norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -241,37 +214,29 @@ def _batches(
     """The batch of each update from ``start`` on, with the number of the update."""
     update = 0
     for epoch in range(settings.epochs):
-        for batch in shuffled_batches(
-            examples, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch
-        ):
+        seed = settings.seed * 1_000_003 + epoch
+        for batch in in_random_order(examples, settings.batch_size, seed):
             if update >= start:
                 yield update, batch
             update += 1
 
 
-def _lr_of(update: int, total: int, settings: FinetuneSettings) -> float:
-    return cosine_lr(
-        update,
-        total=total,
-        warmup=math.ceil(settings.warmup * total),
-        peak=settings.lr,
-        floor=min(settings.lr_floor, settings.lr),
-    )
-
-
 def nll(policy: Policy, batch: Sequence[Example]) -> Tensor:
     """Summed negative log-likelihood (nats) of the responses of ``batch``: a scalar.
 
-    Each response's own is multiplied by its weight.
+    Each response's own is multiplied by its weight; what is given has none.
     """
     logprobs, response_mask = token_logprobs(
         policy.model,
         [example.prompt_tokens for example in batch],
         [example.tokens for example in batch],
     )  # (B, T), (B, T)
-    weights = np.array([example.weight for example in batch])  # (B,)
+    weights = np.ones(response_mask.shape)  # (B, T)
+    for row, example in enumerate(batch):
+        weights[row] *= example.weight
+        weights[row, list(example.given)] = 0.0
     weights = moved(weights, logprobs.device).to(logprobs.dtype)
-    return -(logprobs * response_mask * weights[:, None]).sum()
+    return -(logprobs * response_mask * weights).sum()
 
 
 def accumulate_gradients(
@@ -329,8 +294,8 @@ def new_adamw(
 
 def save_training(recorder, model, optimizer, updates: int) -> None:
     """Keep weights, optimiser and position: all that decides the next update."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    recorder.save(tensors | optimizer_tensors(optimizer, "adamw"), {"updates": updates})
+    tensors = model_tensors(model) | optimizer_tensors(optimizer, "adamw")
+    recorder.save(tensors, {"updates": updates})
 
 
 def restore_training(recorder, model, optimizer) -> int:
@@ -344,23 +309,3 @@ def restore_training(recorder, model, optimizer) -> int:
     load_model_tensors(model, checkpoint.tensors)
     load_optimizer_tensors(optimizer, "adamw", checkpoint.tensors)
     return checkpoint.state["updates"]
-
-
-def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load the tensors named ``model.*``.
-
-    Raises:
-        ValueError: Not exactly the model's weights; it is left as it was.
-    """
-    own = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    shapes = {name: tensor.shape for name, tensor in own.items()}
-    given = {k: t.shape for k, t in tensors.items() if k.startswith("model.")}
-    if shapes != given:
-        wrong = sorted({name for name, _ in shapes.items() ^ given.items()})
-        raise ValueError(
-            f"{len(given)} tensors for {len(own)} weights of {type(model).__name__}; "
-            f"missing, unknown or of another shape: {', '.join(wrong[:5])}. Load what "
-            "was saved from the same model"
-        )
-    for name, target in own.items():
-        target.copy_(tensors[name])

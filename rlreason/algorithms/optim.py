@@ -55,16 +55,25 @@ def cosine_lr(
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def trapezoid_lr(
-    step: int, *, total: int, warmup: int, decay: int, peak: float
-) -> float:
-    """Warm-up, a plateau at ``peak``, a linear decay over the last ``decay`` updates.
+def scheduled_lr(step: int, total: int, settings: Any) -> float:
+    """``cosine_lr`` by the ``lr``, ``lr_floor`` and ``warmup`` of settings."""
+    return cosine_lr(
+        step,
+        total=total,
+        warmup=math.ceil(settings.warmup * total),
+        peak=settings.lr,
+        floor=min(settings.lr_floor, settings.lr),
+    )
+
+
+def trapezoid(step: int, *, total: int, warmup: int, decay: int) -> float:
+    """Warm-up, a plateau at 1, a linear decay over the last ``decay`` updates.
 
     Any point of the plateau can be a start of the decay, so one long run gives models
     of several lengths.
     """
     down = (total - step) / max(1, decay)
-    return peak * max(0.0, min(1.0, (step + 1) / max(1, warmup), down))
+    return max(0.0, min(1.0, (step + 1) / max(1, warmup), down))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -184,12 +193,3 @@ def largest_weight(model: nn.Module) -> float:
     weights = [weight.detach() for weight in model.parameters()]
     largest = torch._foreach_norm(weights, math.inf, dtype=torch.float32)
     return float(torch.stack(largest).max())  # Python's max passes NaN over
-
-
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale all gradients so that their global norm is at most ``max_norm``.
-
-    Returns:
-        The norm before clipping.
-    """
-    return float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))

@@ -53,9 +53,9 @@ from rlreason.algorithms.experience import (
 from rlreason.algorithms.losses import kl_estimate, policy_loss, value_loss
 from rlreason.algorithms.optim import (
     adamw,
-    cosine_lr,
     load_optimizer_tensors,
     optimizer_tensors,
+    scheduled_lr,
     set_lr,
 )
 from rlreason.algorithms.ppo_settings import (  # noqa: F401  asked for here
@@ -65,14 +65,12 @@ from rlreason.algorithms.ppo_settings import (  # noqa: F401  asked for here
     LoraSettings,
     PpoSettings,
 )
-from rlreason.algorithms.recorder import NullRecorder, Recorder
+from rlreason.algorithms.recorder import Recorder
 from rlreason.policy.compiling import compiled_layers
 from rlreason.policy.layout import alike_batches
 from rlreason.policy.load import Policy
 from rlreason.policy.lora import (
-    load_trainable_tensors,
     merge_adapters,
-    trainable_tensors,
     trainable_weights,
     with_lora,
 )
@@ -84,6 +82,7 @@ from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample_prompts
 from rlreason.policy.value import Scores, new_value_function, score, score_values
+from rlreason.policy.weights import load_tensors, trainable_tensors
 from rlreason.rewards.base import RememberingReward, RewardFunction
 from rlreason.rewards.sparse import sparse_rewards, sparse_token_rewards
 from rlreason.tasks.problem import Problem
@@ -118,7 +117,10 @@ class Learner:
     ) -> None:
         self.settings, self.reward = settings, reward
         self.micro_tokens = settings.micro_tokens
-        self.policy = start.clone()
+        self.policy = merge_adapters(start.clone())
+        self.reference = self.value_function = None
+        if (chosen := settings.gae) is not None:
+            self.value_function = new_value_function(self.policy, chosen.value)
         if settings.lora is not None:
             self.policy = with_lora(
                 self.policy, **settings.lora.model_dump(), seed=settings.seed
@@ -126,12 +128,10 @@ class Learner:
         self.questions = QuestionSampler(
             self.policy, problems, settings.curriculum, seed=settings.seed, shots=shots
         )
-        self.reference = self.value_function = None
         if settings.measures_kl:
             self.reference = Reference(start, self.policy, settings.kl.reference)
         parts = {self.policy.model: 1.0}
-        if (chosen := settings.gae) is not None:
-            self.value_function = new_value_function(self.policy, chosen.value)
+        if chosen is not None:
             parts[self.value_function] = chosen.value_lr_scale
         groups = [
             {"params": trainable_weights(part), "lr_scale": x}
@@ -226,15 +226,13 @@ class Learner:
 
     def pay(self, experience: Experience, token_rewards: TokenRewards) -> Experience:
         """Lay out as (B, T) what the task paid, and the price of the KL."""
-        rewards = torch.zeros(experience.logprobs.shape)  # (B, T)
+        rewards, chosen = torch.zeros(experience.logprobs.shape), self.settings.gae
         for row, numbers in enumerate(token_rewards):
             rewards[row, : len(numbers)] = torch.tensor(numbers)
-            if not experience.rollouts[row].finished:
+            if not experience.rollouts[row].finished and chosen and chosen.bootstrap:
                 # Paid as if it had ended *and* given V of going on, it would earn
                 # twice, and the policy would learn never to stop
-                if self.settings.gae is not None and self.settings.gae.bootstrap:
-                    rewards[row, len(numbers) - 1] = 0.0
-                rewards[row, len(numbers) - 1] -= self.settings.truncation_penalty
+                rewards[row, len(numbers) - 1] = 0.0
         kind = self.settings.kl.estimator
         kl = kl_estimate(experience.logprobs, experience.ref_logprobs, kind)
         return replace(
@@ -286,16 +284,8 @@ class Learner:
         if settings.whiten:
             experience = replace(experience, advantages=whiten(advantages, mask))
         rows = self.kept(experience)
-        lr = cosine_lr(
-            phase,
-            total=settings.phases,
-            warmup=math.ceil(settings.warmup * settings.phases),
-            peak=settings.lr,
-            floor=min(settings.lr_floor, settings.lr),
-        )
+        lr = scheduled_lr(phase, settings.phases, settings)
         set_lr(self.optimizer, lr)
-        if settings.gae is not None and phase < settings.gae.value_warmup:
-            self.optimizer.param_groups[0]["lr"] = 0.0
         made = 0
         for mb_rows in self._mini_batches(rows, phase, range(settings.epochs)):
             metrics = self.accumulate(experience, mb_rows)
@@ -326,6 +316,7 @@ class Learner:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
+    @fewer_tokens_at_once
     def accumulate_values(self, experience: Experience, mb_rows: list[int]) -> None:
         """Add the gradient of half the mean squared error of V, which is not clipped"""
         rollouts = experience.rollouts
@@ -424,7 +415,8 @@ class Learner:
         saved = recorder.restore()
         if saved is None:
             return 0
-        load_trainable_tensors(self.policy.model, saved.below("policy."))
+        own = trainable_tensors(self.policy.model)
+        load_tensors(own, saved.below("policy."), of=self.policy.model)
         if self.value_function is not None:
             self.value_function.load_state_dict(saved.below("value."))
         load_optimizer_tensors(self.optimizer, "adamw", saved.tensors)
@@ -562,7 +554,7 @@ def ppo(
         DivergedError: A loss, gradient or log-probability is not finite, or the KL ran
             away; names the phase and the last good checkpoint.
     """
-    recorder = recorder or NullRecorder()
+    recorder = recorder or Recorder()
     learner = Learner(start, problems, settings, reward=reward, shots=shots)
     first = saved = learner.restore(recorder)
     with progress_bar(settings.phases, "PPO", unit="phase", done=first) as progress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 from pydantic import model_validator
@@ -10,12 +9,7 @@ from pydantic import model_validator
 from rlreason.algorithms.curriculum import CurriculumSettings, UniformSettings
 from rlreason.policy.lora import LoraSettings
 from rlreason.policy.value import ValueSettings
-from rlreason.settings import Settings, setting
-
-# Where a default comes from
-paper, precursor, ours = (
-    partial(setting, source=source) for source in ("paper", "precursor", "ours")
-)
+from rlreason.settings import Settings, ours, paper, precursor
 
 
 class GaeSettings(Settings):
@@ -31,9 +25,6 @@ class GaeSettings(Settings):
     )
     value_lr_scale: float = ours(
         1.0, "Learning rate of V as a multiple of the policy's.", neutral=1.0, gt=0
-    )
-    value_warmup: int = ours(
-        0, "First phases in which V learns and the policy does not.", neutral=0, ge=0
     )
     value_epochs: int = ours(
         0,
@@ -133,9 +124,6 @@ class PpoSettings(Settings):
         "without a penalty the reference is not asked at all.",
         neutral=None,
         gt=0,
-    )
-    truncation_penalty: float = ours(
-        0.0, "Taken from the last reward of a cut response.", neutral=0.0, ge=0
     )
     credit: GaeSettings | BaselineSettings = paper(
         GaeSettings, "How rewards become advantages.", discriminator="kind"

@@ -19,48 +19,41 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlreason.algorithms.optim import (
     check_finite,
-    clip_gradients,
     load_optimizer_tensors,
     optimizer_tensors,
     set_lr,
-    trapezoid_lr,
+    trapezoid,
 )
 from rlreason.algorithms.recorder import Recorder
 from rlreason.policy.nano import build_tokenizer, new_model
 from rlreason.policy.progress import progress_bar
-from rlreason.settings import Settings, setting
+from rlreason.policy.weights import load_model_tensors, model_tensors
+from rlreason.settings import Settings, ours
 from rlreason.tasks.pretraining_text import pretraining_documents
 
 
 class PretrainSettings(Settings):
     """Settings of ``rlreason train nano``."""
 
-    size: str = setting("nano", "nano or nano-xs.", source="ours")
-    seed: int = setting(0, "Seed of the weights and of the text.", source="ours")
+    size: str = ours("nano", "nano or nano-xs.")
+    seed: int = ours(0, "Seed of the weights and of the text.")
     # Fewer updates than the schedule has: the base stops while it still lacks the
     # composing of steps, which is what it is there to learn
-    updates: int = setting(2400, "Optimiser steps.", source="ours")
-    schedule: int = setting(
-        3000, "Updates after which the learning rate would be zero.", source="ours"
-    )
-    rows: int = setting(16, "Sequences an update.", source="ours")
+    updates: int = ours(2400, "Optimiser steps.")
+    schedule: int = ours(3000, "Updates after which the learning rate would be zero.")
+    rows: int = ours(16, "Sequences an update.")
     # Two solved examples, a question and its solution are up to 450 tokens
-    context: int = setting(512, "Tokens a sequence.", source="ours")
-    lr: float = setting(
-        0.03, "Peak learning rate of the matrices (Muon).", source="ours"
+    context: int = ours(512, "Tokens a sequence.")
+    lr: float = ours(0.03, "Peak learning rate of the matrices (Muon).")
+    lr_vectors: float = ours(
+        0.01, "Peak learning rate of embeddings and norms (AdamW)."
     )
-    lr_vectors: float = setting(
-        0.01, "Peak learning rate of embeddings and norms (AdamW).", source="ours"
-    )
-    warmup: int = setting(50, "Updates of warm-up.", source="ours")
-    decay: int = setting(
-        900, "Updates at the end in which the rate falls to zero.", source="ours"
-    )
-    bf16: bool = setting(
+    warmup: int = ours(50, "Updates of warm-up.")
+    decay: int = ours(900, "Updates at the end in which the rate falls to zero.")
+    bf16: bool = ours(
         True,
         "Matrix products in bfloat16 (weights stay fp32): 1.5 times as fast on a CPU "
         "with AMX, slower on one without.",
-        source="ours",
     )
 
 
@@ -122,8 +115,7 @@ def pretrain(
     start = 0
     if (checkpoint := recorder.restore()) is not None:
         start = checkpoint.state["updates"]
-        weights = {k[6:]: v for k, v in checkpoint.tensors.items() if k[:6] == "model."}
-        model.load_state_dict(weights, strict=False)
+        load_model_tensors(model, checkpoint.tensors)
         for name, optimizer in optimizers.items():
             load_optimizer_tensors(optimizer, name, checkpoint.tensors)
 
@@ -136,7 +128,7 @@ def pretrain(
             recorder.log("update", update=step, **metrics)
             progress.update(loss=metrics["loss"])
             if recorder.due() or step + 1 == settings.updates:
-                tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+                tensors = model_tensors(model)
                 for name, optimizer in optimizers.items():
                     tensors |= optimizer_tensors(optimizer, name)
                 recorder.save(tensors, {"updates": step + 1})
@@ -145,12 +137,11 @@ def pretrain(
 
 def _update(model, tokenizer, optimizers, settings, step: int) -> dict[str, float]:
     """One step of both optimisers on the text of update ``step``; its metrics."""
-    shape = trapezoid_lr(
+    shape = trapezoid(
         step,
         total=settings.schedule,
         warmup=settings.warmup,
         decay=settings.decay,
-        peak=1.0,
     )
     batch = packed_rows(
         tokenizer,
@@ -161,7 +152,8 @@ def _update(model, tokenizer, optimizers, settings, step: int) -> dict[str, floa
     with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
         loss = next_token_loss(model, batch)
     loss.backward()
-    numbers = {"loss": loss.item(), "grad_norm": clip_gradients(model, 1.0)}
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    numbers = {"loss": loss.item(), "grad_norm": float(norm)}
     check_finite(numbers, where=f"update {step + 1}", then="lower lr and lr_vectors")
     for optimizer, lr in (
         (optimizers["muon"], settings.lr),

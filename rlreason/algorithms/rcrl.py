@@ -31,16 +31,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from rlreason.algorithms.batching import Example
-from rlreason.algorithms.finetune import FinetuneSettings, fit_policy
+from rlreason.algorithms.finetune import FinetuneSettings, finetune
 from rlreason.algorithms.recorder import (
     Checkpoint,
     NestedRecorder,
-    NullRecorder,
     Recorder,
     pack_lists,
     unpack_lists,
@@ -48,15 +45,13 @@ from rlreason.algorithms.recorder import (
 from rlreason.mdp import Span, Tokens, step_spans
 from rlreason.policy.labels import BAD, GOOD
 from rlreason.policy.load import Policy
-from rlreason.policy.logprobs import token_logprobs
-from rlreason.policy.packing import moved
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.reference import set_aside
 from rlreason.policy.rollout import Prompt, Rollout
 from rlreason.policy.sampler import sample, sample_prompts
 from rlreason.policy.vocabulary import add_tokens, token_id
 from rlreason.rewards.sparse import sparse_rewards
-from rlreason.settings import Settings, setting
+from rlreason.settings import Settings, ours, paper, precursor
 from rlreason.tasks.answers import is_correct, operation_key
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt
@@ -72,37 +67,27 @@ SAMPLING_STREAM, LABELLING_STREAM = 900, 901
 class RcrlSettings(Settings):
     """How to run return-conditioned RL. What the paper leaves open is said so."""
 
-    samples: int = setting(
-        4, "Solutions sampled a question (open in the paper).", source="ours", ge=1
+    samples: int = ours(4, "Solutions sampled a question (open in the paper).", ge=1)
+    temperature: float = paper(
+        1.0, "Sampling temperature, of solutions and of labels.", gt=0
     )
-    temperature: float = setting(
-        1.0, "Sampling temperature, of solutions and of labels.", source="paper", gt=0
-    )
-    k: int = setting(
+    k: int = precursor(
         8,
         "Rollouts that label a prefix (the paper's sister work has 8); 0: every step "
         "takes the label of its solution. Not used with a reward model.",
-        source="precursor",
         ge=0,
     )
-    threshold: float = setting(
-        0.5, "Success from which on a step is good.", source="paper", gt=0, le=1
-    )
-    positive_ratio: float | None = setting(
+    threshold: float = paper(0.5, "Success from which on a step is good.", gt=0, le=1)
+    positive_ratio: float | None = paper(
         1.0,
         "Right solutions for a wrong one (the paper: 100, 10, 1), what is over on "
         "either side being dropped; None: as they were sampled.",
-        source="paper",
         neutral=None,
         gt=0,
     )
-    max_new_tokens: int = setting(
-        256, "Length limit of a response.", source="precursor", ge=1
-    )
-    seed: int = setting(0, "Seed of sampling, balance and order.", source="ours", ge=0)
-    finetune: FinetuneSettings = setting(
-        FinetuneSettings, "The update.", source="paper"
-    )
+    max_new_tokens: int = precursor(256, "Length limit of a response.", ge=1)
+    seed: int = ours(0, "Seed of sampling, balance and order.", ge=0)
+    finetune: FinetuneSettings = paper(FinetuneSettings, "The update.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +105,6 @@ class LabelledSolution:
     rollout: Rollout
     right: bool
     good: tuple[bool, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ConditionedExample(Example):
-    """An example some of whose response tokens are given and not learned.
-
-    Attributes:
-        labels: Where in ``tokens`` the labels stand.
-    """
-
-    labels: tuple[int, ...]
 
 
 def rcrl(
@@ -167,7 +141,7 @@ def rcrl(
             to tell apart; or the tokenizers differ.
         DivergedError: A loss, a gradient or the weights are not finite.
     """
-    recorder = recorder or NullRecorder()
+    recorder = recorder or Recorder()
     if expert.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise ValueError(
             f"the expert {expert.name!r} and the base {base.name!r} have different "
@@ -191,13 +165,11 @@ def rcrl(
     student = add_tokens(base, [GOOD, BAD])
     seed = settings.finetune.seed + 1000 * settings.seed
     with set_aside(expert, base):
-        return fit_policy(
+        return finetune(
             student,
             [conditioned_example(student, s, problems) for s in data.solutions],
             settings.finetune.model_copy(update={"seed": seed}),
             NestedRecorder(recorder, saved=saved, **_packed(data)),
-            loss=conditional_nll,
-            count=step_token_count,
             new_tokens=[token_id(student, name) for name in (GOOD, BAD)],
         )
 
@@ -439,8 +411,11 @@ def cut_steps(policy: Policy, tokens: Sequence[int]) -> list[Span]:
 
 def conditioned_example(
     student: Policy, solution: LabelledSolution, problems: Sequence[Problem]
-) -> ConditionedExample:
-    """The solution with each step's label before it, EOS at the end."""
+) -> Example:
+    """The solution with each step's label before it, EOS at the end.
+
+    A label is read like a prompt: it stands before its step and is not learned.
+    """
     prompt = student.encode_prompt(format_prompt(problems[solution.problem]))
     ids = {True: token_id(student, GOOD), False: token_id(student, BAD)}
     tokens: list[int] = []
@@ -449,31 +424,7 @@ def conditioned_example(
     for (start, end), good in zip(spans, solution.good, strict=True):
         labels.append(len(tokens))
         tokens += [ids[good], *solution.rollout.tokens[start:end]]
-    return ConditionedExample(tuple(prompt), tuple(tokens), tuple(labels))
-
-
-# --- 5: learn ----------------------------------------------------------------------
-
-
-def conditional_nll(policy: Policy, batch: Sequence[ConditionedExample]) -> Tensor:
-    """Summed negative log-likelihood (nats) of all steps given their labels: a scalar.
-
-    A label is read like a prompt: it stands before its step and has no loss itself.
-    """
-    logprobs, response_mask = token_logprobs(
-        policy.model,
-        [example.prompt_tokens for example in batch],
-        [example.tokens for example in batch],
-    )  # (B, T), (B, T)
-    learned = np.ones(response_mask.shape, bool)  # (B, T)
-    for row, example in enumerate(batch):
-        learned[row, list(example.labels)] = False
-    return -(logprobs * response_mask * moved(learned, logprobs.device)).sum()
-
-
-def step_token_count(batch: Sequence[ConditionedExample]) -> int:
-    """The number of tokens the loss of this batch is divided by: no labels."""
-    return sum(len(example.tokens) - len(example.labels) for example in batch)
+    return Example(tuple(prompt), tuple(tokens), given=tuple(labels))
 
 
 # --- Checkpoints -------------------------------------------------------------------

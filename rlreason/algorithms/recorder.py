@@ -1,7 +1,7 @@
 """What an algorithm asks of the place it is run in: log, save, restore.
 
 Algorithms know this protocol and nothing of folders, so that they can be called bare
-in a notebook (``NullRecorder``, or ``MemoryRecorder`` to see what it logged) and be
+in a notebook (``Recorder``, or ``MemoryRecorder`` to see what it logged) and be
 stopped and taken up again in a batch (``rlreason.runs.folder.RunFolder``). An algorithm
 that is a part of another one gets a ``NestedRecorder``.
 
@@ -22,11 +22,10 @@ undisturbed one, on a CPU to the bit:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,24 +76,27 @@ def unpack_lists(name: str, tensors: Mapping[str, Tensor]) -> list[tuple]:
     return [tuple(part.tolist()) for part in tensors[name].split(lengths)]
 
 
-@runtime_checkable
-class Recorder(Protocol):
-    """Where a run writes to, seen from the algorithm."""
+class Recorder:
+    """Where a run writes to, seen from the algorithm. This one keeps nothing: for
+    notebooks and tests that call an algorithm directly."""
 
     def log(self, kind: str, **metrics: Any) -> None:
         """Append one row: what kind of row it is, and numbers or strings."""
 
     def clock(self, stage: str) -> AbstractContextManager[None]:
         """Count the seconds of the block under the name of a stage."""
+        return nullcontext()
 
     def due(self) -> bool:
         """True when so much time has passed that losing it would hurt: time to save."""
+        return False
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Keep ``tensors`` and ``state``, wholly or not at all."""
 
     def restore(self) -> Checkpoint | None:
         """Return what was saved last, or None where a run starts from nothing."""
+        return None
 
 
 def last_checkpoint(recorder: Recorder, unit: str, saved: int) -> str:
@@ -109,63 +111,19 @@ def last_checkpoint(recorder: Recorder, unit: str, saved: int) -> str:
     return f"the last good checkpoint, after {unit} {saved}, is kept in {recorder!r}"
 
 
-class NullRecorder:
-    """Keeps nothing: for notebooks and tests that call an algorithm directly."""
-
-    def log(self, kind: str, **metrics: Any) -> None:
-        """Drop the row."""
-
-    def clock(self, stage: str) -> AbstractContextManager[None]:
-        """Count nothing."""
-        return nullcontext()
-
-    def due(self) -> bool:
-        """Return False, since there is nowhere to save to."""
-        return False
-
-    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Drop the checkpoint."""
-
-    def restore(self) -> Checkpoint | None:
-        """Return None: every run starts from nothing."""
-        return None
-
-
-class MemoryRecorder(NullRecorder):
-    """Keeps rows and the last checkpoint in memory, and restores as a run folder does.
+class MemoryRecorder(Recorder):
+    """Keeps rows in memory.
 
     Attributes:
         rows: What was logged, each with its ``kind``.
-        save_every: Rows from one checkpoint to the next one that is due; None: none is.
     """
 
-    def __init__(self, *, save_every: int | None = None) -> None:
+    def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.save_every = save_every
-        self.saved: tuple[dict[str, Tensor], str, int] | None = None
 
     def log(self, kind: str, **metrics: Any) -> None:
         """Append the row."""
         self.rows.append({"kind": kind, **metrics})
-
-    def due(self) -> bool:
-        """True when ``save_every`` rows were logged since the last checkpoint."""
-        since = len(self.rows) - (self.saved[2] if self.saved else 0)
-        return self.save_every is not None and since >= self.save_every
-
-    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Keep copies of both, in place of those of the last checkpoint."""
-        own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self.saved = own, json.dumps(state), len(self.rows)
-
-    def restore(self) -> Checkpoint | None:
-        """Take rows back to the last checkpoint, and return a copy of it."""
-        tensors, state, rows = self.saved or ({}, "", 0)
-        del self.rows[rows:]
-        if self.saved is None:
-            return None
-        own = {name: tensor.clone() for name, tensor in tensors.items()}
-        return Checkpoint(own, json.loads(state))
 
 
 class NestedRecorder:

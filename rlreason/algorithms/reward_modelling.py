@@ -50,7 +50,6 @@ from rlreason.algorithms.optim import check_finite
 from rlreason.algorithms.recorder import (
     Checkpoint,
     NestedRecorder,
-    NullRecorder,
     Recorder,
     pack_lists,
     unpack_lists,
@@ -62,38 +61,28 @@ from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample
 from rlreason.rewards.orm import OutcomeRewardModel, score_tokens
 from rlreason.rewards.sparse import sparse_rewards
-from rlreason.settings import setting
+from rlreason.settings import ours, paper, precursor
 from rlreason.tasks.problem import Problem
 
 
 class OrmSettings(FinetuneSettings):
     """How to train the reward model. The paper gives none of these."""
 
-    k: int = setting(96, "Samples a question.", source="paper", ge=2)
-    temperature: float = setting(1.0, "Sampling temperature.", source="paper", gt=0)
-    max_new_tokens: int = setting(
-        256, "Length limit of a response.", source="precursor", ge=1
+    k: int = paper(96, "Samples a question.", ge=2)
+    temperature: float = paper(1.0, "Sampling temperature.", gt=0)
+    max_new_tokens: int = precursor(256, "Length limit of a response.", ge=1)
+    held_out: float = ours(
+        0.1, "Share of questions that are not trained on.", gt=0, lt=1
     )
-    max_per_question: int | None = setting(
-        None,
-        "Distinct samples used of a question; None: all.",
-        source="ours",
-        neutral=None,
-        ge=1,
-    )
-    held_out: float = setting(
-        0.1, "Share of questions that are not trained on.", source="ours", gt=0, lt=1
-    )
-    epochs: int = setting(1, "Passes over the samples.", source="ours", ge=1)
-    likelihood: bool = setting(
+    epochs: int = ours(1, "Passes over the samples.", ge=1)
+    likelihood: bool = ours(
         False,
         "Whether the logit also holds how likely the model finds what it reads, which "
         "is not in the paper; see rewards.orm.",
-        source="ours",
         neutral=False,
     )
-    head_lr_scale: float = setting(
-        10.0, "Learning rate of the head, as a multiple of lr.", source="ours", gt=0
+    head_lr_scale: float = ours(
+        10.0, "Learning rate of the head, as a multiple of lr.", gt=0
     )
 
     @model_validator(mode="after")
@@ -155,7 +144,7 @@ def train_orm(
         ValueError: What is to be trained on, or held out, is all right or all wrong.
         DivergedError: A loss, a gradient, the weights or a score are not finite.
     """
-    recorder = recorder or NullRecorder()
+    recorder = recorder or Recorder()
     orm = OutcomeRewardModel(policy, likelihood=settings.likelihood)
     optimizer = orm_optimizer(orm, settings)
     saved = recorder.restore()
@@ -171,8 +160,9 @@ def train_orm(
                 max_new_tokens=settings.max_new_tokens,
                 seed=settings.seed * 1000 + 500,
             )
-        data = build_dataset(label_rollouts(rollouts, problems), settings)
-        recorder.log("sample", **_sample_metrics(rollouts, problems, data))
+        labelled = label_rollouts(rollouts, problems)
+        data = build_dataset(labelled, settings)
+        recorder.log("sample", **_sample_metrics(rollouts, labelled, data))
     else:
         data = _unpack(saved)
     inner = NestedRecorder(recorder, saved=saved, **_packed(data))
@@ -233,7 +223,7 @@ def build_dataset(
     by_question: dict[str, list[LabelledExample]] = defaultdict(list)
     for example in deduplicate(examples):
         by_question[example.problem_id].append(example)
-    groups = [group[: settings.max_per_question] for group in by_question.values()]
+    groups = [*by_question.values()]
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(groups), generator=generator).tolist()
     out = max(1, round(settings.held_out * len(order)))
@@ -292,8 +282,7 @@ def classification_loss(
 # --- Metrics -----------------------------------------------------------------------
 
 
-def _sample_metrics(rollouts, problems, data: OrmData) -> dict[str, Any]:
-    labelled = label_rollouts(rollouts, problems)
+def _sample_metrics(rollouts, labelled, data: OrmData) -> dict[str, Any]:
     return {
         "rollouts": len(labelled),
         "accuracy": sum(e.right for e in labelled) / len(labelled),

@@ -53,7 +53,7 @@ from rlreason.runs.environment import commit, environment
 from rlreason.runs.evaluate import evaluate_recipe
 from rlreason.runs.plans import Plan, contents_of, folder_of, obtain, plan_of
 from rlreason.runs.recipes import Recipe
-from rlreason.settings import HASH_LENGTH, Settings, setting, settings_hash
+from rlreason.settings import HASH_LENGTH, Settings, ours, settings_hash
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import end_of_response, format_prompt
 
@@ -66,7 +66,7 @@ class PromptedBase(Settings):
 
     contents: Contents
     shots: int
-    stop: str = setting("", "Ends a response as EOS does.", source="ours", neutral="")
+    stop: str = ours("", "Ends a response as EOS does.", neutral="")
 
 
 @dataclass(frozen=True)

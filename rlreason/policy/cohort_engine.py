@@ -23,6 +23,7 @@ from rlreason.policy.drawing import draw_tokens
 from rlreason.policy.engine import Answer, Engine, Request
 from rlreason.policy.kv_cache import CohortStore, DecodeCache
 from rlreason.policy.load import Policy
+from rlreason.policy.memory import out_of_memory
 from rlreason.policy.passes import borrowed, next_logits, prompt_logits
 from rlreason.policy.streams import next_uniforms
 
@@ -55,7 +56,9 @@ class CohortEngine(Engine):
                         self.admit()
                         finished = self.retire()
                         self.decode()
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
                     self.halve()
             for cohort in finished:
                 yield cohort.answers(self.ends)

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -31,8 +30,6 @@ from rlreason.policy.logprobs import trunk_of
 from rlreason.policy.packing import packs
 
 _VARIANTS = 64  # kinds of passes that are compiled; torch would stop at 8
-
-_layers: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -71,13 +68,9 @@ def compiled_layers(
 
 
 def _layers_of(model: nn.Module) -> list[nn.Module]:
-    """Its decoder layers, looked for once."""
-    if model not in _layers:
-        if isinstance(model, PreTrainedModel | PeftModel):
-            packs(trunk_of(model), 0)  # a look at the model that is not to be compiled
-        every = model.modules()
-        _layers[model] = [m for m in every if isinstance(m, GradientCheckpointingLayer)]
-    return _layers[model]
+    if isinstance(model, PreTrainedModel | PeftModel):
+        packs(trunk_of(model), 0)  # a look at the model that is not to be compiled
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def _worth_it(model: nn.Module) -> bool:

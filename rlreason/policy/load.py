@@ -45,6 +45,7 @@ from rlreason.policy.progress import is_watched
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = ("nano", "nano-xs")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 CANNOT_LOAD = (OSError, ValueError, RuntimeError, ImportError)
 
 # What wraps a model puts before the names of its weights, and how to save without it.
@@ -212,7 +213,8 @@ def load_policy(
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        PolicyError: If it is not found, incomplete, or stored as pickles alone.
+        PolicyError: If it is not found, incomplete, or stored as pickles alone; or the
+            number format is unknown.
     """
     name = str(name_or_path)
     source, options = _locate(name)
@@ -221,6 +223,10 @@ def load_policy(
         small = device.type != "cuda" or name in BUNDLED
         dtype = torch.float32 if small else torch.bfloat16
     elif isinstance(dtype, str) and dtype != "auto":
+        if dtype not in DTYPES:
+            raise PolicyError(
+                f"dtype={dtype!r} of {name!r} is unknown; use auto, {', '.join(DTYPES)}"
+            )
         dtype = getattr(torch, dtype)
     options["trust_remote_code"] = trust_remote_code
     try:

@@ -19,29 +19,21 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlreason.policy.load import Policy, PolicyError
-from rlreason.settings import Settings, setting
+from rlreason.settings import Settings, ours, paper, precursor
 
 
 class LoraSettings(Settings):
     """Adapters, through peft."""
 
-    rank: int = setting(
-        128, "Of the update of each weight matrix.", source="paper", ge=1
-    )
-    alpha: float = setting(
-        128.0, "The update counts alpha / rank.", source="ours", gt=0
-    )
-    targets: Literal["all-linear"] | tuple[str, ...] | None = setting(
-        "all-linear",
-        "Which layers; None: peft's choice for the model.",
-        source="precursor",
+    rank: int = paper(128, "Of the update of each weight matrix.", ge=1)
+    alpha: float = ours(128.0, "The update counts alpha / rank.", gt=0)
+    targets: Literal["all-linear"] | tuple[str, ...] | None = precursor(
+        "all-linear", "Which layers; None: peft's choice for the model."
     )
 
 
@@ -51,7 +43,6 @@ def with_lora(
     rank: int,
     alpha: float,
     targets: Sequence[str] | str | None = None,
-    modules_to_save: Sequence[str] = (),
     new_tokens: Sequence[int] = (),
     seed: int = 0,
 ) -> Policy:
@@ -68,7 +59,6 @@ def with_lora(
         alpha: The update is multiplied by alpha / rank.
         targets: Names of the modules to adapt; ``"all-linear"`` for all linear layers
             but the output layer; None for peft's choice for the architecture.
-        modules_to_save: Names of modules that are trained whole, beside a frozen one.
         new_tokens: Ids whose rows of the embedding are trained whole.
         seed: Of the adapters' first factors; the second ones are zero.
 
@@ -84,7 +74,6 @@ def with_lora(
         target_modules=targets
         if targets is None or targets == "all-linear"
         else [*targets],
-        modules_to_save=[*modules_to_save] or None,
         trainable_token_indices=[*new_tokens] or None,
         lora_dropout=0.0,
         fan_in_fan_out=is_conv1d,  # GPT-2 stores its matrices the other way round
@@ -114,35 +103,12 @@ def merge_adapters(policy: Policy) -> Policy:
     return replace(policy, model=model)
 
 
-def fold_adapters(module: nn.Module) -> None:
-    """Merge the adapters inside any module, in place, e.g. in a copy of some layers."""
-    for name, child in module.named_children():
-        if isinstance(child, BaseTunerLayer):
-            child.merge()
-            setattr(module, name, child.get_base_layer())
-        elif isinstance(child, AuxiliaryTrainingWrapper):
-            plain = child.unload_and_optionally_merge_module(
-                merge=True, safe_merge=False, adapter_names=None
-            )
-            setattr(module, name, plain)
-        else:
-            fold_adapters(child)
-
-
 @contextmanager
 def adapters_off(model: PreTrainedModel) -> Iterator[None]:
     """Make the model its own reference for a while; nothing in it gets a gradient.
 
     Adapters are on again afterwards, also after an exception.
-
-    Raises:
-        ValueError: The model has no adapters, so it would be compared with itself.
     """
-    if not isinstance(model, PeftModel):
-        raise ValueError(
-            f"{type(model).__name__} has no adapters to switch off. Keep a frozen copy "
-            "as the reference (Policy.clone), or train adapters (with_lora)."
-        )
     with torch.no_grad(), model.disable_adapter():
         yield
 
@@ -150,34 +116,3 @@ def adapters_off(model: PreTrainedModel) -> Iterator[None]:
 def trainable_weights(model: nn.Module) -> list[nn.Parameter]:
     """The weights that training changes, in the model's order."""
     return [weight for weight in model.parameters() if weight.requires_grad]
-
-
-def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, by name: all that a checkpoint need hold."""
-    return {
-        name: weight.detach()
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }
-
-
-@torch.no_grad()
-def load_trainable_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Undo ``trainable_tensors``.
-
-    Raises:
-        ValueError: Not exactly the model's trainable weights; it is left as it was.
-    """
-    own = trainable_tensors(model)
-    shapes = {name: tensor.shape for name, tensor in own.items()}
-    given = {name: tensor.shape for name, tensor in tensors.items()}
-    if shapes != given:
-        wrong = sorted(name for name, _ in shapes.items() ^ given.items())
-        raise ValueError(
-            f"{len(tensors)} tensors for {len(own)} trainable weights of "
-            f"{type(model).__name__}; missing, unknown or of another shape: "
-            f"{', '.join(dict.fromkeys(wrong))}. Load what was saved with the same "
-            "settings."
-        )
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])

@@ -14,6 +14,13 @@ from rlreason.policy.progress import tell
 T = TypeVar("T")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ended: on a CPU torch has no class of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory of a GPU that nothing holds, what PyTorch has set aside included."""
     free, _ = torch.cuda.mem_get_info(device)
@@ -41,7 +48,9 @@ def within_memory(
     while most:
         try:
             found = work(max_tokens=most)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             most //= 2
         else:
             if most < tokens:
@@ -74,5 +83,5 @@ def fewer_tokens_at_once(method: Callable[..., T]) -> Callable[..., T]:
 
 def checkpointing(model: nn.Module, what: str) -> Callable[..., None]:
     """A method of transformers that was ``gradient_checkpointing_*`` before 5.23."""
-    old = getattr(model, f"gradient_checkpointing_{what}")
-    return getattr(model, f"activation_checkpointing_{what}", old)
+    new = getattr(model, f"activation_checkpointing_{what}", None)
+    return new or getattr(model, f"gradient_checkpointing_{what}")

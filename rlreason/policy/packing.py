@@ -37,6 +37,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from rlreason.policy.layout import Layout, lay_out
+from rlreason.policy.memory import out_of_memory
 
 PACKED = "rlreason_packed"
 _WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -225,9 +226,9 @@ def _agrees(trunk: PreTrainedModel) -> bool:
         allow_packing(trunk)
         inputs = pack(lay_out(sequences), weight)
         found = _hidden(trunk, inputs)[0][inputs.places.flatten()[real]]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # an unknown family may raise anything
+    except Exception as error:  # an unknown family may raise anything
+        if out_of_memory(error):
+            raise
         trunk.set_attn_implementation(own)
         return False
     apart = (found - expected).norm(dim=-1) / expected.norm(dim=-1)

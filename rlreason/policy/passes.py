@@ -37,6 +37,7 @@ from rlreason.policy.kv_cache import (
 )
 from rlreason.policy.load import Policy, PolicyError, vocabulary_rows
 from rlreason.policy.logprobs import causal_of, output_layer_at
+from rlreason.policy.memory import out_of_memory
 from rlreason.policy.slots import SlotCache, SlotStore
 
 NOT_FINITE = (
@@ -284,9 +285,11 @@ def _named(fault: str) -> Iterator[None]:
     """Turn whatever the code of an unknown family raises into one line."""
     try:
         yield
-    except (AttentionError, torch.OutOfMemoryError, MemoryError):
+    except (AttentionError, MemoryError):
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         said = " ".join(str(error).split())[:80]
         raise AttentionError(f"{fault} ({type(error).__name__}: {said})") from error
 

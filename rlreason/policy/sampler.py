@@ -31,7 +31,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -107,13 +106,8 @@ def sample_groups(
     policy: Policy,
     problems: Sequence[Problem],
     *,
-    k: int = 1,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    seed: int = 0,
     shots: Sequence[Problem] = (),
-    byte_budget: int | None = None,
-    progress: bool | None = None,
+    **settings: Any,
 ) -> Iterator[tuple[int, list[Rollout]]]:
     """Like ``sample``, but yields each problem as soon as its samples are finished.
 
@@ -121,16 +115,7 @@ def sample_groups(
         The index in ``problems`` and its ``k`` rollouts, in the order of finishing.
     """
     prompts = [prompt_of(policy, problem, shots) for problem in problems]
-    yield from prompt_groups(
-        policy,
-        prompts,
-        k=k,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        byte_budget=byte_budget,
-        progress=progress,
-    )
+    yield from prompt_groups(policy, prompts, **settings)
 
 
 def sample_prompts(
@@ -264,8 +249,12 @@ def _stopped(policy: Policy, rollout: Rollout, stop: str) -> Rollout:
     """The rollout up to the first token with which its text holds ``stop``."""
     if not stop or stop not in rollout.text:
         return rollout
-    held = partial(_holds, policy, rollout.tokens, stop)
-    count = bisect_left(range(len(rollout.tokens)), True, key=held)
+    tokens = rollout.tokens
+
+    def held(count: int) -> bool:
+        return stop in policy.decode(tokens[:count])
+
+    count = bisect_left(range(len(tokens)), True, key=held)
     return replace(
         rollout,
         tokens=rollout.tokens[:count],
@@ -273,10 +262,6 @@ def _stopped(policy: Policy, rollout: Rollout, stop: str) -> Rollout:
         text=policy.decode(rollout.tokens[:count]),
         finished=True,
     )
-
-
-def _holds(policy: Policy, tokens: Sequence[int], stop: str, count: int) -> bool:
-    return stop in policy.decode(tokens[:count])
 
 
 def _check_settings(k: int, temperature: float, max_new_tokens: int) -> None:

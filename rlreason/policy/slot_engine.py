@@ -30,6 +30,7 @@ from rlreason.policy.drawing import draw_tokens
 from rlreason.policy.engine import Answer, Engine, Request
 from rlreason.policy.forced import Forced, Forcing
 from rlreason.policy.load import Policy
+from rlreason.policy.memory import out_of_memory
 from rlreason.policy.passes import NOT_FINITE, borrowed, next_logits, prompt_logits
 from rlreason.policy.progress import tell
 from rlreason.policy.slots import SlotStore
@@ -89,7 +90,9 @@ class SlotEngine(Engine):
                         for _ in range(min(LOOK_EVERY, self.limit - 1)):
                             self.slots.step()
                         answers += self.retire()
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
                     self.halve()
             yield answers
 
@@ -272,7 +275,7 @@ class Slots:
             self.graph = captured(self.advance, self.last.device)
         except RuntimeError as error:
             cause = error.__context__ or error  # torch fails again as it ends a capture
-            if isinstance(cause, torch.OutOfMemoryError):
+            if out_of_memory(cause):
                 raise cause from None
             said = " ".join(str(cause).split())[:100]
             name = type(self.model).__name__

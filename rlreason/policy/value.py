@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -41,28 +42,22 @@ from rlreason.policy.logprobs import (
     trunk_of,
 )
 from rlreason.policy.packing import Inputs, allow_packing, pad
-from rlreason.settings import Settings, setting
+from rlreason.settings import Settings, paper
 
 
 class ValueSettings(Settings):
     """Which value function. The defaults are the paper's."""
 
-    kind: Literal["head", "branch", "network"] = setting(
-        "branch",
-        "Linear layer, copied top layers, or a whole copy.",
-        source="paper",
+    kind: Literal["head", "branch", "network"] = paper(
+        "branch", "Linear layer, copied top layers, or a whole copy."
     )
-    layers: int = setting(
-        4,
-        "Layers of the branch; at most as many as the trunk has.",
-        source="paper",
-        ge=1,
+    layers: int = paper(
+        4, "Layers of the branch; at most as many as the trunk has.", ge=1
     )
-    detach: bool = setting(
+    detach: bool = paper(
         True,
         "Stop the gradient of head or branch before the trunk. A network is apart from "
         "the trunk anyway.",
-        source="paper",
     )
 
 
@@ -70,35 +65,29 @@ class ValueFunction(nn.Module):
     """V of every place of a batch. Holds its own weights and none of the trunk's.
 
     Args:
-        kind: As in ``ValueSettings``.
+        policy: Whose values; the linear layer is in float32 at least.
+        settings: Its kind, and whether the gradient into the trunk stops.
         body: The layers below the linear one; None for a head.
-        width: Of the hidden states.
-        detach: Stop the gradient into the trunk.
-        dtype: Of the linear layer, float32 at least.
-        device: Of the linear layer.
     """
 
     def __init__(
-        self,
-        kind: str,
-        body: PreTrainedModel | None,
-        *,
-        width: int,
-        detach: bool,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, policy: Policy, settings: ValueSettings, body: PreTrainedModel | None
     ) -> None:
         super().__init__()
-        self.kind, self.detach = kind, detach
+        self.kind, self.detach = settings.kind, settings.detach
         self.body = body
+        dtype = torch.promote_types(policy.model.dtype, torch.float32)
+        options = {"dtype": dtype, "device": policy.device}
         # Made of zeros rather than by nn.Linear, which would draw random numbers.
-        self.weight = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros((), dtype=dtype, device=device))
+        width = trunk_of(policy.model).config.hidden_size
+        self.weight = nn.Parameter(torch.zeros(width, **options))
+        self.bias = nn.Parameter(torch.zeros((), **options))
 
     def source(self, model: PreTrainedModel) -> nn.Module | None:
         """The module of the policy's model whose call ``forward`` must be shown."""
         if self.kind == "branch":
-            return _layers_of(trunk_of(model))[-self.body.config.num_hidden_layers]
+            _, layers = _named_layers(trunk_of(model))
+            return layers[-self.body.config.num_hidden_layers]
         return trunk_of(model) if self.kind == "head" else None
 
     def forward(self, inputs: Inputs, seen: dict) -> Tensor:
@@ -127,26 +116,20 @@ class ValueFunction(nn.Module):
 def new_value_function(policy: Policy, settings: ValueSettings) -> ValueFunction:
     """Make a value function for a policy; V = 0 everywhere to begin with.
 
-    A branch and a network start from the weights that the policy acts with, adapters
-    included, and train all of their own.
+    A branch and a network start from the policy's weights and train all of their own.
 
     Raises:
-        PolicyError: The trunk has fewer layers than the branch shall have, or does
-            something beside its layers that a branch would not do likewise.
+        PolicyError: The policy has adapters; its trunk has fewer layers than the branch
+            shall have, or does something beside them that a branch would not do.
     """
+    if isinstance(policy.model, PeftModel):
+        raise PolicyError(f"{policy.name!r} has adapters: merge them first")
     trunk, body = trunk_of(policy.model), None
     if settings.kind == "branch":
         body = _top_layers(trunk, settings.layers, name=policy.name)
     elif settings.kind == "network":
-        body = _own_copy(trunk)
-    function = ValueFunction(
-        settings.kind,
-        body,
-        width=trunk.config.hidden_size,
-        detach=settings.detach,
-        dtype=torch.promote_types(policy.model.dtype, torch.float32),
-        device=policy.device,
-    )
+        body = copy.deepcopy(trunk).requires_grad_()
+    function = ValueFunction(policy, settings, body)
     if settings.kind == "branch":
         _check_branch(policy, function)
     return function
@@ -261,12 +244,6 @@ def _hidden_given(seen: dict) -> Tensor:
     return seen["args"][0] if seen["args"] else seen["kwargs"]["hidden_states"]
 
 
-def _layers_of(trunk: nn.Module) -> nn.ModuleList:
-    """The layers of a trunk, by whatever name it has them."""
-    _, layers = _named_layers(trunk)
-    return layers
-
-
 def _named_layers(trunk: nn.Module) -> tuple[str, nn.ModuleList]:
     count = trunk.config.num_hidden_layers
     for name, child in trunk.named_children():
@@ -277,18 +254,6 @@ def _named_layers(trunk: nn.Module) -> tuple[str, nn.ModuleList]:
         "layers, so there is no telling where a value branch starts. Use the kind "
         "'head' or 'network'."
     )
-
-
-def _own_copy(
-    trunk: PreTrainedModel, memo: dict[int, object] | None = None
-) -> PreTrainedModel:
-    """A copy of a trunk with adapters merged and all weights trainable."""
-    body = copy.deepcopy(trunk, memo)
-    if any(hasattr(module, "merge") for module in body.modules()):
-        from rlreason.policy.lora import fold_adapters  # peft is slow to import
-
-        fold_adapters(body)
-    return body.requires_grad_()
 
 
 def _top_layers(trunk: PreTrainedModel, count: int, *, name: str) -> PreTrainedModel:
@@ -304,12 +269,12 @@ def _top_layers(trunk: PreTrainedModel, count: int, *, name: str) -> PreTrainedM
     unneeded = [*layers[: len(layers) - count]]
     unneeded += [m for m in trunk.children() if isinstance(m, nn.Embedding)]
     unneeded.append(trunk.get_input_embeddings())
-    body = _own_copy(trunk, {id(module): _Nothing() for module in unneeded})
+    body = copy.deepcopy(trunk, {id(module): _Nothing() for module in unneeded})
     setattr(body, attribute, getattr(body, attribute)[-count:])
     body.config.num_hidden_layers = count
     if getattr(body.config, "layer_types", None):
         body.config.layer_types = body.config.layer_types[-count:]
-    return body
+    return body.requires_grad_()
 
 
 class _Nothing(nn.Module):
@@ -333,7 +298,6 @@ def _check_branch(policy: Policy, function: ValueFunction) -> None:
     with first_call(function.source(policy.model)) as seen:
         expected = _run(trunk, inputs, input_ids=ids)
     found = _run(function.body, inputs, inputs_embeds=_hidden_given(seen))
-    # Merged adapters differ from unmerged ones by rounding.
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     if not (found - expected).norm() <= tolerance * expected.norm():
         raise PolicyError(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +28,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from rlreason.policy.load import (
-    ASSETS,
-    BUNDLED,
-    CANNOT_LOAD,
-    Policy,
-    PolicyError,
-)
+from rlreason.policy.load import CANNOT_LOAD, Policy, PolicyError, policy_path
 
 _ATTENTION = "rlreason_weightless"
 # The configurations of the models that the built-in profiles name, from the hub
@@ -47,7 +40,7 @@ _KNOWN = {
     "meta-llama/Llama-2-13b-hf": _LLAMA_2
     | {"hidden_size": 5120, "intermediate_size": 13824}
     | {"num_hidden_layers": 40, "num_attention_heads": 40},
-    "HuggingFaceTB/SmolLM2-135M": {
+    "SmolLM2-135M-Instruct": {
         "vocab_size": 49152,
         "max_position_embeddings": 8192,
         "hidden_size": 576,
@@ -71,7 +64,7 @@ def config_of(name: str) -> PretrainedConfig:
     """
     if name in _KNOWN:
         return LlamaConfig(**_KNOWN[name])
-    path = ASSETS / name if name in BUNDLED else Path(name).expanduser()
+    path = policy_path(name)
     source, options = str(path if path.is_dir() else name), {}
     if path.suffix == ".gguf":
         source, options = str(path.parent), {"gguf_file": path.name}

@@ -54,7 +54,7 @@ from rlreason.settings import (
     HASH_LENGTH,
     Settings,
     load_settings,
-    setting,
+    ours,
     unknown_key_message,
 )
 
@@ -68,20 +68,16 @@ class GridError(ValueError):
 class Runs(Settings):
     """Notebooks or steps that are run with the same parameters."""
 
-    notebooks: list[str] = setting(
-        list, "Names in notebooks/, or paths from the grid's file.", source="ours"
+    notebooks: list[str] = ours(
+        list, "Names in notebooks/, or paths from the grid's file."
     )
-    steps: list[str] = setting(list, "As in `rlreason train`.", source="ours")
-    profile: str | None = setting(None, "In place of the grid's.", source="ours")
-    parameters: dict[str, Any] = setting(
-        dict, "Name to value, or to a list of values.", source="ours"
-    )
-    seeds: list[Seed] | None = setting(None, "In place of the grid's.", source="ours")
-    cores: int = setting(1, "CPU cores a job, each one thread.", source="ours", ge=1)
-    gpus: int = setting(1, "GPUs a job, where there are any.", source="ours", ge=0)
-    memory: int = setting(
-        0, "Megabytes a job, asked of Ray and Slurm; 0: not said.", source="ours", ge=0
-    )
+    steps: list[str] = ours(list, "As in `rlreason train`.")
+    profile: str | None = ours(None, "In place of the grid's.")
+    parameters: dict[str, Any] = ours(dict, "Name to value, or to a list of values.")
+    seeds: list[Seed] | None = ours(None, "In place of the grid's.")
+    cores: int = ours(1, "CPU cores a job, each one thread.", ge=1)
+    gpus: int = ours(1, "GPUs a job, where there are any.", ge=0)
+    memory: int = ours(0, "Megabytes a job, asked of Ray and Slurm; 0: not said.", ge=0)
 
     @model_validator(mode="after")
     def _names_something(self) -> Runs:
@@ -93,12 +89,10 @@ class Runs(Settings):
 class Grid(Settings):
     """The content of a grid's file."""
 
-    profile: str = setting("tiny", "Of all runs that name none.", source="ours")
-    seeds: list[Seed] = setting(
-        lambda: [0], "Of all runs that name none.", source="ours", min_length=1
-    )
-    runs: list[dict[str, Any]] = setting(
-        ..., "What is run, each as in Runs.", source="ours", min_length=1
+    profile: str = ours("tiny", "Of all runs that name none.")
+    seeds: list[Seed] = ours(lambda: [0], "Of all runs that name none.", min_length=1)
+    runs: list[dict[str, Any]] = ours(
+        ..., "What is run, each as in Runs.", min_length=1
     )
 
 

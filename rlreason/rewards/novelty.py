@@ -27,26 +27,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlreason.policy.rollout import Rollout
-from rlreason.rewards.base import RewardFunction
 from rlreason.rewards.sparse import sparse_rewards, sparse_token_rewards
 from rlreason.tasks.answers import operation_key
 from rlreason.tasks.problem import Problem
 
 
 class NoveltyReward:
-    """``reward`` plus the bonus on the last token of right responses.
+    """The sparse reward plus the bonus on the last token of right responses.
 
     A ``RememberingReward``.
 
     Args:
         bonus: What the first right response of a kind earns on top.
-        reward: To which it is added.
     """
 
-    def __init__(
-        self, *, bonus: float = 0.5, reward: RewardFunction = sparse_token_rewards
-    ) -> None:
-        self.bonus, self.reward = bonus, reward
+    def __init__(self, *, bonus: float = 0.5) -> None:
+        self.bonus = bonus
         self.seen: dict[str, Counter[str]] = {}  # question to way to times
 
     def __call__(
@@ -61,7 +57,7 @@ class NoveltyReward:
         for rollout, way in zip(rollouts, ways, strict=True):
             if way is not None:
                 self.seen.setdefault(rollout.problem_id, Counter())[way] += 1
-        rows = self.reward(rollouts, problems)
+        rows = sparse_token_rewards(rollouts, problems)
         for i, (rollout, way) in enumerate(zip(rollouts, ways, strict=True)):
             if way is not None:
                 times = self.seen[rollout.problem_id][way]

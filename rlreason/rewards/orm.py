@@ -31,7 +31,7 @@ on. Training is ``rlreason.algorithms.reward_modelling``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +51,14 @@ from rlreason.policy.lora import merge_adapters
 from rlreason.policy.parallel import gathered, my_alike_share
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.value import ValueSettings, new_value_function
+from rlreason.policy.weights import load_model_tensors, model_tensors
 from rlreason.rewards.base import RewardFunction, last_token_reward, problems_of
 from rlreason.tasks.problem import Problem
 
+if TYPE_CHECKING:  # it stands above
+    from rlreason.algorithms.batching import Example
 
-class Response(Protocol):
-    """What is scored: a ``Rollout``, or any other pair of prompt and response."""
-
-    @property
-    def prompt_tokens(self) -> tuple[int, ...]: ...
-    @property
-    def tokens(self) -> tuple[int, ...]: ...
+    Response = Rollout | Example  # whatever has a prompt and a response
 
 
 class LikelihoodNetwork(nn.Module):
@@ -157,28 +154,11 @@ class OutcomeRewardModel:
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights by name, for a safetensors file; ``load_tensors`` undoes it."""
-        return {f"model.{k}": v for k, v in self.network.state_dict().items()}
+        return model_tensors(self.network)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the weights of ``tensors``, which may hold others beside them.
-
-        Raises:
-            ValueError: One is missing or of another shape. Nothing was loaded then.
-        """
-        own = self.tensors()
-        wrong = [
-            name
-            for name, target in own.items()
-            if name not in tensors or tensors[name].shape != target.shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"{len(wrong)} of {len(own)} tensors of the reward model are missing "
-                f"or of another shape, the first being {wrong[0]!r}; make the model "
-                "from the policy that it was trained from"
-            )
-        for name, target in own.items():
-            target.copy_(tensors[name])
+        """Take the weights of ``tensors``, which may hold others beside them."""
+        load_model_tensors(self.network, tensors)
 
     def __call__(self, problem: Problem, rollouts: Sequence[Rollout]) -> list[float]:
         """Score the samples of one problem: the ``orm`` of ``evaluate``."""
@@ -242,13 +222,10 @@ def score_tokens(
 
 
 def score_responses(
-    orm: OutcomeRewardModel,
-    responses: Sequence[Response],
-    *,
-    micro_tokens: int = 8192,
+    orm: OutcomeRewardModel, responses: Sequence[Response]
 ) -> list[float]:
     """Probability that each response is right, read at its last token."""
-    return [s[-1] for s in score_tokens(orm, responses, micro_tokens=micro_tokens)]
+    return [scores[-1] for scores in score_tokens(orm, responses)]
 
 
 def sparse_orm_reward(orm: OutcomeRewardModel) -> RewardFunction:

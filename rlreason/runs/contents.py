@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlreason.policy.load import policy_path
 from rlreason.rewards.own import split_spec
-from rlreason.settings import HASH_LENGTH, Settings, setting
+from rlreason.settings import HASH_LENGTH, Settings, ours
 from rlreason.tasks import task_digest
 
 __all__ = ["Contents", "file_digest", "policy_digest", "task_digest"]
@@ -32,7 +32,7 @@ class Contents(Settings):
 
     policy: str
     task: str
-    reward: str | None = setting(None, source="ours", neutral=None)
+    reward: str | None = ours(None, neutral=None)
 
 
 def policy_digest(name: str) -> str:

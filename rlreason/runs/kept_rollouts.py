@@ -30,7 +30,7 @@ from rlreason.evaluation.evaluate import answer_groups
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
 from rlreason.runs.folder import RunFolder
-from rlreason.settings import Settings, setting
+from rlreason.settings import Settings, ours
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import end_of_response, format_prompt
 
@@ -42,7 +42,7 @@ class AnswersRun(Settings):
 
     weights: str
     prompts: str
-    stop: str = setting("", "Ends a response as EOS does.", source="ours", neutral="")
+    stop: str = ours("", "Ends a response as EOS does.", neutral="")
     label: str | None
     k: int
     temperature: float

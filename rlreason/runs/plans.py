@@ -25,10 +25,10 @@ import torch
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor
 
-from rlreason.algorithms.finetune import load_model_tensors
 from rlreason.evaluation.evaluate import answer_groups, evaluate
 from rlreason.policy.load import Policy, load_policy
 from rlreason.policy.parallel import agreed, ranks
+from rlreason.policy.weights import load_model_tensors, model_tensors
 from rlreason.rewards.orm import OutcomeRewardModel
 from rlreason.runs.contents import Contents, policy_digest, reward_digest, task_digest
 from rlreason.runs.folder import RunFolder, RunFolderError, read_settings
@@ -38,11 +38,15 @@ from rlreason.settings import (
     Settings,
     SettingsError,
     load_settings,
-    setting,
+    ours,
     settings_hash,
     unknown_key_message,
 )
 from rlreason.tasks.problem import Problem
+
+# Settings that there are no more, at the value at which they did nothing: runs of
+# before have them in their settings.json
+GONE = {"max_per_question": None, "truncation_penalty": 0.0, "value_warmup": 0}
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,7 @@ class Plan(Settings):
     """
 
     step: str
-    policy: str = setting(
-        ..., "The base, as in load_policy.", source="ours", placement=True
-    )
+    policy: str = ours(..., "The base, as in load_policy.", placement=True)
     task: TaskSettings
     contents: Contents
 
@@ -238,7 +240,17 @@ def read_plan(values: Any) -> Plan:
     """
     if not isinstance(values, dict) or not isinstance(values.get("step"), str):
         raise SettingsError("a plan is a mapping with a step, as `--plan` writes it")
-    return load_settings(step_named(values["step"]), values)
+    return load_settings(step_named(values["step"]), _without_what_is_gone(values))
+
+
+def _without_what_is_gone(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {
+        name: _without_what_is_gone(value)
+        for name, value in values.items()
+        if name not in GONE or value != GONE[name]
+    }
 
 
 def read_plan_file(path: Path) -> Plan:
@@ -376,7 +388,7 @@ def trained_tensors(made: Policy | OutcomeRewardModel) -> dict[str, Tensor]:
     """The trained weights, and nothing else."""
     if isinstance(made, OutcomeRewardModel):
         return made.tensors()
-    return {f"model.{name}": t for name, t in made.model.state_dict().items()}
+    return model_tensors(made.model)
 
 
 def weights_of(run: RunFolder) -> dict[str, Tensor]:

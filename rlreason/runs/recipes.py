@@ -19,7 +19,14 @@ from rlreason.algorithms.ppo import PpoSettings
 from rlreason.algorithms.rcrl import RcrlSettings
 from rlreason.algorithms.reward_modelling import OrmSettings
 from rlreason.policy.load import Policy, load_policy
-from rlreason.settings import Settings, SettingsError, load_settings, setting
+from rlreason.settings import (
+    Settings,
+    SettingsError,
+    load_settings,
+    ours,
+    paper,
+    precursor,
+)
 from rlreason.tasks import load_problems
 from rlreason.tasks.problem import Problem
 
@@ -27,23 +34,13 @@ from rlreason.tasks.problem import Problem
 class TaskSettings(Settings):
     """Which problems, and how many of them for what."""
 
-    name: str = setting(
-        "gsm-mini", "As in load_problems.", source="ours", placement=True
+    name: str = ours("gsm-mini", "As in load_problems.", placement=True)
+    knobs: dict[str, Any] = ours(dict, "Of the procedural tasks, e.g. steps.")
+    solutions: int | None = paper(
+        None, "Training problems whose reference solution SFT learns; None: all.", ge=1
     )
-    knobs: dict[str, Any] = setting(
-        dict, "Of the procedural tasks, e.g. steps.", source="ours"
-    )
-    solutions: int | None = setting(
-        None,
-        "Training problems whose reference solution SFT learns; None: all.",
-        source="paper",
-        ge=1,
-    )
-    questions: int | None = setting(
-        None,
-        "Training problems whose answer RL may check; None: all.",
-        source="paper",
-        ge=1,
+    questions: int | None = paper(
+        None, "Training problems whose answer RL may check; None: all.", ge=1
     )
 
     def load(self, split: str, limit: int | None = None) -> list[Problem]:
@@ -79,17 +76,16 @@ class RewardSettings(Settings):
 
     kind: Literal[
         "sparse", "dense", "shaped", "novel", "sparse-orm", "dense-orm", "own"
-    ] = setting("sparse", "Which of these, or FILE.py:NAME.", source="paper")
-    size: float | None = setting(
+    ] = paper("sparse", "Which of these, or FILE.py:NAME.")
+    size: float | None = ours(
         None,
         "Most that steps, or a new way, can earn; 0.5 for dense, shaped and novel "
         "unless given.",
-        source="ours",
         neutral=None,
         gt=0,
     )
-    function: str | None = setting(
-        None, "FILE.py:NAME of your own reward.", source="ours", placement=True
+    function: str | None = ours(
+        None, "FILE.py:NAME of your own reward.", placement=True
     )
 
     @model_validator(mode="before")
@@ -132,30 +128,23 @@ class RewardSettings(Settings):
 class EvaluationSettings(Settings):
     """How a policy is judged."""
 
-    problems: int | None = setting(
-        None,
-        "Problems for the greedy maj@1; None: the whole split.",
-        source="paper",
-        ge=1,
+    problems: int | None = paper(
+        None, "Problems for the greedy maj@1; None: the whole split.", ge=1
     )
-    validation_problems: int | None = setting(
-        None, "For validation during training; None: as many.", source="ours", ge=1
+    validation_problems: int | None = ours(
+        None, "For validation during training; None: as many.", ge=1
     )
-    sampled_problems: int | None = setting(
-        None,
-        "Problems for maj@k and pass@k; None: the whole split.",
-        source="paper",
-        ge=1,
+    sampled_problems: int | None = paper(
+        None, "Problems for maj@k and pass@k; None: the whole split.", ge=1
     )
-    recorded_problems: int | None = setting(
+    recorded_problems: int | None = ours(
         None,
         "The same in `rlreason record`, which may take its time; None: as many as "
         "sampled_problems.",
-        source="ours",
         ge=1,
     )
-    k: int = setting(96, "Samples a problem.", source="paper", ge=1)
-    temperature: float = setting(0.7, "Of these samples.", source="paper", gt=0)
+    k: int = paper(96, "Samples a problem.", ge=1)
+    temperature: float = paper(0.7, "Of these samples.", gt=0)
 
     @property
     def during_training(self) -> int | None:
@@ -166,85 +155,67 @@ class EvaluationSettings(Settings):
 class Recipe(Settings):
     """Everything a profile's experiments need. Defaults are the paper's."""
 
-    policy: str = setting(..., "The pretrained base, as in load_policy.", source="ours")
-    sizes: list[str] = setting(
+    policy: str = ours(..., "The pretrained base, as in load_policy.")
+    sizes: list[str] = paper(
         list,
         "Further bases, smaller first, from which `rlreason record` trains the "
         "tables that compare sizes.",
-        source="paper",
     )
-    task: TaskSettings = setting(..., "See TaskSettings.", source="ours")
-    start: str = setting(
+    task: TaskSettings = ours(..., "See TaskSettings.")
+    start: str = paper(
         "sft",
         "What expert iteration, PPO and RCRL begin from: sft, base (prompted, without "
         "any reference solution but the prompt's), or the folder of another run.",
-        source="paper",
     )
-    max_new_tokens: int = setting(
-        256, "Length limit of a response, in tokens.", source="ours", ge=1
+    max_new_tokens: int = ours(256, "Length limit of a response, in tokens.", ge=1)
+    shots: int = precursor(2, "Solved examples in the base's prompt.", ge=0)
+    seeds: int = ours(3, "Seeds over which results are stated.", ge=1)
+    sft: FinetuneSettings = paper(FinetuneSettings, "Supervised fine-tuning.")
+    expert_iteration: ExpertIterationSettings = paper(
+        ExpertIterationSettings, "Expert iteration."
     )
-    shots: int = setting(
-        2, "Solved examples in the base's prompt.", source="precursor", ge=0
-    )
-    seeds: int = setting(3, "Seeds over which results are stated.", source="ours", ge=1)
-    sft: FinetuneSettings = setting(
-        FinetuneSettings, "Supervised fine-tuning.", source="paper"
-    )
-    expert_iteration: ExpertIterationSettings = setting(
-        ExpertIterationSettings, "Expert iteration.", source="paper"
-    )
-    ppo: PpoSettings = setting(PpoSettings, "PPO and its baselines.", source="paper")
-    reward: RewardSettings = setting(
-        RewardSettings, "What PPO is rewarded for.", source="paper"
-    )
-    rounds_from_base: int | None = setting(
+    ppo: PpoSettings = paper(PpoSettings, "PPO and its baselines.")
+    reward: RewardSettings = paper(RewardSettings, "What PPO is rewarded for.")
+    rounds_from_base: int | None = paper(
         None,
         "Rounds of expert iteration where it starts from the prompted base; None: "
         "expert_iteration.rounds.",
-        source="paper",
         ge=1,
     )
-    first_k_from_base: int | None = setting(
+    first_k_from_base: int | None = paper(
         None,
         "Samples a question in the first of these rounds; None: expert_iteration.k.",
-        source="paper",
         ge=1,
     )
-    ppo_temperature_from_base: float | None = setting(
+    ppo_temperature_from_base: float | None = paper(
         None,
         "PPO's temperature where it starts from the prompted base; None: "
         "ppo.temperature.",
-        source="paper",
         gt=0,
     )
-    ppo_phases_from_base: int | None = setting(
+    ppo_phases_from_base: int | None = paper(
         None,
         "Phases of PPO where it starts from the prompted base; None: ppo.phases.",
-        source="paper",
         ge=1,
     )
-    validate_every: int = setting(
-        10, "Phases of PPO from one validation to the next.", source="ours", ge=1
+    validate_every: int = ours(
+        10, "Phases of PPO from one validation to the next.", ge=1
     )
-    orm: OrmSettings = setting(OrmSettings, "The reward model.", source="paper")
-    orm_samples: Literal["sft", "expert-iteration"] = setting(
-        "expert-iteration",
-        "Whose samples the reward model learns from.",
-        source="paper",
+    orm: OrmSettings = paper(OrmSettings, "The reward model.")
+    orm_samples: Literal["sft", "expert-iteration"] = paper(
+        "expert-iteration", "Whose samples the reward model learns from."
     )
-    rcrl: RcrlSettings = setting(RcrlSettings, "Return-conditioned RL.", source="paper")
-    rcrl_labels: Literal["rollouts", "orm"] = setting(
+    rcrl: RcrlSettings = paper(RcrlSettings, "Return-conditioned RL.")
+    rcrl_labels: Literal["rollouts", "orm"] = paper(
         "rollouts",
         "Who labels the steps: rcrl.k rollouts from each, or the reward model.",
-        source="paper",
     )
-    evaluation: EvaluationSettings = setting(
-        EvaluationSettings, "How a policy is judged.", source="paper"
+    evaluation: EvaluationSettings = paper(
+        EvaluationSettings, "How a policy is judged."
     )
-    more: dict[str, dict[str, Any]] = setting(
+    more: dict[str, dict[str, Any]] = ours(
         dict,
         "Settings of steps that a package of your own registers, by the step's name.",
-        source="ours",
     )
 
     @model_validator(mode="after")

@@ -57,7 +57,7 @@ from rlreason.runs.plans import (
     with_weights,
 )
 from rlreason.runs.recipes import Recipe, RewardSettings
-from rlreason.settings import SettingsError, setting
+from rlreason.settings import SettingsError, ours
 from rlreason.tasks.prompts import end_of_response
 
 
@@ -135,7 +135,7 @@ class ExpertIterationPlan(Plan):
     step: Literal["expert-iteration"] = "expert-iteration"
     start: AnyPlan | None
     shots: int
-    stop: str = setting("", "Ends a response as EOS does.", source="ours", neutral="")
+    stop: str = ours("", "Ends a response as EOS does.", neutral="")
     reward_model: AnyPlan | None
     validation_problems: int | None
     algorithm: ExpertIterationSettings
@@ -274,7 +274,7 @@ class PpoPlan(Plan):
     step: Literal["ppo"] = "ppo"
     start: AnyPlan | None
     shots: int
-    stop: str = setting("", "Ends a response as EOS does.", source="ours", neutral="")
+    stop: str = ours("", "Ends a response as EOS does.", neutral="")
     reward: RewardSettings
     reward_model: AnyPlan | None
     validate_every: int

@@ -52,6 +52,8 @@ def load_problems(
     name = str(name)
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit!r} must be at least 1, or None for all problems")
     if name in PROCEDURAL:
         return _load_mini(name, split, limit, knobs)
     if knobs:
@@ -78,6 +80,4 @@ def _load_mini(
             f"the task {name!r} has no setting {', '.join(unknown)}; its settings "
             f"are {', '.join(sorted(known))}"
         )
-    if limit is not None and limit < 1:
-        raise DataError(f"limit={limit!r} must be at least 1, or None for 1,000")
     return load_gsm_mini(split, shifted=name == "svamp-mini", limit=limit, **knobs)

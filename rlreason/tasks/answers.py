@@ -38,7 +38,6 @@ from itertools import pairwise
 from rlreason.tasks.numerals import (
     DASHES,
     DECIMAL,
-    MAX_NUMBER,
     NUMBER,
     canonical_number,
     decimal_places,
@@ -47,21 +46,6 @@ from rlreason.tasks.numerals import (
     plain,
     value_of,
 )
-
-__all__ = [
-    "MAX_DEPTH",
-    "MAX_EXPRESSION",
-    "MAX_NUMBER",
-    "Annotation",
-    "Solution",
-    "Step",
-    "canonical_number",
-    "evaluate_expression",
-    "extract_answer",
-    "is_correct",
-    "operation_key",
-    "parse_solution",
-]
 
 MAX_EXPRESSION = 200  # characters
 MAX_DEPTH = 16  # of nested parentheses

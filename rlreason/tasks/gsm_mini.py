@@ -124,8 +124,14 @@ def make_problems(
     draw = Draw(rng, SPLIT_CLASSES[split], largest)
     salt = {t.name: sum(t.name.encode()) * 7919 + len(t.name) for t in chosen}
     seen: set[str] = set()
-    stale = 0
+    lost = stale = 0  # draws in a row without a story of the split; without a new one
     while True:
+        if max(lost, stale) > 10_000:
+            raise ValueError(
+                f"{name} holds no more than {len(seen)} different problems for "
+                f"these knobs; widen steps, largest or templates"
+            )
+        lost += 1
         n = draw.pick(counts)
         kind = draw.pick(by_steps[n])
         draw.key = salt[kind.name]
@@ -136,16 +142,12 @@ def make_problems(
             continue
         if residue(draw.key) not in draw.classes:
             continue
+        lost = 0
         if distractors and draw.coin(distractors):
             told.insert(draw.below(len(told)), _distractor(draw))
         question = " ".join(told)
         if question in seen:
             stale += 1
-            if stale > 10_000:
-                raise ValueError(
-                    f"{name} holds no more than {len(seen)} different problems for "
-                    f"these knobs; widen steps, largest or templates"
-                )
             continue
         stale = 0
         seen.add(question)
