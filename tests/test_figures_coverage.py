@@ -15,12 +15,15 @@ def line(*means):
 
 CURVES = {"SFT": line(0.3, 0.6, 0.9), "PPO": line(0.5, 0.7, 0.8)}
 AHEAD = {"PPO": line(0.2, 0.1, -0.1)}
+PPO, EI = (line(0.1)[1], line(-0.2)[1]), (line(0.3)[1], line(0.4)[1])
+STEPS = {"pass@16": {"PPO": PPO, "EI": EI}, "pass@96": {"EI": EI}}
 DRAWN = {
     "plot_coverage": lambda: figures.plot_coverage(
         {"PPO by SFT": line(0.5, 0.7, 0.9), "SFT by PPO": line(0.4, 0.5, 0.6)},
         {"SFT by itself": line(0.5, 0.7, 0.8)},
     ),
     "plot_pass_curves": lambda: figures.plot_pass_curves(CURVES, AHEAD, against="SFT"),
+    "plot_steps": lambda: figures.plot_steps(STEPS, x="maj@1"),
 }
 
 
@@ -46,3 +49,20 @@ def test_what_is_behind_is_below_the_line_of_the_one_compared_with():
     assert ahead.get_linestyle() == top.lines[1].get_linestyle() != "-"
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["SFT", "PPO"]
+
+
+def test_distinct_solutions_are_counted_and_no_share():
+    figure = figures.plot_pass_curves(CURVES, AHEAD, against="SFT", solutions=True)
+    top, bottom = figure.axes
+    assert (top.get_yscale(), bottom.get_yscale()) == ("log", "linear")
+    assert bottom.get_ylabel() == "more than\nSFT"
+    figure.draw_without_rendering()
+    assert not any("%" in text.get_text() for text in top.get_yticklabels())
+
+
+def test_a_step_stands_at_both_of_its_differences():
+    left, right = DRAWN["plot_steps"]().axes
+    points = {c.get_label(): c[0].get_xydata().tolist() for c in left.containers}
+    assert points == {"PPO": [[0.1, -0.2]], "EI": [[0.3, 0.4]]}
+    (only,) = right.containers
+    assert only[0].get_color() == left.containers[1][0].get_color()

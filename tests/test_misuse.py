@@ -146,8 +146,6 @@ OPTIONS = [
     (["bench", "train", "--problems", "-3"], "--problems"),
     (["bench", "train", "--batch-size", "0"], "--batch-size"),
     (["bench", "train", "--repeats", "0"], "--repeats"),
-    (["bench", "tasks", "--problems", "0"], "--problems"),
-    (["bench", "tasks", "--repeats", "0"], "--repeats"),
 ]
 
 
