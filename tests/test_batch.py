@@ -136,6 +136,12 @@ def test_all_faults_are_told_at_once_with_what_there_is(grid, tmp_path):
         ),
         ("run: [{steps: [sft]}]", "unknown 'run' (did you mean 'runs'?)"),
         ("runs: [{steps: [sft], seeds: [-1]}]", "seed"),
+        ("runs: [{steps: [sft], seeds: []}]", "seeds has no value"),
+        (
+            "runs: [{steps: [sft], parameters: {sft.epochs: []}}]",
+            "sft.epochs has no value",
+        ),
+        ("runs: [{2024-01-01: 3}]", "keys must be str"),
         ("runs: !!python/object/apply:os.getcwd []", "could not determine"),
     ],
 )

@@ -224,6 +224,46 @@ def test_an_interruption_ends_all_that_was_started_and_starts_nothing(tmp_path, 
     assert signal.getsignal(number) is before
 
 
+CHECKPOINT = """
+import pathlib, signal, sys, time
+folder = pathlib.Path({folder!r})
+def save(number, frame):
+    time.sleep(0.3)
+    (folder / "saved").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+(folder / "pid.partial").write_text("1")
+(folder / "pid.partial").rename(folder / "pid")
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "saved"), [(signal.SIGTERM, True), (signal.SIGINT, False)]
+)
+def test_who_is_asked_to_end_lets_its_jobs_take_a_checkpoint(tmp_path, number, saved):
+    def interrupt():
+        wait_for(tmp_path / "pid")
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt).start()
+    job = python("a", CHECKPOINT.format(folder=str(tmp_path)))
+    with pytest.raises(KeyboardInterrupt):
+        LocalExecutor(cores=1, gpus=()).run([job])
+    assert (tmp_path / "saved").exists() == saved
+
+
+def test_a_job_without_gpus_sees_none(tmp_path):
+    told = "import os; open({!r}, 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    jobs = [
+        python(name, told.format(str(tmp_path / name)), gpus=n)
+        for name, n in (("none", 0), ("one", 1))
+    ]
+    LocalExecutor(cores=1, gpus=("4", "5")).run(jobs)
+    assert (tmp_path / "none").read_text() == ""
+    assert (tmp_path / "one").read_text() == "4"
+
+
 KILLED = """
 import sys
 from rlreason.execution.jobs import Job

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from rlreason.execution.jobs import Job, JobError
-from rlreason.execution.slurm import SlurmExecutor
+from rlreason.execution.slurm import SlurmExecutor, log_of, write_script
+from rlreason.runs.environment import make_folder
 
 # Carries out an array when it is submitted, and tells of it in the next look but one
 PROGRAM = """
@@ -164,3 +168,45 @@ def test_where_there_is_no_sbatch_the_scripts_are_printed_in_their_order(
     assert "ZeroDivisionError" not in "".join(shown)
     assert sum("--gpus=1" in script for script in shown) == 1
     assert not list(tmp_path.glob("**/*.log"))
+
+
+def test_a_job_that_is_asked_to_end_saves_before_its_script_does(tmp_path):
+    saving = (
+        "import pathlib, signal, sys, time\n"
+        "def save(number, frame):\n"
+        "    time.sleep(0.3)\n"
+        "    print('saved', flush=True)\n"
+        "    sys.exit(7)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\n"
+        "time.sleep(600)"
+    )
+    job = python("a", saving)
+    path, _ = write_script(make_folder(tmp_path / "slurm"), [job], gpus=False)
+    script = subprocess.Popen(
+        ["bash", path],
+        env={**os.environ, "SLURM_ARRAY_TASK_ID": "0"},
+        start_new_session=True,
+    )
+    while not (tmp_path / "up").exists():
+        time.sleep(0.02)
+    os.killpg(script.pid, signal.SIGTERM)  # all of it, as slurmd does
+    assert script.wait() == 7
+    log = log_of(job, tmp_path / "slurm")
+    assert log.read_text() == "saved\n"
+    assert log.with_name(log.name + ".exit").read_text() == "7\n"
+
+
+def test_what_is_not_to_be_made_keeps_no_other_script_from_being_printed(
+    tmp_path, monkeypatch
+):
+    def refuse():
+        raise JobError("it failed before")
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    shown, ended = [], []
+    jobs = [python("a", fresh=refuse), python("b")]
+    with pytest.raises(JobError, match="there is no sbatch"):
+        executor(tmp_path, show=shown.append, finished=ended.append).run(jobs)
+    assert len(shown) == 1
+    assert [(one.name, one.state) for one in ended] == [("a", "failed")]

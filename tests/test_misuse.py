@@ -23,6 +23,7 @@ PROFILES = {
     "broken.yaml": b"description: [",
     "latin.yaml": "description: caf\u00e9".encode("latin-1"),
     "date.yaml": b"description: a\ncommon: {day: 2024-01-02}",
+    "date-key.yaml": b"description: a\nrecipe: {2024-01-02: 3}",
     "key.yaml": b"description: a\ncomon: {}",
     "number.yaml": b"1: 2",
     "twice.yaml": b"description: a\ndescription: b",
@@ -145,6 +146,8 @@ OPTIONS = [
     (["bench", "sample", "--questions", "0"], "--questions"),
     (["bench", "train", "--problems", "-3"], "--problems"),
     (["bench", "train", "--batch-size", "0"], "--batch-size"),
+    (["batch", "no.yaml", "--dry-run"], "GRID"),
+    (["batch", "folder", "--dry-run"], "GRID"),
     (["bench", "train", "--repeats", "0"], "--repeats"),
 ]
 
@@ -211,6 +214,8 @@ WORDS = [
     ([*SETTINGS, "broken.yaml"], "broken.yaml"),
     ([*SETTINGS, "latin.yaml"], "latin.yaml"),
     ([*SETTINGS, "date.yaml"], "date"),
+    ([*SETTINGS, "date-key.yaml"], "date-key.yaml: keys must be"),
+    (["batch", "date-key.yaml", "--dry-run"], "date-key.yaml: keys must be"),
     ([*SETTINGS, "key.yaml"], "did you mean 'common'"),
     ([*SETTINGS, "number.yaml"], "unknown"),
     ([*SETTINGS, "twice.yaml"], "description given twice"),

@@ -11,7 +11,7 @@ from rlreason.commands.options import executor_option, jobs_option
 
 
 @click.command()
-@click.argument("grid", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("grid", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @executor_option
 @jobs_option
 @click.option(

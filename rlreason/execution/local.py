@@ -1,7 +1,8 @@
 """Jobs as processes of this machine, each on cores, or GPUs, of its own.
 
-An interruption kills what is running, with all that it has started. On Linux a job
-also ends with the process that started it, however that ends.
+An interruption kills what is running, with all that it has started; a SIGTERM is
+passed on first, so that a run can take its checkpoint. On Linux a job also ends with
+the process that started it, however that ends.
 
 What this leaves out: other machines, and a memory limit. Jobs share the memory.
 """
@@ -89,10 +90,17 @@ class _Here:
         self._running = [p for p in self._running if p not in ended]
         return [process.outcome() for process in ended]
 
-    def stop(self) -> None:
-        for process in self._running:
-            kill_tree(process.popen.pid)
-        for process in self._running:
+    def stop(self, grace: float) -> None:
+        families = [family_of(process.popen.pid) for process in self._running]
+        end = time.monotonic() + grace
+        if grace:
+            for process in self._running:
+                process.popen.terminate()
+            for process in self._running:
+                with suppress(subprocess.TimeoutExpired):
+                    process.popen.wait(max(0.0, end - time.monotonic()))
+        for process, family in zip(self._running, families, strict=True):
+            kill_tree(process.popen.pid, family)
             process.popen.wait()
 
 
@@ -110,7 +118,7 @@ class Process:
     def start(cls, job: Job, gpus: list[str]) -> Process:
         """Start a job in a session of its own, which Ctrl-C does not reach."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(job.cores)}
-        if gpus:
+        if gpus or not job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         # A pipe could fill up and block the job; closed by `outcome`
         errors = job.log.open("w+b") if job.log else TemporaryFile()  # noqa: SIM115
@@ -150,16 +158,24 @@ def _signal_name(number: int) -> str:
         return "of real time"
 
 
-def kill_tree(pid: int) -> None:
+def family_of(pid: int) -> list[psutil.Process]:
+    """A process and all that it has started; nothing where it is gone."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_tree(pid: int, before: Sequence[psutil.Process] = ()) -> None:
     """Kill a process, its group, and all that it has started in whichever group.
 
     A Jupyter kernel has a session of its own, so the group alone would leave it.
+
+    Args:
+        before: Its family, seen earlier; who has ended since no longer tells of it.
     """
-    try:
-        process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
+    family = {*before, *family_of(pid)}
     if hasattr(os, "killpg"):
         with suppress(ProcessLookupError, PermissionError):  # gone already
             os.killpg(pid, signal.SIGKILL)

@@ -182,7 +182,7 @@ class _Cluster:
             return Outcome(job.name, "failed", f"Ray: {error}")
         return outcome
 
-    def stop(self) -> None:
+    def stop(self, grace: float) -> None:
         self._mark.unlink(missing_ok=True)
         for reference in self._running:
             self._ray.cancel(reference)

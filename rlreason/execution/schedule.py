@@ -27,6 +27,13 @@ from rlreason.execution.jobs import Job, Outcome, check_jobs
 LOOK_EVERY = 0.05  # seconds
 
 
+GRACE = 20.0  # less than the 30 s that Slurm gives by default
+
+
+class AskedToEndError(KeyboardInterrupt):
+    """A SIGTERM or a hang-up: jobs may take a checkpoint, as at Ctrl-C they may not."""
+
+
 class Place(Protocol):
     """Where jobs run."""
 
@@ -42,8 +49,12 @@ class Place(Protocol):
         """Those that came to their end since this was last asked; does not wait."""
         ...
 
-    def stop(self) -> None:
-        """End all that is running, and leave."""
+    def stop(self, grace: float) -> None:
+        """End all that is running, and leave.
+
+        Args:
+            grace: Seconds for a checkpoint, from asking a job to end to killing it.
+        """
         ...
 
 
@@ -62,13 +73,17 @@ def run_jobs(
     """
     check_jobs(jobs)
     queue = _Queue(place, report, finished, list(jobs))
+    grace = 0.0
     with _signals_interrupt():
         try:
             while queue.waiting or queue.held:
                 if not queue.move():
                     time.sleep(LOOK_EVERY)
+        except AskedToEndError:
+            grace = GRACE
+            raise
         finally:
-            place.stop()
+            place.stop(grace)
             for name in list(queue.held):
                 queue.let_go(name)
     return queue.outcomes
@@ -145,7 +160,7 @@ def _signals_interrupt() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise AskedToEndError
 
     names = [n for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
     numbers = [getattr(signal, name) for name in names]

@@ -42,12 +42,20 @@ SCRIPT = """\
 #SBATCH --array=0-{last}
 #SBATCH --cpus-per-task={cores}
 #SBATCH --output=/dev/null
+#SBATCH --signal=B:TERM@60
 {more}export OMP_NUM_THREADS={cores} {folders}
 case $SLURM_ARRAY_TASK_ID in
 {cases}
 esac
-"$@" > "$log" 2>&1
+"$@" > "$log" 2>&1 &
+job=$!
+trap 'kill -TERM $job' TERM
+wait $job
 code=$?
+if [ $code -gt 128 ]; then  # a signal came to this shell, or ended the job
+  wait $job
+  code=$?
+fi
 echo $code > "$log.exit"
 exit $code
 """
@@ -86,7 +94,7 @@ class SlurmExecutor:
     def _print(self, jobs: Sequence[Job]) -> None:
         check_jobs(jobs)
         commands, before = [], ""
-        for level in levels([job for job in jobs if not job.fresh()]):
+        for level in levels([job for job in jobs if self._is_to_run(job)]):
             names = []
             for group in alike(level):
                 path, text = write_script(self.folder.absolute(), group, gpus=True)
@@ -99,6 +107,14 @@ class SlurmExecutor:
             "there is no sbatch here; where it is, with the same folders, submit:\n"
             + "\n".join(commands)
         )
+
+    def _is_to_run(self, job: Job) -> bool:
+        """Whether a job has anything to do; what is not to be made is told and left."""
+        try:
+            return not job.fresh()
+        except JobError as error:
+            self.finished(Outcome(job.name, "failed", f"rlreason: {error}"))
+            return False
 
 
 def levels(jobs: Sequence[Job]) -> Iterator[list[Job]]:
@@ -240,8 +256,8 @@ class _Queue:
         told = told if state == "FAILED" else f"{told}\nended by Slurm: {state}".strip()
         return Outcome(job.name, "failed", told, seconds)
 
-    def stop(self) -> None:
-        if self.running:
+    def stop(self, grace: float) -> None:
+        if self.running:  # Slurm asks first, and kills after its KillWait
             _ask("scancel", *self.running)
 
 

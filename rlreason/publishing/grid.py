@@ -83,6 +83,9 @@ class Runs(Settings):
     def _names_something(self) -> Runs:
         if not self.notebooks and not self.steps:
             raise ValueError("name notebooks or steps")
+        lists = {**self.parameters, "seeds": self.seeds}
+        if empty := [name for name, value in lists.items() if value == []]:
+            raise ValueError(f"{', '.join(empty)} has no value")
         return self
 
 

@@ -114,7 +114,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf8"), Loader=_StrictLoader)
         json.dumps(values, default=str)  # refuses what holds itself
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # a date as a key, say
         raise SettingsError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: not a mapping of keys to values")
