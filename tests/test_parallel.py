@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import PROBLEMS, tiny_policy
-from toys import TOY_PROBLEMS, UPDATE, Memory, examples_of, toy_recipe, toy_solutions
+from toys import TOY_PROBLEMS, UPDATE, examples_of, toy_recipe, toy_solutions
 
 from rlreason.algorithms.batching import Example, response_token_count
 from rlreason.algorithms.finetune import (
@@ -31,6 +31,7 @@ from rlreason.algorithms.finetune import (
 )
 from rlreason.algorithms.optim import load_optimizer_tensors, optimizer_tensors
 from rlreason.algorithms.ppo import Learner, PpoSettings
+from rlreason.algorithms.recorder import MemoryRecorder
 from rlreason.algorithms.sharded import owners
 from rlreason.policy.load import Policy, load_policy
 from rlreason.policy.lora import LoraSettings
@@ -124,16 +125,14 @@ def gradient_on_one_process() -> Any:
 
 
 def fine_tuning(**changes: Any) -> Any:
-    recorder = Memory()
+    recorder = MemoryRecorder()
     settings = SHORT.model_copy(update=changes)
     policy = tiny_policy()
     policy = finetune(policy, examples(policy), settings, recorder)
-    kept = recorder.restore()
     losses = [[row["loss"], row["grad_norm"]] for row in recorder.rows]
     return {
         "losses": losses,
         "weights": numbers(policy.model.state_dict().values()),
-        "checkpoint": sorted(kept.tensors) if kept else [],
     }
 
 
