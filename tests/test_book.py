@@ -94,7 +94,8 @@ def test_what_has_not_changed_is_not_executed_again(shelf, tmp_path):
     assert sorted(executed(shelf, tmp_path)) == ["above", "apart", "base"]
     assert executed(shelf, tmp_path) == []
     write_notebook(tmp_path, "base", "1 + 1")
-    assert executed(shelf, tmp_path) == ["base", "above"]  # and what stands on it
+    # And what stands on it
+    assert sorted(executed(shelf, tmp_path)) == ["above", "base"]
     (shelf.outputs / "apart.ipynb").unlink()
     assert executed(shelf, tmp_path) == ["apart"]
 
@@ -198,7 +199,8 @@ def test_the_first_page_shows_a_chapters_first_figure_with_its_words(tmp_path):
         for data in ("AAAA", "BBBB")
     ]
     said = {"data": {"text/markdown": "**Figure 15.1.** It rises."}}
-    summary = {"data": {"text/markdown": ["- **Which** is best?\n", "  A."]}}
+    answer = "  [A](15_a.ipynb)."  # leads from another folder
+    summary = {"data": {"text/markdown": ["- **Which** is best?\n", answer]}}
     outputs = [{"text": "no picture"}, summary, pictures[0], said, pictures[1]]
     cells = [{"source": "prose"}, {"outputs": outputs}]
     chapter = tmp_path / "notebooks" / "15_methods_side_by_side.ipynb"
@@ -207,7 +209,8 @@ def test_the_first_page_shows_a_chapters_first_figure_with_its_words(tmp_path):
     text = (tmp_path / "intro.md").read_text()
     (file,) = re.findall(r"!\[Curve AAAA\]\((\S+)\)\n\n\*\*Figure 15\.1\.\*\*", text)
     assert (tmp_path / file).read_bytes() == b64decode("AAAA")
-    assert text.index("It rises.") < text.index("- **Which** is best?\n  A.\n")
+    answer = "- **Which** is best?\n  [A](notebooks/15_a.ipynb).\n"
+    assert text.index("It rises.") < text.index(answer)
     assert "shows here" not in text
     show_first_figure(tmp_path)  # a page that does not ask stays as it is
     assert (tmp_path / "intro.md").read_text() == text

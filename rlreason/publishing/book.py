@@ -291,6 +291,8 @@ def show_first_figure(source: Path) -> None:
     picture = outputs[at]
     said = [o["data"] for o in [outputs[at + 1], *outputs[:at]] if "data" in o]
     words = ["".join(data.get("text/markdown", "")) for data in said]
+    beside = re.compile(r"\]\(([\w-]+\.ipynb)")  # of chapters in the same folder
+    words = [beside.sub(rf"]({Path(asked[1]).parent}/\1", text) for text in words]
     file = "_static/first-figure.png"
     (source / file).write_bytes(b64decode("".join(picture["data"]["image/png"])))
     alt = picture["metadata"]["image/png"]["alt"]
@@ -322,8 +324,8 @@ def prepare_notebook(content: dict[str, Any]) -> dict[str, Any]:
             data = output.get("data", {})
             if "text/markdown" in data:
                 data["text/markdown"] = _lead_to_pages(data["text/markdown"])
-            of_picture = output.get("metadata", {}).get("image/png", {})
-            alts += [of_picture["alt"]] if "alt" in of_picture else []
+            of_kinds = output.get("metadata", {}).values()
+            alts += [v["alt"] for v in of_kinds if isinstance(v, dict) and "alt" in v]
         if alts:
             shown = cell["metadata"].setdefault("mystnb", {}).setdefault("image", {})
             shown.setdefault("alt", "; ".join(dict.fromkeys(alts)))
