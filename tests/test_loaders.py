@@ -731,3 +731,9 @@ def test_p46_no_real_question_is_in_two_splits(task):
     assert not train & validation
     assert not train & test
     assert not validation & test
+
+
+@pytest.mark.parametrize("load", [tasks.load_gsm8k, tasks.load_svamp])
+def test_a_split_that_there_is_not_is_no_other_one(load):
+    with pytest.raises(DataError, match="unknown split 'tset'; the splits are train"):
+        load("tset")

@@ -26,6 +26,7 @@ from rlreason.experiments.records import (
     recorded,
     told,
     unbroken,
+    validation_curves,
     verdict,
 )
 from rlreason.experiments.rows import RecordError, Row, Spent, rows_path, write_rows
@@ -330,3 +331,16 @@ def test_a_table_leaves_out_a_column_without_records_and_names_it(write):
         "|  | base | seeds | maj@1 | maj@1 against its start | rollouts |"
     )
     assert "maj@K, rerank@K, pass@K (`rlreason record table-1" in page
+
+
+def test_curves_are_means_at_the_looks_that_all_seeds_had(write):
+    def looks(*seen):
+        rows = [
+            {"kind": "phase", "rollouts": n, "validation_maj_1": y} for n, y in seen
+        ]
+        return {"rows": [*rows, {"kind": "phase", "rollouts": 9000}]}
+
+    seeds = [looks((1000, 0.2), (2000, 0.4)), looks((1000, 0.4), (3000, 0.5))]
+    records = write(rows_of("ppo", "curve", seeds), rows_of("rcrl", "curve", [looks()]))
+    curves = validation_curves(records, {"PPO": "ppo", "RCRL": "rcrl", "EI": "sft"})
+    assert curves == {"PPO": {1.0: pytest.approx(0.3)}}

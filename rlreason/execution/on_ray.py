@@ -9,7 +9,8 @@ folder of runs is on a file system that all machines see, nothing is copied, and
 that is started again goes on where it was. Where it is not, a job takes what it reads
 with it and brings back what it writes; one that does not say what it writes is refused.
 
-What this leaves out: installing the package on the machines, and clusters that grow.
+What this leaves out: installing the package on the machines, clusters that grow, and
+time for a checkpoint where this process is asked to end: Ray interrupts a task at once.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ class _Cluster:
             return Outcome(job.name, "failed", f"Ray: {error}")
         return outcome
 
-    def stop(self, grace: float) -> None:
+    def stop(self, grace: float) -> None:  # which Ray has none of
         self._mark.unlink(missing_ok=True)
         for reference in self._running:
             self._ray.cancel(reference)

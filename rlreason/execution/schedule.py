@@ -25,9 +25,7 @@ from filelock import FileLock, Timeout
 from rlreason.execution.jobs import Job, Outcome, check_jobs
 
 LOOK_EVERY = 0.05  # seconds
-
-
-GRACE = 20.0  # less than the 30 s that Slurm gives by default
+GRACE = 20.0  # seconds, less than the 30 that Slurm gives by default
 
 
 class AskedToEndError(KeyboardInterrupt):

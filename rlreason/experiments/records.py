@@ -381,6 +381,21 @@ def looks_of(row: Row) -> list[tuple[int, float]]:
     return [(n, accuracy) for n, accuracy in seen if accuracy is not None]
 
 
+def validation_curves(
+    records: Records, arms: Mapping[str, str], size: str = ""
+) -> dict[str, dict[float, float]]:
+    """``validation_of`` some arms by thousands of rollouts, as a figure takes it.
+
+    Args:
+        arms: What the figure calls each, to the arm; those without a look are left out.
+    """
+    return {
+        called: {rollouts / 1000: accuracy for rollouts, accuracy in looks.items()}
+        for called, arm in arms.items()
+        if (looks := validation_of(records, arm, size))
+    }
+
+
 def validation_of(records: Records, arm: str, size: str = "") -> dict[int, float]:
     """Accuracy on validation problems by rollouts so far: the mean over seeds.
 

@@ -215,6 +215,8 @@ _FILE_REMEDY = (
 
 def _part(split: str) -> str:
     """The released part that holds ``split``."""
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
     return "test" if split == "test" else "train"
 
 
