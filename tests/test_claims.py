@@ -280,3 +280,16 @@ def test_every_claim_is_judged_once_all_is_recorded(capsys):
     assert len(re.findall(r"not recorded \(.*\)\n  not recorded yet", told)) == len(
         CLAIMS
     )
+
+
+def test_a_claim_is_told_in_the_first_line_of_its_effects():
+    records = Records(greedy("sft", GRADED), "nano")
+    (first, *others) = next(
+        [*one.lines()]
+        for one in judge_claims(records)
+        if one.claim.id == "both-improve"
+    )
+    assert first["claim"].startswith("RL improves maj@1 and pass@96")
+    assert first["shown in"] == "Figure 17.1"
+    assert len(others) == 5
+    assert {*others[0]} == {"effect", "measured", "expected"}

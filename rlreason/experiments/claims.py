@@ -156,6 +156,19 @@ class Judged:
         known = any(effect.interval is not None for effect in self.effects)
         return self.verdict if known else UNKNOWN
 
+    def lines(self) -> Iterator[dict[str, str]]:
+        """An effect each, for a table; of the claim itself only the first tells."""
+        claim = {
+            "claim": self.claim.text,
+            "known": self.claim.provenance,
+            "verdict": self.said,
+            "shown in": self.claim.shown,
+        }
+        for effect in self.effects:
+            told = {"measured": effect.measured, "expected": effect.wanted}
+            yield claim | {"effect": effect.name} | told
+            claim = {}
+
     def __str__(self) -> str:
         """The claim on one line, below it its effects, and what it rests on."""
         claim = self.claim

@@ -6,8 +6,9 @@ What is not recorded is said below each, with the command that records it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +31,9 @@ from rlreason.experiments.reported import reported_table, reported_tables
 from rlreason.experiments.rows import Row
 from rlreason.runs.folder import RunFolder
 from rlreason.settings import settings_hash
+
+Columns = Mapping[str, Callable[[Arm, str], str]]
+"""Head of a column to what it says of an arm and base."""
 
 # --- Differences ----------------------------------------------------------------------
 
@@ -112,14 +116,14 @@ def table_page(profile: str | Path, name: str) -> str:
     absent += [records.named(m) for m in table.metrics if m not in metrics]
     said = [
         _provenance(profile, rows),
-        "In percent, with 95% intervals over seeds and problems; the difference is of "
+        "In percent, with 95% intervals over seeds and problems; a difference is of "
         "pairs. Rollouts and tokens are those sampled in training, in brackets with "
         "those of all runs that it builds on.",
         _missing(profile, absent, name),
     ]
-    measured = [measured_table(records, table), " ".join(said).strip()]
-    changes = changes_table(records, table)
-    return "\n\n".join([*measured, *changes, *_as_reported(table)])
+    first, *others = measured_tables(records, table)
+    below = [" ".join(said).strip(), *others]
+    return "\n\n".join([first, *below, *_as_reported(table)])
 
 
 def _recorded_metrics(records: Records, table: Table) -> list[str]:
@@ -140,51 +144,64 @@ def _sizes(records: Records, table: Table) -> list[str]:
     return [*sorted(known), records.size]
 
 
-def _lines(records: Records, table: Table) -> Iterator[tuple[Arm, str, list[str]]]:
-    """Arm, base and the first cells of each line that is recorded."""
-    for name in table.arms:
-        arm = CATALOGUE.arms[name]
-        for size in _sizes(records, table):
-            if seeds := len(records.of(name, "greedy", size)):
-                yield arm, size, [f"{arm.called} (`{name}`)", size, str(seeds)]
+def measured_tables(records: Records, table: Table) -> list[str]:
+    """What is recorded, a line an arm and base, as Markdown.
 
-
-def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---", "---", *["--:"] * (len(heads) - 2)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *lines))
-
-
-def measured_table(records: Records, table: Table) -> str:
-    """A line an arm and base that is recorded, as Markdown."""
+    One table where there is one metric; else values, changes from the start, and what
+    training took stand apart, since all of it would be wider than a page.
+    """
     metrics = _recorded_metrics(records, table)
-    named = [records.named(metric) for metric in metrics]
-    return _markdown(
-        ["", "base", "seeds", *named, "maj@1 against its start", "rollouts", "tokens"],
-        [
-            [*first, *_cells(records, arm, metrics, size)]
-            for arm, size, first in _lines(records, table)
-        ],
-    )
-
-
-def _cells(records: Records, arm: Arm, metrics: Sequence[str], size: str) -> list[str]:
-    """What is known of an arm: each metric, the change, and what training took."""
-    values = [
-        "not yet" if interval is None else _percent(interval)
-        for interval in (
-            records.value(Cell(arm.name, metric, size)) for metric in metrics
-        )
+    values, changes, costs = _columns(records, metrics)
+    if len(metrics) == 1:
+        return [_markdown(records, table, values | changes | costs)]
+    counts = {
+        len(row.values["right"])
+        for row in records.rows
+        if row.arm in table.arms and row.measure == "samples"
+    }
+    of = " or ".join(map(str, sorted(counts)))
+    return [
+        _markdown(records, table, values),
+        f"In points; what takes many samples is of {of} problems:",
+        _markdown(records, table, changes),
+        "What training took:",
+        _markdown(records, table, costs),
     ]
-    rows = list(records.of(arm.name, "greedy", size).values())
-    rollouts = f"{fmean(row.spent.rollouts for row in rows):,.0f}"
-    if more := fmean(row.needed.rollouts for row in rows):
-        rollouts += f" ({fmean(row.spent.rollouts for row in rows) + more:,.0f})"
-    tokens = [row.spent.tokens for row in rows]
-    known = f"{fmean(tokens):,.0f}" if None not in tokens else "not kept"
-    return [*values, _change(records, arm, "maj@1", size), rollouts, known]
 
 
-def _change(records: Records, arm: Arm, metric: str, size: str) -> str:
+def _columns(records: Records, metrics: Sequence[str]) -> tuple[Columns, ...]:
+    """Values, changes from the start, and costs."""
+    named = {metric: records.named(metric) for metric in metrics}
+    values = {named[m]: partial(_value, records, m) for m in metrics}
+    seeds = {"seeds": lambda arm, size: str(len(records.of(arm.name, "greedy", size)))}
+    changes = {
+        f"{named[m]} against its start": partial(_change, records, m) for m in metrics
+    }
+    costs = {
+        "rollouts": partial(_rollouts, records),
+        "tokens": partial(_tokens, records),
+    }
+    return seeds | values, changes, costs
+
+
+def _markdown(records: Records, table: Table, columns: Columns) -> str:
+    """Lines in which a column has something."""
+    lines = [["", "base", *columns], ["---", "---", *["--:"] * len(columns)]]
+    for arm in (CATALOGUE.arms[name] for name in table.arms):
+        for size in _sizes(records, table):
+            if records.of(arm.name, "greedy", size):
+                cells = [column(arm, size) for column in columns.values()]
+                if any(cells):
+                    lines.append([f"{arm.called} (`{arm.name}`)", size, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _value(records: Records, metric: str, arm: Arm, size: str) -> str:
+    interval = records.value(Cell(arm.name, metric, size))
+    return "not yet" if interval is None else _percent(interval)
+
+
+def _change(records: Records, metric: str, arm: Arm, size: str) -> str:
     """How far an arm is above its start, in points; empty without a start or a pair."""
     if not arm.start:
         return ""
@@ -193,29 +210,17 @@ def _change(records: Records, arm: Arm, metric: str, size: str) -> str:
     return unbroken(in_points(change)) if change else ""
 
 
-def changes_table(records: Records, table: Table) -> list[str]:
-    """The other metrics against the start, and a line on it; nothing without any.
+def _rollouts(records: Records, arm: Arm, size: str) -> str:
+    rows = records.of(arm.name, "greedy", size).values()
+    own = f"{fmean(row.spent.rollouts for row in rows):,.0f}"
+    if any(row.needed.rollouts for row in rows):
+        return f"{own} ({records.rollouts(arm.name, size):,})"
+    return own
 
-    Samples of all problems would take long, so these have fewer problems, and wider
-    intervals, than maj@1.
-    """
-    metrics = [m for m in _recorded_metrics(records, table) if m != "maj@1"]
-    lines = [
-        [f"{arm.called} (`{arm.name}`)", size, *cells]
-        for arm, size, _ in _lines(records, table)
-        if any(cells := [_change(records, arm, m, size) for m in metrics])
-    ]
-    if not lines:
-        return []
-    named = [records.named(metric) for metric in metrics]
-    counts = {
-        len(row.values["right"])
-        for row in records.rows
-        if row.arm in table.arms and row.measure == "samples"
-    }
-    of = " or ".join(map(str, sorted(counts)))
-    told = f"The other metrics against the start of each, of {of} problems, in points:"
-    return [told, _markdown(["", "base", *named], lines)]
+
+def _tokens(records: Records, arm: Arm, size: str) -> str:
+    tokens = [row.spent.tokens for row in records.of(arm.name, "greedy", size).values()]
+    return "not kept" if None in tokens else f"{fmean(tokens):,.0f}"
 
 
 def _percent(interval: Interval) -> str:
