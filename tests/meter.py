@@ -7,12 +7,9 @@ along) and for the reference; in learning once an epoch.
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -33,42 +30,36 @@ from rlreason.tasks.problem import Problem
 STAGES = ("sampling", "scoring", "learning")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
-    """One stage of a phase: medians over phases.
+    """One stage of a phase.
 
     Attributes:
-        seconds: Wall-clock.
         needed: Tokens that had to go through the trunk.
         computed: Tokens that did, padding included.
         calls: Forward passes of the trunk, a reference's included.
     """
 
-    name: str
-    seconds: float
-    needed: float
-    computed: float
-    calls: float
+    needed: int = 0
+    computed: int = 0
+    calls: int = 0
 
 
 class _Meter(Recorder):
-    """Counts seconds, calls and tokens of the trunks by stage, phase by phase."""
+    """Counts calls and tokens of the trunks by stage, phase by phase."""
 
     def __init__(self) -> None:
         self.stage: str | None = None
-        self.phases: list[dict[str, dict[str, float]]] = []
+        self.phases: list[dict[str, Stage]] = []
         self.begin()
 
     def begin(self) -> None:
-        self.now: dict[str, dict[str, float]] = {
-            stage: defaultdict(float) for stage in STAGES
-        }
+        self.now = {stage: Stage() for stage in STAGES}
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
-        start, self.stage = time.perf_counter(), stage
+        self.stage = stage
         yield
-        self.now[stage]["seconds"] += time.perf_counter() - start
         self.stage = None
 
     def log(self, kind: str, **metrics: Any) -> None:
@@ -79,13 +70,13 @@ class _Meter(Recorder):
     def see(self, hidden: Tensor) -> None:
         """Count a forward pass by what enters its first layer, (B, L, H)."""
         if self.stage is not None:
-            self.now[self.stage]["calls"] += 1
-            self.now[self.stage]["computed"] += hidden.shape[0] * hidden.shape[1]
+            self.now[self.stage].calls += 1
+            self.now[self.stage].computed += hidden.shape[0] * hidden.shape[1]
 
 
 def run_ppo(
     recipe: Recipe, policy: Policy, settings: PpoSettings, *, prompted: bool = False
-) -> list[Stage]:
+) -> dict[str, Stage]:
     """Run two phases of PPO and count the second; the first warms up."""
     chosen = settings.model_copy(
         update={"phases": 2, "max_new_tokens": recipe.max_new_tokens}
@@ -100,14 +91,7 @@ def run_ppo(
             shots=recipe.shot_problems() if prompted else (),
             recorder=meter,
         )
-    middle = {
-        stage: {
-            name: median(phase[stage][name] for phase in meter.phases[1:])
-            for name in ("seconds", "needed", "computed", "calls")
-        }
-        for stage in STAGES
-    }
-    return [Stage(stage, **numbers) for stage, numbers in middle.items()]
+    return meter.phases[1]
 
 
 @contextmanager
@@ -148,10 +132,10 @@ def _counting(
             for r in rollouts
             for n in range(1, len(r.tokens))
         }
-        meter.now["sampling"]["needed"] = prompts + len(drawn)
+        meter.now["sampling"].needed = prompts + len(drawn)
         passes = 2 if settings.measures_kl else 1
-        meter.now["scoring"]["needed"] = passes * whole
-        meter.now["learning"]["needed"] = settings.epochs * whole
+        meter.now["scoring"].needed = passes * whole
+        meter.now["learning"].needed = settings.epochs * whole
         return reward(rollouts, problems)
 
     return counted

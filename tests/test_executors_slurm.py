@@ -189,6 +189,7 @@ def test_a_job_that_is_asked_to_end_saves_before_its_script_does(tmp_path):
         start_new_session=True,
     )
     while not (tmp_path / "up").exists():
+        assert script.poll() is None
         time.sleep(0.02)
     os.killpg(script.pid, signal.SIGTERM)  # all of it, as slurmd does
     assert script.wait() == 7
