@@ -205,6 +205,10 @@ def test_rows_are_made_elsewhere_resumed_and_taken_over(
     assert rows[0].spent.rollouts == 32
     assert rows[0].spent.tokens > 32
     assert not results.exists()
+    for wrong in (("--size", "bass"), ("--seed", "7")):
+        code, said = run("rloo", *wrong, "--list", *out)
+        assert code == "2"
+        assert f"no run of {wrong[1]}; there are those of " in said
     # What is there is not made again; what lacks one row is
     assert run(*alone, "--here", *out)[1:3] == [
         "rloo  2 of 2 rows recorded",

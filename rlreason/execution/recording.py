@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from rlreason.execution.executors import executor_named
 from rlreason.execution.jobs import Job, Outcome
 from rlreason.execution.seeds import QUIET, missing, raise_faults, training_jobs
+from rlreason.experiments.catalogue import CatalogueError
 from rlreason.experiments.measures import (
     MEASURES,
     Context,
@@ -177,12 +178,23 @@ class Recorder:
 
         Args:
             size, seed: Of these alone, and of the named arms alone.
+
+        Raises:
+            CatalogueError: There is no such arm, table, size or seed.
         """
         alone = size is not None or seed is not None
         arms = {arm.name for arm in self.context.catalogue.find(names)}
+        every = self.context.subjects(names)
+        for asked, there in (
+            (size, {subject.size for subject in every}),
+            (seed, {subject.seed for subject in every}),
+        ):
+            if asked is not None and asked not in there:
+                known = ", ".join(map(str, sorted(there)))
+                raise CatalogueError(f"no run of {asked}; there are those of {known}")
         subjects = [
             subject
-            for subject in self.context.subjects(names)
+            for subject in every
             if size in (None, subject.size)
             and seed in (None, subject.seed)
             and (subject.arm.name in arms or not alone)
