@@ -551,6 +551,16 @@ def test_explained_variance():
 # A phase
 
 
+def test_the_start_waits_on_the_cpu_while_its_copies_work(monkeypatch):
+    """On a GPU it would take the place of one model more."""
+    start, moves, seen = toy_policy(), [], []
+    monkeypatch.setattr(start.model, "to", lambda device: moves.append(str(device)))
+    look = lambda *_: seen.append(len(moves)) or {}  # noqa: E731
+    ppo(start, TOY_PROBLEMS, QUICK, on_phase=look)
+    assert seen == [1] * QUICK.phases  # moved once, before the first phase
+    assert moves == ["cpu", str(start.device)]
+
+
 @pytest.fixture(scope="module")
 def scored():
     """A learner that has scored, paid and credited twelve rollouts, some cut."""

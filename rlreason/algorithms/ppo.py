@@ -78,7 +78,7 @@ from rlreason.policy.memory import checkpointing, fewer_tokens_at_once
 from rlreason.policy.packing import moved
 from rlreason.policy.parallel import my_alike_share, sum_gradients, sum_tensors, summed
 from rlreason.policy.progress import progress_bar
-from rlreason.policy.reference import Reference
+from rlreason.policy.reference import Reference, set_aside
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample_prompts
 from rlreason.policy.value import Scores, new_value_function, score, score_values
@@ -557,7 +557,8 @@ def ppo(
     recorder = recorder or Recorder()
     learner = Learner(start, problems, settings, reward=reward, shots=shots)
     first = saved = learner.restore(recorder)
-    with progress_bar(settings.phases, "PPO", unit="phase", done=first) as progress:
+    bar = progress_bar(settings.phases, "PPO", unit="phase", done=first)
+    with bar as progress, set_aside(start):
         for phase in range(first, settings.phases):
             with recorder.clock("sampling"):
                 rollouts = learner.ask(phase)

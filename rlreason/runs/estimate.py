@@ -7,7 +7,8 @@ what it takes grows by the same amount with every layer.
 
 Memory is that of one device, of several that hold weights and gradients each and share
 masters and moments (ZeRO-1). Counted with the model that works are those that a step
-holds beside it: the base, the start, the policy of the last round.
+holds beside it: the base, the start, the policy of the last round; on a GPU only where
+they are not set aside.
 
 Assumed, since only a run can tell: how long texts are, how many solutions expert
 iteration keeps (``Work``), that a solution has four steps, and that reading a token
@@ -17,6 +18,7 @@ takes a third of learning from it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -183,7 +185,7 @@ def _sft(models: Models, recipe: Recipe, work: Work) -> Need:
 
 
 def _expert_iteration(models: Models, recipe: Recipe, work: Work) -> Need:
-    """Base, start and the last policy leave the device while a student learns."""
+    """Base, start and the last policy wait while a student learns."""
     settings, from_base = recipe.expert_iteration, recipe.start == "base"
     rounds = (recipe.rounds_from_base if from_base else None) or settings.rounds
     first_k = (recipe.first_k_from_base if from_base else None) or settings.k
@@ -193,35 +195,39 @@ def _expert_iteration(models: Models, recipe: Recipe, work: Work) -> Need:
     return Need(
         first,
         sampling=models.sampling(held, work.asked, settings.k),
-        update=models.fine_tuning(settings.finetune),
+        update=models.waiting(held) + models.fine_tuning(settings.finetune),
         sampled=(first_k + (rounds - 1) * settings.k) * work.asked * work.response,
         trained=rounds * learned * settings.finetune.epochs,
     )
 
 
 def _orm(models: Models, recipe: Recipe, work: Work) -> Need:
-    """The base is there, and whoever samples; balancing leaves half of the samples."""
-    settings, held = recipe.orm, 2 * models.weights
+    """The base waits, then whoever sampled; balancing leaves half of the samples."""
+    settings, one = recipe.orm, models.weights
     idle, update = models.reward_model()
     samples = work.asked * settings.k
     return Need(
-        held,
-        sampling=models.sampling(held + idle, work.asked, settings.k),
-        update=models.weights + update,
+        2 * one,
+        sampling=models.sampling(
+            models.waiting(one) + one + idle, work.asked, settings.k
+        ),
+        update=models.waiting(2 * one) + update,
         sampled=samples * work.response,
         trained=samples // 2 * work.whole * settings.epochs,
     )
 
 
 def _ppo(models: Models, recipe: Recipe, work: Work) -> Need:
-    """The base and the start wait; policy, V and reference are the learner's."""
+    """Base and start wait, a reward model works; the rest is the learner's."""
     settings, from_base = recipe.ppo, recipe.start == "base"
-    held = models.weights * (1 if from_base else 2)
-    idle, scoring, update = models.ppo()
+    started = models.weights * (1 if from_base else 2)
+    rewarding = models.weights * recipe.reward.learned
+    held = models.waiting(started) + rewarding
+    idle, scoring, update = models.ppo(rewarding)
     phases = (recipe.ppo_phases_from_base if from_base else None) or settings.phases
     responses = phases * settings.rollouts
     return Need(
-        held,
+        started + rewarding,
         sampling=models.sampling(
             held + idle,
             settings.rollouts // settings.n,
@@ -237,14 +243,14 @@ def _ppo(models: Models, recipe: Recipe, work: Work) -> Need:
 
 
 def _rcrl(models: Models, recipe: Recipe, work: Work) -> Need:
-    """To label a step takes half a response, K times."""
+    """To label a step takes half a response, K times; then expert and base wait."""
     settings, held = recipe.rcrl, 2 * models.weights
     solutions = work.asked * settings.samples
     labels = solutions * (STEPS_OF_A_SOLUTION - 1) * settings.k / 2
     return Need(
         held,
         sampling=models.sampling(held, work.asked, settings.samples),
-        update=models.fine_tuning(settings.finetune),
+        update=models.waiting(held) + models.fine_tuning(settings.finetune),
         sampled=round((solutions + labels) * work.response),
         trained=solutions * work.whole * settings.finetune.epochs,
     )
@@ -357,6 +363,10 @@ class Models:
             logits=config.vocab_size,
         )
 
+    def waiting(self, held: int) -> int:
+        """Bytes of models that wait: a GPU's wait in the memory of the CPU."""
+        return 0 if self.machine.gpus else held
+
     def sampling(
         self, held: int, questions: int, k: int, *, shots: int = 0
     ) -> tuple[int, int]:
@@ -380,7 +390,7 @@ class Models:
         return held + int(most), max(1, int(groups * k))
 
     def fine_tuning(self, settings: FinetuneSettings) -> int:
-        """Peak of an update of all weights, or of adapters; who waits is set aside."""
+        """Peak of an update of all weights, or of adapters."""
 
         def learns(policy: WeightlessPolicy) -> tuple[nn.Module, Callable]:
             if settings.lora is not None:
@@ -412,10 +422,10 @@ class Models:
         batch = [example(*self._texts(i)) for i in range(count)]
 
         def measure(policy: WeightlessPolicy) -> tuple[int, ...]:
-            with LiveBytes() as live, torch.device("meta"):
+            with _made():
                 model, loss = learns(policy)
             state = _optimiser(model, self.machine.ranks)
-            with live:
+            with LiveBytes() as live:
                 live.hold(model.parameters())
                 start = live.now
                 accumulate(loss, batch, 1, max_tokens=tokens)
@@ -425,14 +435,20 @@ class Models:
         idle, backward, step = self.by_depth(measure)
         return idle, max(backward, step)
 
-    def _tokens_that_fit(self, learns: Callable, example: Example) -> int:
-        """Tokens of a micro-batch where it is measured, as ``tokens_that_fit`` does."""
+    def _tokens_that_fit(
+        self, learns: Callable, example: Example, beside: int = 0
+    ) -> int:
+        """Tokens of a micro-batch where it is measured, as ``tokens_that_fit`` does.
+
+        Args:
+            beside: Bytes of other models on the device.
+        """
 
         def measure(policy: WeightlessPolicy) -> tuple[int, int]:
-            with LiveBytes() as live, torch.device("meta"):
+            with _made():
                 model, loss = learns(policy)
             masters = _optimiser(model, self.machine.ranks).masters
-            with live:
+            with LiveBytes() as live:
                 live.hold(model.parameters())
                 start = live.now
                 summed = loss([example])
@@ -441,11 +457,15 @@ class Models:
             return start + masters, kept
 
         held, kept = self.by_depth(measure)
-        free = GPU_SHARE * max(0, self.machine.memory - held)
+        free = GPU_SHARE * max(0, self.machine.memory - held - beside)
         return int((free if self.machine.gpus else CPU_ROOM) * len(example) / kept)
 
-    def ppo(self) -> tuple[int, int, int]:
-        """Of a learner: itself with its optimiser, the peaks of scoring and update."""
+    def ppo(self, beside: int = 0) -> tuple[int, int, int]:
+        """Of a learner: itself with its optimiser, the peaks of scoring and update.
+
+        Args:
+            beside: Bytes of other models on the device, which are not among them.
+        """
         settings = self.recipe.ppo
         problem = Problem("", "", "", "")
 
@@ -454,7 +474,7 @@ class Models:
             return learner.policy.model, learner.kept_by
 
         tokens = settings.micro_tokens or self._tokens_that_fit(
-            learns, Example((1,), self._texts()[1])
+            learns, Example((1,), self._texts()[1]), beside
         )
         share = -(-settings.batch_size // self.machine.ranks)
         # Of as many questions, which is what mini-batches may come to
@@ -471,7 +491,7 @@ class Models:
             settings = settings.model_copy(update={"kl": kl, "max_kl": None})
 
         def measure(policy: WeightlessPolicy) -> tuple[int, ...]:
-            with LiveBytes() as live, torch.device("meta"):
+            with _made():
                 learner = Learner(policy, [problem], settings)
             learner.micro_tokens = tokens
             models = [learner.policy.model]
@@ -484,7 +504,7 @@ class Models:
             experience = Experience(
                 tuple(rollouts), zeros.bool(), *(zeros,) * 3, zeros[:, 0], *(zeros,) * 4
             )
-            with live:
+            with LiveBytes() as live:
                 live.hold(w for m in models for w in m.parameters())
                 start = live.now
                 live.peak = start
@@ -523,6 +543,13 @@ class Models:
             a + (b - a) * (depth - low) // low
             for a, b in zip(first, second, strict=True)
         ]
+
+
+@contextmanager
+def _made() -> Iterator[None]:
+    """Make models from a policy without weights, uncounted: whoever is copied waits"""
+    with LiveBytes(), torch.device("meta"):
+        yield
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from rlreason.algorithms.reward_modelling import OrmSettings, train_orm
 from rlreason.algorithms.sft import sft
 from rlreason.evaluation.classifier import classification_metrics
 from rlreason.policy.load import Policy, load_policy
+from rlreason.policy.reference import set_aside
 from rlreason.policy.vocabulary import add_tokens
 from rlreason.rewards.base import RewardFunction
 from rlreason.rewards.dense import dense_reward
@@ -239,14 +240,15 @@ class RewardModelPlan(Plan):
     def make(
         self, base: Policy, needed: Mapping[str, Any], run: RunFolder
     ) -> OutcomeRewardModel:
-        """See ``algorithms.reward_modelling``."""
-        return train_orm(
-            needed["start"].policy,
-            self.task.question_problems(),
-            self.algorithm,
-            run,
-            evaluator=classification_metrics,
-        )
+        """See ``algorithms.reward_modelling``; the base is not needed."""
+        with set_aside(base):
+            return train_orm(
+                needed["start"].policy,
+                self.task.question_problems(),
+                self.algorithm,
+                run,
+                evaluator=classification_metrics,
+            )
 
     def load(self, run: RunFolder) -> TrainedRewardModel:
         """A model is loaded into a base that has its shape."""
@@ -325,8 +327,9 @@ class PpoPlan(Plan):
             load_reward(self.reward.function)
 
     def make(self, base: Policy, needed: Mapping[str, Any], run: RunFolder) -> Policy:
-        """See ``algorithms.ppo``."""
+        """See ``algorithms.ppo``; of the base a reward may need the tokenizer."""
         model = needed.get("reward_model")
+        start = needed["start"].policy if self.start else base
 
         def look(phase: int, policy: Policy) -> dict[str, Any]:
             last = phase == self.algorithm.phases
@@ -340,17 +343,18 @@ class PpoPlan(Plan):
                 shots=self.shots,
             )
 
-        return ppo(
-            needed["start"].policy if self.start else base,
-            self.task.question_problems(),
-            self.algorithm,
-            reward=reward_function(
-                self.reward, self.algorithm, base, orm=model and model.orm
-            ),
-            shots=self.task.shot_problems(self.shots),
-            recorder=run,
-            on_phase=look,
-        )
+        with set_aside(*([base] if self.start else [])):
+            return ppo(
+                start,
+                self.task.question_problems(),
+                self.algorithm,
+                reward=reward_function(
+                    self.reward, self.algorithm, base, orm=model and model.orm
+                ),
+                shots=self.task.shot_problems(self.shots),
+                recorder=run,
+                on_phase=look,
+            )
 
     @staticmethod
     def lines(row: Mapping[str, Any]) -> str:
