@@ -220,8 +220,13 @@ def test_rows_are_made_elsewhere_resumed_and_taken_over(
     like = rows[0].model_copy(update={"arm": "grpo", "measuring": 7200.0})
     write_rows([like], path)  # the same measure of another arm says how long it takes
     said = run(*alone, "--list", *out)
-    assert said[4] == "about 2.0 hours are left, of one core or GPU"
-    path.write_text(path.read_text().splitlines(keepends=True)[1])
+    assert said[4].startswith("about 2.0 hours are left, of one core or GPU; 2.0 where")
+    # Of several that are alike the mean, and the quickest
+    write_rows([like.model_copy(update={"seed": 1, "measuring": 3600.0})], path)
+    said = run(*alone, "--list", *out)
+    assert said[4].startswith("about 1.5 hours are left, of one core or GPU; 1.0 where")
+    assert "3.0 hours of measuring, of one core or GPU; 2.0 hours in all" in said[3]
+    path.write_text(path.read_text().splitlines(keepends=True)[-1])
     run(*alone, "--here", *out)
     assert [row.values for row in read_rows(path)] == [row.values for row in rows]
     rows = read_rows(path)

@@ -122,12 +122,18 @@ class Work:
         if self.rows:
             yield took(self.rows)
         if self.rows and measuring:
-            yield f"about {self.hours_left():.1f} hours are left, of one core or GPU"
+            yield (
+                f"about {self.hours_left():.1f} hours are left, of one core or GPU; "
+                f"{self.hours_left(min):.1f} where all are as quick as their quickest"
+            )
 
-    def hours_left(self) -> float:
+    def hours_left(self, of: Callable[[list[float]], float] = fmean) -> float:
         """By what the same arm took, else the same step, and the same measure, so far.
 
         Nothing is counted for what has no like yet, nor for runs that no row is of.
+
+        Args:
+            of: Several that are alike; the quickest had least beside it.
         """
         trained, measured = defaultdict(list), defaultdict(list)
         for row in self.rows:
@@ -137,8 +143,8 @@ class Work:
             for like in ((row.measure, row.size), (row.measure,)):
                 measured[like].append(row.measuring)
 
-        def mean(known: Mapping[tuple, list[float]], *likes: tuple) -> float:
-            return fmean(next((known[like] for like in likes if like in known), [0.0]))
+        def each(known: Mapping[tuple, list[float]], *likes: tuple) -> float:
+            return of(next((known[like] for like in likes if like in known), [0.0]))
 
         seconds, counted = 0.0, set()
         for subject, measures in self.subjects:
@@ -148,9 +154,9 @@ class Work:
                 counted.add(run)
                 step = arm.step
                 likes = (arm.name, size), (step, begun, size), (step, begun), (step,)
-                seconds += mean(trained, *likes)
+                seconds += each(trained, *likes)
             for name in measures:
-                seconds += mean(measured, (name, size), (name,))
+                seconds += each(measured, (name, size), (name,))
         return seconds / 3600
 
 
