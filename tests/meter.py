@@ -1,8 +1,8 @@
 """Counts what goes through the trunk in a phase of PPO, and what would have to.
 
-What has to: in sampling a prompt once a question and each sampled token but the last;
-in scoring each beginning that sequences have in common once, for the policy (V comes
-along) and for the reference; in learning once an epoch.
+What has to: in sampling each beginning that prompts have in common once, and each
+sampled token but the last; in scoring each beginning that sequences have in common
+once, for the policy (V comes along) and for the reference; in learning once an epoch.
 """
 
 from __future__ import annotations
@@ -115,6 +115,11 @@ def _first_layer(trunk: torch.nn.Module) -> torch.nn.Module:
     return next(lists)[0]
 
 
+def distinct(sequences: Sequence[tuple[int, ...]]) -> int:
+    """Tokens to compute: what sequences have in common at their beginning once."""
+    return sum(map(len, sequences)) - sum(in_order(sequences)[1])
+
+
 def _counting(
     reward: RewardFunction, meter: _Meter, settings: PpoSettings
 ) -> RewardFunction:
@@ -123,10 +128,8 @@ def _counting(
     def counted(
         rollouts: Sequence[Rollout], problems: Sequence[Problem]
     ) -> list[tuple[float, ...]]:
-        # What sequences have in common at their beginning can be computed once
-        texts = [(*r.prompt_tokens, *r.tokens) for r in rollouts]
-        whole = sum(map(len, texts)) - sum(in_order(texts)[1])
-        prompts = sum(len(r.prompt_tokens) for r in rollouts[:: settings.n])
+        whole = distinct([(*r.prompt_tokens, *r.tokens) for r in rollouts])
+        prompts = distinct([r.prompt_tokens for r in rollouts])
         drawn = {
             (r.problem_id, r.tokens[:n])
             for r in rollouts

@@ -15,6 +15,7 @@ from torch import nn
 from rlreason.policy import cohort_engine, sampler, slot_engine
 from rlreason.policy.drawing import draw_tokens
 from rlreason.policy.kv_cache import ATTENTION_NAME, Moves
+from rlreason.policy.layout import opening_of
 from rlreason.policy.load import make_policy
 from rlreason.policy.rollout import Prompt
 from rlreason.policy.sampler import (
@@ -354,6 +355,39 @@ def test_shots_stand_in_the_prompt():
     text = format_prompt(PROBLEMS[0], PROBLEMS[1:3])
     assert list(rollout.prompt_tokens) == policy.encode_prompt(text)
     assert worst_error(policy, [rollout], lambda x: x.log_softmax(-1)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_all_prompts_begin_with_is_computed_once(kind):
+    policy, shots = tiny_policy(kind), PROBLEMS[1:3]
+    asked = {"shots": shots, "k": 3, "max_new_tokens": 24, "temperature": 1.0}
+    shapes = []
+
+    def see(module, args, kwargs):
+        shapes.append(tuple(kwargs["input_ids"].shape))
+
+    sample(policy, PROBLEMS, **asked)  # the model is checked
+    with policy.model.register_forward_pre_hook(see, with_kwargs=True):
+        together = sample(policy, PROBLEMS, **asked)
+    prompts = [r.prompt_tokens for r in together[::3]]
+    opening = opening_of(prompts)
+    assert opening > len(policy.encode_prompt(format_prompt(shots[0])))
+    assert shapes[:2] == [
+        (1, opening),
+        (len(PROBLEMS), max(map(len, prompts)) - opening),
+    ]
+    assert worst_error(policy, together, lambda x: x.log_softmax(-1)) < 1e-4
+    alone = [r for p in PROBLEMS for r in sample(policy, [p], **asked)]
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+
+
+def test_an_opening_leaves_each_its_last_token_and_saves_a_tenth():
+    long, short = tuple(range(20)), tuple(range(8))
+    assert opening_of([(*long, 30), (*long, 31, 32)]) == 20
+    assert opening_of([long, short]) == 7
+    assert opening_of([long, long]) == 19
+    assert opening_of([long]) == 0  # there is nobody to share it with
+    assert opening_of([(1, *short), (1, *long[1:]), (1, 9, 9)]) == 0
 
 
 @pytest.mark.usefixtures("engine")

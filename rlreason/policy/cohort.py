@@ -13,6 +13,7 @@ from torch import Tensor
 from rlreason.policy.engine import Answer, Request
 from rlreason.policy.forced import Forced, Forcing
 from rlreason.policy.kv_cache import CohortStore
+from rlreason.policy.layout import opening_of
 from rlreason.policy.passes import NOT_FINITE
 
 NOTHING = -1  # in the records, after a sample has ended
@@ -46,9 +47,14 @@ class Cohort:
         questions = torch.arange(len(requests), device=device)
         self.row = torch.repeat_interleave(questions, sizes)  # that of the question
         self.home = torch.arange(len(self.row), device=device)
-        width = max(len(request.prompt) for request in requests)
+        opening = opening_of([request.prompt for request in requests])
+        width = max(len(request.prompt) for request in requests) - opening
         self.store = CohortStore(
-            width - lengths, width, questions, max_columns=max(limit - 1, 1)
+            width + opening - lengths,
+            width,
+            questions,
+            max_columns=max(limit - 1, 1),
+            opening=opening,
         )
         self.limit, self.drawn = limit, 0
         self.position = lengths  # of a row's newest token, (R,)

@@ -94,13 +94,14 @@ class CohortEngine(Engine):
         """What a cohort can come to take, when all of its samples differ."""
         store, costs = cohort.store, self.costs
         rows = max(store.slab_rows, cohort.samples)
-        rows *= costs.row + costs.score * store.width
-        return costs.token * store.width * store.questions + rows
+        rows *= costs.row + costs.score * (store.opening + store.width)
+        prompts = store.opening + store.width * store.questions
+        return costs.token * prompts + rows
 
     def prefill(self, cohort: Cohort) -> None:
         """Compute the prompts and draw every sample's first token."""
         store = cohort.store
-        stride = max(1, self.prefill_tokens // store.width)
+        stride = max(1, self.prefill_tokens // (store.opening + store.width))
         parts = []
         for start in range(0, len(cohort.requests), stride):
             prompts = [r.prompt for r in cohort.requests[start : start + stride]]

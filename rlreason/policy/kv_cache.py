@@ -9,7 +9,8 @@ What is done differently from transformers' own cache, and why:
 
 * The K samples of a question share one copy of its prompt's keys and values. Their
   queries meet the prompt in one matrix product per question, so that the prompt is
-  read once a step and not K times.
+  read once a step and not K times. What all prompts of a cohort begin with, such as
+  solved examples, is there once for all questions: the *opening*.
 * New keys are written in place into a slab with spare columns; nothing is
   concatenated, which would copy the whole cache at every step.
 * Samples of a question that have drawn the same tokens so far can share a row. A row
@@ -50,27 +51,35 @@ class AttentionError(ValueError):
 class CohortStore:
     """Keys and values of one cohort: G prompts and the R rows that answer them.
 
-    For each layer there are prompt slabs (G, Hkv, P, D) and own slabs (R, Hkv, C, D)
-    for keys and for values. Hkv is the number of key heads, D their width, P the
-    longest prompt (shorter ones are aligned to the right), C the room for own tokens,
-    of which ``length`` columns are filled.
+    For each layer there are the opening (1, Hkv, B, D), prompt slabs (G, Hkv, P, D) and
+    own slabs (R, Hkv, C, D) for keys and for values. Hkv is the number of key heads, D
+    their width, P the longest prompt without the opening (shorter ones are aligned to
+    the right), C the room for own tokens, of which ``length`` columns are filled.
 
     Args:
         pads: Unused columns at the left of each prompt, (G,), int64.
         width: P.
         group: The question that each row answers, (R,), int64, below G.
         max_columns: Own tokens that a row can come to hold.
+        opening: B, the tokens that all prompts begin with and that are kept once.
     """
 
     def __init__(
-        self, pads: Tensor, width: int, group: Tensor, *, max_columns: int
+        self,
+        pads: Tensor,
+        width: int,
+        group: Tensor,
+        *,
+        max_columns: int,
+        opening: int = 0,
     ) -> None:
         self.group = group
-        self.width = width
+        self.width, self.opening = width, opening
         self.length = 0
         self.rows = self.slab_rows = len(group)
         self.questions = len(pads)
         self._max_columns = max_columns
+        self.openings: list[tuple[Tensor, Tensor]] = []
         self._prompt_keys: list[Tensor] = []
         self._prompt_values: list[Tensor] = []
         self._keys: list[Tensor] = []
@@ -142,7 +151,7 @@ class CohortStore:
     def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         """Attention of each row's newest token to its prompt and its own tokens.
 
-        One softmax runs over both parts, so the result is what a cache with the whole
+        One softmax runs over all parts, so the result is what a cache with the whole
         sequence would give. With several query heads to a key head, H = Hkv * Q.
 
         Args:
@@ -172,23 +181,35 @@ class CohortStore:
         else:
             scores = torch.baddbmm(self._bias, by_question, keys)
         scores = scores.view(-1, self.width).index_select(0, self._from_grid)
+        parts = [scores.view(rows, key_heads, shared, self.width)]
+        if self.opening:
+            keys = self.openings[layer][0].transpose(2, 3)
+            by_row = flat.view(rows, key_heads, shared, dim)
+            parts.insert(0, _once_for_all(by_row, keys))
 
         # To the row's own tokens: one product per row and key head. (R*Hkv, Q, T)
         length = self.length + 1
         keys = self._by_head(self._keys[layer][:rows])[:, :length]
         values = self._by_head(self._values[layer][:rows])[:, :length]
         own = torch.bmm(flat.view(-1, shared, dim), keys.transpose(1, 2))
-        own = own.view(rows * heads, length)
+        parts.append(own.view(rows, key_heads, shared, length))
 
-        weights = torch.cat([scores, own], dim=1).softmax(-1, dtype=torch.float32)
-        weights = weights.to(query.dtype)  # (R*H, P+T)
-        to_own = weights[:, self.width :].view(rows * key_heads, shared, length)
+        weights = torch.cat(parts, dim=-1).softmax(-1, dtype=torch.float32)
+        weights = weights.to(query.dtype)  # (R, Hkv, Q, B+P+T)
+        to_opening, to_prompt, to_own = weights.split(
+            [self.opening, self.width, length], dim=-1
+        )
+        to_own = to_own.reshape(rows * key_heads, shared, length)
         out = torch.bmm(to_own, values).view(rows * heads, dim)
-        to_prompt = weights[:, : self.width].index_select(0, self._to_grid)
+        to_prompt = to_prompt.flatten(0, 2).index_select(0, self._to_grid)
         to_prompt = to_prompt.view(self.questions * key_heads, -1, self.width)
         from_prompt = torch.bmm(to_prompt, self._by_head(self._prompt_values[layer]))
         out += from_prompt.view(-1, dim).index_select(0, self._from_grid)
-        return out.view(rows, heads, dim)
+        out = out.view(rows, key_heads, shared, dim)
+        if self.opening:
+            values = self.openings[layer][1]
+            out += _once_for_all(to_opening, values)
+        return out.reshape(rows, heads, dim)
 
     @staticmethod
     def _by_head(slab: Tensor) -> Tensor:
@@ -267,6 +288,18 @@ class CohortStore:
             self._is_pad = moves.apply_(self._is_pad)
 
 
+def _once_for_all(rows: Tensor, shared: Tensor) -> Tensor:
+    """Rows (R, Hkv, Q, N) times what all of them share, (1, Hkv, N, M), by key head.
+
+    Returns:
+        (R, Hkv, Q, M), of one product for all rows.
+    """
+    count, key_heads, queries, width = rows.shape
+    by_head = rows.transpose(0, 1).reshape(key_heads, count * queries, width)
+    product = torch.bmm(by_head, shared[0])  # (Hkv, R*Q, M)
+    return product.view(key_heads, count, queries, -1).transpose(0, 1)
+
+
 class Moves:
     """Where the successors of entries lie, so that few have to be copied.
 
@@ -302,13 +335,39 @@ class Moves:
         return entries[: len(self.places)]
 
 
+class OpeningCache(Cache):
+    """Receives the keys and values of a forward pass over the opening.
+
+    Args:
+        store: Where they are kept.
+        mask: True where attention is allowed, (1, 1, B, B).
+    """
+
+    def __init__(self, store: CohortStore, mask: Tensor) -> None:
+        super().__init__(layers=[])
+        self._store, self._mask = store, mask
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Called by the model's layers, one after the other."""
+        self._store.openings.append((key_states, value_states))
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """No token precedes it."""
+        return 0
+
+    def attend(self, layer, query, key, value, scaling) -> Tensor:
+        """(1, H, B, D) to (1, B, H, D)."""
+        return _masked_attention(query, key, value, self._mask, scaling)
+
+
 class PromptCache(Cache):
     """Receives the keys and values of a forward pass over some of the prompts.
 
     Args:
         store: Where they are kept.
         questions: Which of the store's questions the pass covers.
-        mask: True where attention is allowed, (g, 1, p, p).
+        mask: True where attention is allowed, (g, 1, p, B + p).
     """
 
     def __init__(
@@ -323,23 +382,33 @@ class PromptCache(Cache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Called by the model's layers."""
         self._store.write_prompt(layer_idx, self._questions, key_states, value_states)
-        return key_states, value_states
+        if not self._store.opening:
+            return key_states, value_states
+        new = (key_states, value_states)
+        return tuple(
+            torch.cat([opening.expand(len(own), -1, -1, -1), own], dim=2)
+            for opening, own in zip(self._store.openings[layer_idx], new, strict=True)
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """No token precedes a prompt."""
-        return 0
+        """Only the opening precedes what is left of a prompt."""
+        return self._store.opening
 
     def attend(self, layer, query, key, value, scaling) -> Tensor:
         """(g, H, p, D) to (g, p, H, D)."""
-        out = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=self._mask,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out.transpose(1, 2)
+        return _masked_attention(query, key, value, self._mask, scaling)
+
+
+def _masked_attention(query, key, value, mask: Tensor, scaling: float) -> Tensor:
+    out = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2)
 
 
 class DecodeCache(Cache):
@@ -362,7 +431,7 @@ class DecodeCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows differ in length; positions are passed to the model instead."""
-        return max(store.width + store.length for store in self._stores)
+        return max(s.opening + s.width + s.length for s in self._stores)
 
     def attend(self, layer, query, key, value, scaling) -> Tensor:
         """(R, H, 1, D) to (R, 1, H, D)."""

@@ -72,6 +72,17 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return low
 
 
+def opening_of(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with; 0 where it pays too little.
+
+    The last token of each is always its own.
+    """
+    common = _common(min(sequences), max(sequences))
+    common = min(common, min(map(len, sequences)) - 1)
+    others = [common] * (len(sequences) - 1)
+    return common if begin_alike([*map(len, sequences)], others) else 0
+
+
 def begin_alike(lengths: Sequence[int], begins: Sequence[int]) -> bool:
     """Whether it pays to let common beginnings go through a model once."""
     return sum(begins) >= _SAVES * sum(lengths)

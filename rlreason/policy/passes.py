@@ -21,11 +21,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from rlreason.policy.fused_norms import fused_norms
 from rlreason.policy.kv_cache import (
@@ -33,6 +35,7 @@ from rlreason.policy.kv_cache import (
     AttentionError,
     CohortStore,
     DecodeCache,
+    OpeningCache,
     PromptCache,
 )
 from rlreason.policy.load import Policy, PolicyError, vocabulary_rows
@@ -118,13 +121,24 @@ def prompt_logits(
         model: Borrowed.
         store: Where they go.
         questions: Which of the store's questions they are.
-        prompts: g lists of token ids, at most ``store.width`` long.
+        prompts: g lists of token ids, at most ``store.width`` long after the opening,
+            which is computed with the first of them.
         pad_id: What to fill up with; nothing looks at it.
     """
-    width = max(map(len, prompts))
-    ids, positions, mask = _align_right(prompts, width, pad_id)
-    ids, positions, mask = (x.to(store.group.device) for x in (ids, positions, mask))
+    aligned = partial(_align_right, pad_id=pad_id, device=store.group.device)
+    if store.opening and not store.openings:
+        ids, positions, mask = aligned([prompts[0][: store.opening]])
+        _last_logits(model, OpeningCache(store, mask), ids, positions, mask)
+    rest = [prompt[store.opening :] for prompt in prompts]
+    ids, positions, mask = aligned(rest, begin=store.opening)
     cache = PromptCache(store, questions, mask)
+    return _last_logits(model, cache, ids, positions, mask)
+
+
+def _last_logits(
+    model: PreTrainedModel, cache: Cache, ids: Tensor, positions: Tensor, mask: Tensor
+) -> Tensor:
+    """What follows the last of ids (g, p), (g, V)."""
     return model(
         input_ids=ids,
         position_ids=positions,
@@ -342,9 +356,13 @@ def _sampled(
     Row r begins with the first ``starts[r]`` of the tokens and goes on with the next.
     """
     lengths = torch.tensor(starts, device=ids.device)
-    width = max(starts)
     rows = torch.arange(len(starts), device=ids.device)
-    store = kind(width - lengths, width, rows, max_columns=max(steps, 1))
+    shared = {}
+    if kind is CohortStore and len(starts) > 1:  # half of the shortest
+        shared = {"opening": min(starts) // 2}
+    width = max(starts) - shared.get("opening", 0)
+    pads = max(starts) - lengths
+    store = kind(pads, width, rows, max_columns=max(steps, 1), **shared)
     prompts = [ids[:n].tolist() for n in starts]
     every = slice(0, len(starts))
     model, pad_id = policy.model, policy.pad_id
@@ -362,23 +380,33 @@ def _comparable(logits: Tensor) -> Tensor:
 
 
 def _align_right(
-    prompts: Sequence[Sequence[int]], width: int, pad_id: int
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    device: torch.device,
+    begin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pad prompts at the left, so that the last tokens stand in one column.
 
+    Args:
+        begin: B, the tokens that stand before all of them, and that all see.
+
     Returns:
-        Ids and positions (G, P), and where attention is allowed (G, 1, P, P): to
+        Ids and positions (G, P), and where attention is allowed (G, 1, P, B + P): to
         earlier tokens of the prompt. Padding sees itself, so that no row of the
         softmax is empty, which would be NaN on some devices.
     """
+    width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
     pads = torch.tensor([width - len(prompt) for prompt in prompts])[:, None]
     column = torch.arange(width)
-    positions = (column - pads).clamp(min=0)
+    positions = begin + (column - pads).clamp(min=0)
     causal = column[:, None] >= column
     real = column >= pads  # (G, P)
     mask = (causal & real[:, None, :]) | torch.eye(width, dtype=torch.bool)
-    return ids, positions, mask[:, None]
+    before = torch.ones((*ids.shape, begin), dtype=torch.bool)
+    mask = torch.cat([before, mask], dim=2)[:, None]
+    return ids.to(device), positions.to(device), mask.to(device)
 
 
 def _turn(model: PreTrainedModel) -> threading.RLock:

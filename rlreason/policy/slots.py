@@ -106,7 +106,11 @@ class SlotStore:
 
     Attributes:
         length: Own tokens of each row, (R,), int64; whoever decodes counts them.
+        opening: Tokens that are kept once for all prompts: none, since what stands in
+            a place changes as questions come and go.
     """
+
+    opening = 0
 
     def __init__(
         self, pads: Tensor, width: int, group: Tensor, *, max_columns: int
