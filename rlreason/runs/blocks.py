@@ -24,8 +24,10 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -51,10 +53,12 @@ class PackedGroup:
 
 def pack_group(rollouts: Sequence[Rollout]) -> PackedGroup:
     """What cannot be made anew from the prompt and the policy's tokenizer."""
+    tokens = chain.from_iterable(r.tokens for r in rollouts)
+    logprobs = chain.from_iterable(r.logprobs for r in rollouts)
     return PackedGroup(
         lengths=torch.tensor([len(r.tokens) for r in rollouts]),
-        tokens=torch.tensor([t for r in rollouts for t in r.tokens], dtype=torch.int32),
-        logprobs=torch.tensor([x for r in rollouts for x in r.logprobs]),
+        tokens=torch.from_numpy(np.fromiter(tokens, np.int32)),
+        logprobs=torch.from_numpy(np.fromiter(logprobs, np.float32)),
         finished=torch.tensor([r.finished for r in rollouts]),
     )
 
@@ -162,9 +166,10 @@ class Blocks:
             tell(f"{len(found)} of {len(own)} questions are sampled: the rest follows")
         return found, seconds
 
-    def write(self, groups: Mapping[int, PackedGroup], seconds: float) -> None:
+    def write(self, groups: Mapping[int, Sequence[Rollout]], seconds: float) -> None:
         """Add a block of groups, which took so long since the one before."""
-        content = save(join_groups(groups) | {"seconds": torch.tensor(seconds)})
+        packed = {i: pack_group(group) for i, group in groups.items()}
+        content = save(join_groups(packed) | {"seconds": torch.tensor(seconds)})
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
         write_atomically(self.folder / name, content)

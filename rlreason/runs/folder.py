@@ -26,6 +26,9 @@ there. A checkpoint is written beside its place, forced to disk, and renamed: it
 there wholly or not at all. One that no longer holds what was written, by its hashes, is
 not gone on from: the one before it is. There is no pickle in a run folder.
 
+What is sampled for hours is kept while more is, in blocks: the next session draws what
+is missing, and a checkpoint that holds what came of them takes their place.
+
 What this leaves out: several processes that write one run (data parallel training logs
 from its first process alone), and network file systems without working locks.
 """
@@ -54,7 +57,7 @@ from rlreason.algorithms.recorder import Checkpoint
 from rlreason.policy.parallel import Group
 from rlreason.policy.progress import tell
 from rlreason.policy.sampler import Asked, Draw
-from rlreason.runs.blocks import Blocks, pack_group
+from rlreason.runs.blocks import Blocks
 from rlreason.runs.contents import sha256_of
 from rlreason.runs.environment import (
     environment,
@@ -271,7 +274,7 @@ class RunFolder:
         yield from found.items()
         self._save_took = 0.0  # a block is small, whatever the last checkpoint was
         for i, group in draw([i for i in own if i not in found]):
-            fresh[i] = pack_group(group)
+            fresh[i] = group
             if RunFolder.due(self):  # this process, whatever others do
                 with self._saving(blocks.folder):
                     blocks.write(fresh, time.monotonic() - self._saved_at)
