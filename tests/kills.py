@@ -31,13 +31,18 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from tiny_models import tiny_policy
 from toys import TOY_PROBLEMS, die, run_toy, toy_policy, toy_recipe, written
 
+from rlreason.policy.rollout import Prompt, Rollout
+from rlreason.policy.sampler import Asked
+from rlreason.runs import files
 from rlreason.runs import folder as module
 from rlreason.runs import steps as train
 from rlreason.runs.folder import RunFolder, RunFolderError
@@ -156,17 +161,36 @@ class Line(Settings):
 
 
 def line(root: Path) -> None:
-    """A run of milliseconds: three rows, a checkpoint after the first and the last."""
-    with RunFolder("line", Line(), root=root, keep=1) as run:
+    """A run of milliseconds: it samples, and logs three rows.
+
+    Each group is a block; a checkpoint comes after the first row and the last.
+    """
+    with RunFolder("line", Line(), root=root, keep=1, save_every=0) as run:
         if run.done:
             return
         saved = run.restore()
-        weights = saved.tensors["weights"] if saved else torch.ones(2)
+        weights = saved.tensors["weights"] if saved else torch.ones(2) * sampled(run)
         for step in range(saved.state["steps"] if saved else 0, Line().steps):
             weights = 2 * weights + step
             run.log("step", step=step, sum=weights.sum())
             if step != 1:
                 run.save({"weights": weights}, {"steps": step + 1})
+
+
+def sampled(run: RunFolder) -> int:
+    """The sum of what is drawn, or was: the tokens of two groups."""
+
+    def draw(chosen):
+        for i in chosen:
+            yield i, [Rollout("p", 0, (1,), (50 + i,), (-0.5,), "", False)]
+
+    groups = run.keep_groups(_asked(), draw, range(2))
+    return sum(rollout.tokens[0] for _, (rollout,) in groups)
+
+
+@cache
+def _asked() -> Asked:
+    return Asked(tiny_policy(), [Prompt("p", (1,))] * 2, [1, 1], 1.0, 1, 0, None)
 
 
 def left(root: Path) -> dict[str, bytes]:
@@ -292,15 +316,15 @@ WRONG = ("rows-are-not-cut", "files-in-place")
 @contextmanager
 def wrong_version(name: str) -> Iterator[None]:
     """Run folders with a fault, for each of which there is a write that shows it."""
-    whole = module._open_at, module.write_atomically
+    whole = module._open_at, files.write_atomically
     if name == "rows-are-not-cut":
         module._open_at = lambda path, size: path.open("ab")
     else:
-        module.write_atomically = lambda path, content: path.write_bytes(content)
+        files.write_atomically = lambda path, content: path.write_bytes(content)
     try:
         yield
     finally:
-        module._open_at, module.write_atomically = whole
+        module._open_at, files.write_atomically = whole
 
 
 # --- Random moments ------------------------------------------------------------------
@@ -327,7 +351,7 @@ def batch(recipe, root: Path, steps: Iterable[str]) -> dict[str, Any]:
         answers = dict(kept_answers(toy_policy(), TOY_PROBLEMS, **options))
     finally:
         RunFolder.due = due
-    # Their log-probabilities are rounded otherwise in other batches: see kept_rollouts
+    # Their log-probabilities are rounded otherwise in other batches: see blocks
     return {i: [rollout.tokens for rollout in each] for i, each in answers.items()}
 
 

@@ -239,7 +239,7 @@ def test_it_samples_k_solutions_a_question_and_round_and_counts_them(seen):
     assert [len(r) for r in seen["sampled"]] == [18, 18, 18]
     assert [row["rollouts"] for row in rounds(recorder)] == [18, 36, 54]
     assert [row["round"] for row in rounds(recorder)] == [1, 2, 3]
-    assert all(o["temperature"] == 1.0 and o["k"] == 3 for o in seen["asked"])
+    assert all(o["temperature"] == 1.0 and o["k"] == [3] * 6 for o in seen["asked"])
     assert len({o["seed"] for o in seen["asked"]}) == 3
 
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,16 @@ from rlreason.policy.parallel import (
     ranks,
     sum_gradients,
     summed,
+    wait,
 )
 from rlreason.policy.rollout import Prompt
 from rlreason.policy.sampler import sample, sample_prompts
 from rlreason.rewards.orm import OutcomeRewardModel, score_tokens
 from rlreason.rewards.sparse import sparse_token_rewards
+from rlreason.runs.folder import RunFolder
 from rlreason.runs.plans import obtain, plan_of
+from rlreason.runs.shared import SharedRun
+from rlreason.settings import Settings
 
 SHORT = FinetuneSettings(
     epochs=2, batch_size=7, lr=1e-4, lr_floor=1e-5, micro_tokens=60
@@ -220,6 +225,38 @@ def runs() -> Any:
     return found
 
 
+class Sampled(Settings):
+    """Settings of a run that samples."""
+
+    seed: int = 1
+
+
+def kept(root: Path | None = None) -> Any:
+    """Sample, be stopped before a checkpoint, and again; what is drawn, and what comes.
+
+    Args:
+        root: Where others have done so before.
+    """
+    kind, policy, found = RunFolder if ranks() == 1 else SharedRun, tiny_policy(), []
+    given = {"root": root or Path(os.environ["RLREASON_RUNS"]), "save_every": 0}
+    for _ in range(2):
+        drawn = []
+        with suppress(KeyboardInterrupt), kind("sampled", Sampled(), **given) as run:
+
+            def keeper(asked, draw, own, run=run, drawn=drawn):
+                return run.keep_groups(
+                    asked, lambda chosen: draw(drawn.extend(chosen) or chosen), own
+                )
+
+            rollouts = sample(
+                policy, PROBLEMS, k=[2, 1, 3, 2], max_new_tokens=9, keeper=keeper
+            )
+            raise KeyboardInterrupt
+        wait()
+        found.append([sorted(drawn), [[r.problem_id, r.tokens] for r in rollouts]])
+    return found
+
+
 def sums() -> Any:
     return [
         summed({"a": 1.0, f"rank {rank()}": 2.0}),
@@ -229,7 +266,7 @@ def sums() -> Any:
 
 CASES: tuple[Callable[[], Any], ...] = (
     *(sampling, gradients, mean_of_means, gradient_on_one_process, fine_tuning),
-    *(adapters, going_on, phases, reward_model, runs, sums),
+    *(adapters, going_on, phases, reward_model, runs, kept, sums),
 )
 
 
@@ -256,15 +293,20 @@ def alone(toy, tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def together(toy, tmp_path_factory) -> list[dict[str, Any]]:
+def shared_runs(tmp_path_factory) -> Path:
+    """The folder of runs of the two processes."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def together(toy, shared_runs) -> list[dict[str, Any]]:
     """What each of two processes came to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = tmp_path_factory.mktemp("runs")
     environment = {
         **os.environ,
-        **{"TOY": str(toy), "RLREASON_RUNS": str(root), "OMP_NUM_THREADS": "1"},
+        **{"TOY": str(toy), "RLREASON_RUNS": str(shared_runs), "OMP_NUM_THREADS": "1"},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"},
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
@@ -366,6 +408,22 @@ def test_one_folder_is_written_and_all_go_on_from_it(alone, together):
         expected, alone_weights = alone["runs"][step]
         assert close(rows, expected, atol=1e-3)
         assert close(weights, alone_weights, atol=1e-3)
+
+
+def test_what_each_process_sampled_is_kept_and_found_by_any_number_of_them(
+    alone, together, shared_runs
+):
+    first, second = zip(*(each["kept"] for each in together), strict=True)
+    assert sorted(first[0][0] + first[1][0]) == [0, 1, 2, 3]
+    assert first[0][0]
+    assert first[1][0]
+    expected = alone["kept"][0][1]
+    for drawn, rollouts in second:
+        assert drawn == []
+        assert rollouts == expected
+    for drawn, rollouts in json.loads(json.dumps(kept(shared_runs))):
+        assert drawn == []
+        assert rollouts == expected
 
 
 def test_numbers_are_summed_by_name(together):

@@ -42,7 +42,7 @@ from rlreason.algorithms.recorder import MemoryRecorder
 from rlreason.algorithms.sft import sft
 from rlreason.commands.notebooks import CELL_LIMIT
 from rlreason.experiments.rows import RecordError, read_rows, write_rows
-from rlreason.policy import cohort_engine
+from rlreason.policy import cohort_engine, sampler
 from rlreason.policy.memory import within_memory
 from rlreason.policy.sampler import sample
 from rlreason.publishing.book import Shelf
@@ -283,6 +283,40 @@ def test_the_command_line_ends_with_143_and_the_same_command_goes_on(
     files = written(runs)
     monkeypatch.setenv("RLREASON_RUNS", str(tmp_path / "undisturbed"))
     cli.main(command)
+    assert written(tmp_path / "undisturbed") == files
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGTERM")
+@pytest.mark.parametrize("step", ["expert-iteration", "orm"])
+def test_a_round_that_is_longer_than_a_job_comes_to_its_end_in_several(
+    step, tmp_path, monkeypatch, runs
+):
+    """A job is asked to end at the second question it samples, killed at the third."""
+    plan = plan_of(step, toy_recipe(tmp_path))
+    draw, drawn = sampler._draw, []
+
+    def in_a_job(asked, chosen, **options):
+        for number, (i, group) in enumerate(draw(asked, chosen, **options), start=1):
+            if asked.temperature:  # what is validated is greedy
+                drawn.append((asked.seed, asked.prompts[i]))
+                {2: ask_to_end, 3: killed}.get(number, int)()
+            yield i, group
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    jobs = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "_draw", in_a_job)
+        while not folder_of(plan).done and jobs < 12:
+            jobs += 1
+            with suppress(Stopped, KeyboardInterrupt):
+                obtain(plan)
+    assert len(drawn) == len(set(drawn))  # nothing was drawn twice
+    assert jobs == len(drawn) // 2 + 1  # the last one only learns
+    files = written(runs)
+    monkeypatch.setenv("RLREASON_RUNS", str(tmp_path / "undisturbed"))
+    obtain(plan)
     assert written(tmp_path / "undisturbed") == files
 
 

@@ -282,7 +282,16 @@ def _explore(
     if settings.allocation == "rare":
         counts = allocate(tally.rates(), k * len(problems))
     with recorder.clock("sampling"):
-        rollouts = _sample(policy, problems, counts, settings, round_, shots)
+        rollouts = sample(
+            policy,
+            problems,
+            k=counts,
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed * 1000 + round_,
+            shots=shots,
+            keeper=recorder.keep_groups,
+        )
     rewards = passed = sparse_rewards(rollouts, problems)
     if orm is not None:
         with recorder.clock("scoring"):
@@ -300,24 +309,6 @@ def _explore(
             f"start from SFT, raise k or max_new_tokens, or set first_round_shots"
         )
     return grown, tally, metrics
-
-
-def _sample(policy, problems, counts, settings, round_, shots) -> list[Rollout]:
-    """So many samples of each question, one question's together, in their order."""
-    found: dict[str, list[Rollout]] = {problem.id: [] for problem in problems}
-    for k in sorted(set(counts)):
-        rollouts = sample(
-            policy,
-            [p for p, count in zip(problems, counts, strict=True) if count == k],
-            k=k,
-            temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
-            seed=settings.seed * 1000 + round_,
-            shots=shots,
-        )
-        for rollout in rollouts:
-            found[rollout.problem_id].append(rollout)
-    return [rollout for rows in found.values() for rollout in rows]
 
 
 def _distil(student, examples, settings, recorder: NestedRecorder) -> Policy:

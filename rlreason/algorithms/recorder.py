@@ -18,17 +18,22 @@ undisturbed one, on a CPU to the bit:
 3. It calls ``save`` between two steps when ``due()`` says so. What it returns at the
    end is the caller's to keep. Metrics logged after the last save are taken back on
    resume, and logged again.
+4. What it samples for longer than a job may run, it samples with ``keep_groups`` as the
+   keeper. The next ``save`` must hold what came of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlreason.policy.parallel import Group
+from rlreason.policy.sampler import Asked, Draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,15 @@ class Recorder:
     def restore(self) -> Checkpoint | None:
         """Return what was saved last, or None where a run starts from nothing."""
         return None
+
+    def keep_groups(
+        self, asked: Asked, draw: Draw, own: Sequence[int]
+    ) -> Iterator[Group]:
+        """Be the ``keeper`` of ``policy.sampler.sample``: keep groups as they finish.
+
+        A run that is stopped before its next ``save`` draws only what it lacks.
+        """
+        yield from draw(own)
 
 
 def last_checkpoint(recorder: Recorder, unit: str, saved: int) -> str:

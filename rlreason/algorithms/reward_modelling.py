@@ -159,6 +159,7 @@ def train_orm(
                 temperature=settings.temperature,
                 max_new_tokens=settings.max_new_tokens,
                 seed=settings.seed * 1000 + 500,
+                keeper=recorder.keep_groups,
             )
         labelled = label_rollouts(rollouts, problems)
         data = build_dataset(labelled, settings)

@@ -22,7 +22,7 @@ from rlreason.execution.jobs import Executor, Job, JobError, Outcome
 from rlreason.execution.local import LocalExecutor
 from rlreason.policy.progress import tell
 from rlreason.runs.environment import make_folder, runs_root
-from rlreason.runs.folder import write_atomically
+from rlreason.runs.files import write_atomically
 from rlreason.runs.plans import Plan, folder_of, obtain, plan_of
 from rlreason.runs.recipes import Recipe
 from rlreason.settings import canonical_json

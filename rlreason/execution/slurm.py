@@ -27,7 +27,7 @@ from rlreason.execution.jobs import Job, JobError, Outcome, check_jobs
 from rlreason.execution.local import TOLD
 from rlreason.execution.schedule import run_jobs
 from rlreason.runs.environment import make_folder, runs_root
-from rlreason.runs.folder import write_atomically, write_json
+from rlreason.runs.files import write_atomically, write_json
 
 # Those from which a job does not come back
 ENDED = (

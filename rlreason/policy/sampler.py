@@ -21,6 +21,7 @@ token only if its random number falls within about 1e-6 of a boundary.
 
 ``sample_prompts`` does the same for prompts given as tokens, for continuing half
 solutions. ``prompt_groups`` can also put a token before each step, see ``labels``.
+Sampling that takes hours is given a ``Keeper``, which holds on to what is finished.
 
 Left out: beam search, truncated sampling; what is drawn after a text at which a prompt
 stops is drawn, and dropped.
@@ -29,8 +30,9 @@ stops is drawn, and dropped.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -40,7 +42,7 @@ from rlreason.policy.cohort_engine import CohortEngine
 from rlreason.policy.engine import Request
 from rlreason.policy.forced import Forced
 from rlreason.policy.load import Policy, positions_of, vocabulary_rows
-from rlreason.policy.parallel import joined_groups, my_share
+from rlreason.policy.parallel import Group, joined_groups, my_share
 from rlreason.policy.passes import check_model
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.rollout import Prompt, Rollout
@@ -52,24 +54,54 @@ from rlreason.tasks.prompts import end_of_response, format_prompt
 ENGINES = {"cuda": SlotEngine}  # by type of device; others decode as a CPU does
 
 
+@dataclass(frozen=True)
+class Asked:
+    """All that decides what is drawn.
+
+    Attributes:
+        policy: Who answers.
+        prompts: What to.
+        ks: How many samples of each prompt.
+        temperature: As in ``sample``, like the next two.
+        max_new_tokens: See there.
+        seed: See there.
+        forced: As in ``prompt_groups``.
+    """
+
+    policy: Policy
+    prompts: Sequence[Prompt]
+    ks: Sequence[int]
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    forced: Forced | None
+
+
+# Draws the groups of the prompts with these indices, in the order of finishing
+Draw = Callable[[Sequence[int]], Iterator[Group]]
+# Gives the groups of these indices too, some of them drawn, some that it has kept
+Keeper = Callable[[Asked, Draw, Sequence[int]], Iterator[Group]]
+
+
 def sample(
     policy: Policy,
     problems: Sequence[Problem],
     *,
-    k: int = 1,
+    k: int | Sequence[int] = 1,
     temperature: float = 1.0,
     max_new_tokens: int = 256,
     seed: int = 0,
     shots: Sequence[Problem] = (),
     byte_budget: int | None = None,
     progress: bool | None = None,
+    keeper: Keeper | None = None,
 ) -> list[Rollout]:
     """Draw ``k`` answers to each problem.
 
     Args:
         policy: Who answers.
         problems: The questions. Two with the same id get the same samples.
-        k: Samples a problem.
+        k: Samples a problem, or how many of each.
         temperature: Divides the logits. 0 is greedy decoding: the most likely token
             is taken, and ``logprobs`` are those of the distribution at temperature 1.
         max_new_tokens: An answer is cut after so many tokens, EOS included.
@@ -79,6 +111,7 @@ def sample(
         byte_budget: Memory for keys, values and logits of the samples in flight. By
             default 1 GiB on a CPU, and half of what is free on a GPU.
         progress: Show a bar; by default where somebody watches.
+        keeper: Holds on to what is finished, as ``Recorder.keep_groups`` does.
 
     Returns:
         One problem's ``k`` rollouts stand together, problems in the given order. Use
@@ -98,6 +131,7 @@ def sample(
         shots=shots,
         byte_budget=byte_budget,
         progress=progress,
+        keeper=keeper,
     )
     return in_order(groups)
 
@@ -137,13 +171,14 @@ def prompt_groups(
     policy: Policy,
     prompts: Sequence[Prompt],
     *,
-    k: int = 1,
+    k: int | Sequence[int] = 1,
     temperature: float = 1.0,
     max_new_tokens: int = 256,
     seed: int = 0,
     forced: Forced | None = None,
     byte_budget: int | None = None,
     progress: bool | None = None,
+    keeper: Keeper | None = None,
 ) -> Iterator[tuple[int, list[Rollout]]]:
     """Like ``sample_prompts``, but yields each prompt as soon as its are finished.
 
@@ -156,22 +191,16 @@ def prompt_groups(
     The other arguments are as in ``sample``.
 
     Yields:
-        The index in ``prompts`` and its ``k`` rollouts, in the order of finishing.
+        The index in ``prompts`` and its ``k`` rollouts, in the order of finishing;
+        those that a keeper has kept come first.
     """
-    _check_settings(k, temperature, max_new_tokens)
+    ks = [k] * len(prompts) if isinstance(k, int) else list(k)
+    asked = Asked(policy, prompts, ks, temperature, max_new_tokens, seed, forced)
+    _check_settings(asked)
     own = my_share(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens)))
-    groups = _sample_own(
-        policy,
-        [prompts[i] for i in own],
-        k=k,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        forced=forced,
-        byte_budget=byte_budget,
-        progress=progress,
-    )
-    yield from joined_groups(policy, prompts, ((own[i], group) for i, group in groups))
+    draw = partial(_draw, asked, byte_budget=byte_budget, progress=progress)
+    groups = keeper(asked, draw, own) if keeper else draw(own)
+    yield from joined_groups(policy, prompts, groups)
 
 
 def prompt_of(
@@ -196,51 +225,48 @@ def in_order(groups: Iterator[tuple[int, list[Rollout]]]) -> list[Rollout]:
     return [rollout for _, group in sorted(groups) for rollout in group]
 
 
-def _sample_own(
-    policy: Policy,
-    prompts: Sequence[Prompt],
+def _draw(
+    asked: Asked,
+    chosen: Sequence[int],
     *,
-    k: int,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    forced: Forced | None,
     byte_budget: int | None,
     progress: bool | None,
-) -> Iterator[tuple[int, list[Rollout]]]:
-    tokens = [list(prompt.tokens) for prompt in prompts]
-    if not prompts:
+) -> Iterator[Group]:
+    if not chosen:
         return
-    _check_prompts(policy.model, tokens, max_new_tokens)
+    policy, forced, max_new_tokens = asked.policy, asked.forced, asked.max_new_tokens
+    tokens = {i: list(asked.prompts[i].tokens) for i in chosen}
+    _check_prompts(policy.model, list(tokens.values()), max_new_tokens)
     engine_of = ENGINES.get(policy.device.type, CohortEngine)
-    limit = forced.longest(tokens) if forced else max_new_tokens
-    longest = max(map(len, tokens)) + limit - 1
+    limit = forced.longest([*tokens.values()]) if forced else max_new_tokens
+    longest = max(map(len, tokens.values())) + limit - 1
     longest = min(longest, positions_of(policy.model) or longest)
     checked = check_model(policy, longest, engine_of.store)
     engine = engine_of(
         policy,
         costs=Costs.of(checked, limit),
-        temperature=temperature,
+        temperature=asked.temperature,
         limit=limit,
         byte_budget=byte_budget,
         forced=forced,
     )
-    for index in range(len(prompts)):  # the longest first
-        stream = prompts[index].problem_id + prompts[index].stream
-        keys = [stream_key(seed, stream, j) for j in range(k)]
-        engine.ask(Request(index, tuple(tokens[index]), range(k), keys))
+    for index in chosen:  # the longest first
+        prompt, numbers = asked.prompts[index], range(asked.ks[index])
+        stream = prompt.problem_id + prompt.stream
+        keys = [stream_key(asked.seed, stream, j) for j in numbers]
+        engine.ask(Request(index, tuple(tokens[index]), numbers, keys))
     groups: dict[int, list[Rollout]] = {}
-    total = len(prompts) * k
+    total = sum(asked.ks[index] for index in chosen)
     with progress_bar(total, "sampling", unit="sample", show=progress) as bar:
         for answers in engine.run():
             bar.update(len(answers))
             texts = policy.decode_batch([policy.without_eos(a.tokens) for a in answers])
             for answer, text in zip(answers, texts, strict=True):
-                prompt = prompts[answer.problem]
+                prompt = asked.prompts[answer.problem]
                 rollout = answer.rollout(prompt.problem_id, text)
                 group = groups.setdefault(answer.problem, [])
                 group.append(_stopped(policy, rollout, prompt.stop))
-                if len(group) == k:
+                if len(group) == asked.ks[answer.problem]:
                     group.sort(key=lambda rollout: rollout.sample)
                     yield answer.problem, groups.pop(answer.problem)
 
@@ -264,13 +290,17 @@ def _stopped(policy: Policy, rollout: Rollout, stop: str) -> Rollout:
     )
 
 
-def _check_settings(k: int, temperature: float, max_new_tokens: int) -> None:
-    if k < 1:
+def _check_settings(asked: Asked) -> None:
+    if len(asked.ks) != len(asked.prompts):
+        raise ValueError(f"{len(asked.ks)} numbers k for {len(asked.prompts)} prompts.")
+    if (k := min(asked.ks, default=1)) < 1:
         raise ValueError(f"k={k}: draw at least one sample a problem.")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: give 0 (greedy) or more.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: allow at least one token.")
+    if not 0 <= asked.temperature < float("inf"):
+        raise ValueError(f"temperature={asked.temperature}: give 0 (greedy) or more.")
+    if asked.max_new_tokens < 1:
+        raise ValueError(
+            f"max_new_tokens={asked.max_new_tokens}: allow at least one token."
+        )
 
 
 def _check_prompts(

@@ -38,7 +38,7 @@ from rlreason.execution.recording import Progress, in_words
 from rlreason.publishing.grid import Item, read_json
 from rlreason.runs.environment import cores as all_cores
 from rlreason.runs.environment import make_folder
-from rlreason.runs.folder import write_atomically, write_json
+from rlreason.runs.files import write_atomically, write_json
 from rlreason.settings import canonical_json
 
 ORDER = ("running", "failed", "blocked", "waiting", "done", "fresh")  # in the table

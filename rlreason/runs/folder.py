@@ -15,6 +15,7 @@ experiment and the hash of its settings, so that a run that is done is not run t
         metrics.jsonl       what the algorithm logged; equal runs, equal bits (CPU)
         timing.jsonl        seconds since the start of the run, one row a row of metrics
         checkpoints/000012/ weights.safetensors, state.json, bookmark.json, hashes.json
+        rollouts/           what was sampled since the last checkpoint, see ``blocks``
         environment.json    versions, device, commit, threads, for every session
         status.json         running, done or failed; seconds
         lock                held by the process that writes; others wait for it
@@ -24,6 +25,9 @@ A killed run leaves complete checkpoints and some rows too many. The next one cu
 there. A checkpoint is written beside its place, forced to disk, and renamed: it is
 there wholly or not at all. One that no longer holds what was written, by its hashes, is
 not gone on from: the one before it is. There is no pickle in a run folder.
+
+What is sampled for hours is kept while more is, in blocks: the next session draws what
+is missing, and a checkpoint that holds what came of them takes their place.
 
 What this leaves out: several processes that write one run (data parallel training logs
 from its first process alone), and network file systems without working locks.
@@ -38,7 +42,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,7 +54,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlreason.algorithms.recorder import Checkpoint
+from rlreason.policy.parallel import Group
 from rlreason.policy.progress import tell
+from rlreason.policy.sampler import Asked, Draw
+from rlreason.runs.blocks import Blocks
 from rlreason.runs.contents import sha256_of
 from rlreason.runs.environment import (
     environment,
@@ -58,6 +65,7 @@ from rlreason.runs.environment import (
     source_digest,
     version_of,
 )
+from rlreason.runs.files import draft_of, force_path, write_atomically, write_json
 from rlreason.runs.stopping import heeding
 from rlreason.settings import (
     SettingsError,
@@ -187,6 +195,7 @@ class RunFolder:
         with self._leave:
             self.close_logs()
             if error is None:
+                self._drop_rollouts()  # which a kill may have left
                 self._write_status("done")
                 self._stop.obey()
             else:
@@ -241,20 +250,50 @@ class RunFolder:
             Stopped: It is written, and this process was asked to end.
         """
         self._require_open()
-        began = time.monotonic()
         latest = self._latest()
         number = 1 if latest is None else int(latest.name) + 1
         final = self._checkpoints / f"{number:06d}"
-        try:
+        with self._saving(final):
             self._write_checkpoint(final, tensors, state)
+            self._prune()
+            self._drop_rollouts()
+
+    def keep_groups(
+        self, asked: Asked, draw: Draw, own: Sequence[int]
+    ) -> Iterator[Group]:
+        """Keep groups of rollouts in blocks, as often as checkpoints would be taken.
+
+        Raises:
+            RunFolderError: A block cannot be written; those before it stay.
+            Stopped: It is written, and this process was asked to end.
+        """
+        self._require_open()
+        blocks, fresh = Blocks(self._rollouts, asked), {}
+        found, seconds = blocks.read(own)
+        self._seconds_before += seconds
+        yield from found.items()
+        self._save_took = 0.0  # a block is small, whatever the last checkpoint was
+        for i, group in draw([i for i in own if i not in found]):
+            fresh[i] = group
+            if RunFolder.due(self):  # this process, whatever others do
+                with self._saving(blocks.folder):
+                    blocks.write(fresh, time.monotonic() - self._saved_at)
+                fresh.clear()
+            yield i, group
+
+    @contextmanager
+    def _saving(self, place: Path) -> Iterator[None]:
+        """Write what is to be there wholly or not at all, and end if that is asked."""
+        began = time.monotonic()
+        try:
+            yield
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(_draft_of(final), ignore_errors=True)  # it takes room
+            shutil.rmtree(draft_of(place), ignore_errors=True)  # it takes room
             raise RunFolderError(
-                f"the checkpoint {final} cannot be written ({error}): make room, or "
-                "let RLREASON_RUNS be a folder that can be written; the same command "
-                "goes on from the checkpoint before"
+                f"{place} cannot be written ({error}): make room, or let RLREASON_RUNS "
+                "be a folder that can be written; the same command goes on from what "
+                "was written before"
             ) from None
-        self._prune()
         self._saved_at = time.monotonic()
         # 0: whoever asks for every checkpoint gets it
         self._save_took = self._saved_at - began if self._save_every else 0.0
@@ -271,7 +310,7 @@ class RunFolder:
             "timing_bytes": _force(self._timing),
             "seconds": round(self._seconds(), 3),
         }
-        draft = _draft_of(final)
+        draft = draft_of(final)
         draft.mkdir(parents=True)
         own = {name: _own(tensor) for name, tensor in tensors.items()}
         save_file(own, draft / "weights.safetensors")
@@ -279,9 +318,9 @@ class RunFolder:
         (draft / "bookmark.json").write_bytes(_json_line(bookmark))
         (draft / HASHES).write_bytes(_json_line(_hashes(draft)))
         for file in [*draft.iterdir(), draft]:
-            _force_path(file)
+            force_path(file)
         draft.rename(final)
-        _force_path(self._checkpoints)
+        force_path(self._checkpoints)
 
     def _prune(self) -> None:
         """Drop all checkpoints but the newest, and what kills left half written."""
@@ -289,6 +328,10 @@ class RunFolder:
         if self._checkpoints.is_dir():
             for path in set(self._checkpoints.iterdir()) - set(kept):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _drop_rollouts(self) -> None:
+        """Drop what was sampled before the checkpoint that is there."""
+        shutil.rmtree(self._rollouts, ignore_errors=True)
 
     def _drop_damaged(self) -> None:
         """Drop the newest checkpoints as far as they are damaged; never the last one.
@@ -312,6 +355,10 @@ class RunFolder:
     @property
     def _checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def _rollouts(self) -> Path:
+        return self.path / "rollouts"
 
     def complete_checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, oldest first; drafts are not among them."""
@@ -362,9 +409,7 @@ class RunFolder:
         self._timing = _open_at(
             self.path / "timing.jsonl", bookmark.get("timing_bytes", 0)
         )
-        self._seconds_before = bookmark.get("seconds", 0.0)
-        self._started_at = self._saved_at = time.monotonic()
-        self._save_took = 0.0
+        self._start_clock(bookmark.get("seconds", 0.0))
         settings = canonical_json(self.settings).encode() + b"\n"
         write_atomically(self.path / "settings.json", settings)
         sessions = _read_json(self.path / "environment.json") or []
@@ -380,6 +425,11 @@ class RunFolder:
                 closing.callback(file.raw.close)
             for file in files:
                 _force(file)
+
+    def _start_clock(self, seconds: float = 0.0) -> None:
+        self._seconds_before = seconds
+        self._started_at = self._saved_at = time.monotonic()
+        self._save_took = 0.0
 
     def _seconds(self) -> float:
         """Seconds of work that this run's present state took, over all sessions."""
@@ -436,10 +486,6 @@ def read_settings(run: Path) -> dict[str, Any] | None:
 
 def _order(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)]
-
-
-def _draft_of(checkpoint: Path) -> Path:
-    return checkpoint.with_name(f"{checkpoint.name}.partial")
 
 
 def _hashes(checkpoint: Path) -> dict[str, str]:
@@ -552,27 +598,3 @@ def _force(file: BinaryIO) -> int:
     file.flush()
     os.fsync(file.fileno())
     return file.tell()
-
-
-def _force_path(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file; see ``write_atomically``."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file so that a reader sees the old content or the new, never half."""
-    draft = path.with_name(path.name + ".partial")
-    draft.write_bytes(content)
-    _force_path(draft)
-    draft.replace(path)

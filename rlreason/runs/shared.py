@@ -1,4 +1,7 @@
-"""The run folder of several processes: the first writes, all read."""
+"""The run folder of several processes: the first writes, all read.
+
+What each of them samples it keeps there itself.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ class SharedRun(RunFolder):
     def __enter__(self) -> SharedRun:
         """The first process takes the folder; then all go on."""
         self._heeding = heeding()
-        self._asked = self._heeding.__enter__()
+        self._stop = self._heeding.__enter__()
+        self._start_clock()
         if rank() == 0:
             super().__enter__()
         wait()
@@ -35,6 +39,10 @@ class SharedRun(RunFolder):
         if error is None:
             wait()
 
+    def _require_open(self) -> None:
+        if rank() == 0:
+            super()._require_open()
+
     def log(self, kind: str, **metrics: Any) -> None:
         """Only the first process writes."""
         if rank() == 0:
@@ -42,12 +50,13 @@ class SharedRun(RunFolder):
 
     def due(self) -> bool:
         """When the first process's is, or one is asked to end."""
-        found = gathered([self._asked.asked, rank() == 0 and super().due()])
-        self._asked.asked = any(asked for asked, _ in found)
-        return self._asked.asked or any(due for _, due in found)
+        found = gathered([self._stop.asked, rank() == 0 and super().due()])
+        self._stop.asked = any(asked for asked, _ in found)
+        return self._stop.asked or any(due for _, due in found)
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Only the first process writes."""
+        """Only the first process writes, and drops what all have sampled before."""
         if rank() == 0:
             super().save(tensors, state)
-        self._asked.obey()
+        self._stop.obey()
+        wait()

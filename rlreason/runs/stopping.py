@@ -3,9 +3,9 @@
 Schedulers send SIGTERM when a job's time is over, or when its machine is wanted for
 another, and kill it some seconds later. A second SIGTERM is not waited for.
 
-The work between two moments at which a checkpoint can be taken (an update, a phase of
-PPO, the sampling of a round) is not cut: where it takes longer than the scheduler
-waits, it is lost, as after any kill.
+The work between two moments at which what is done can be kept (an update, a phase of
+PPO, the samples of one question in a round of expert iteration) is not cut: where it
+takes longer than the scheduler waits, it is lost, as after any kill.
 """
 
 from __future__ import annotations

@@ -1,0 +1,43 @@
+"""Files that are there wholly or not at all, and that outlive a loss of power."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file; see ``write_atomically``."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file so that a reader sees the old content or the new, never half."""
+    draft = draft_of(path)
+    try:
+        draft.write_bytes(content)
+        force_path(draft)
+        draft.replace(path)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink()  # it takes room
+        raise
+
+
+def draft_of(path: Path) -> Path:
+    """Where something is written before it gets its name."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def force_path(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
