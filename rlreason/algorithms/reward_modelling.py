@@ -145,8 +145,6 @@ def train_orm(
         DivergedError: A loss, a gradient, the weights or a score are not finite.
     """
     recorder = recorder or Recorder()
-    orm = OutcomeRewardModel(policy, likelihood=settings.likelihood)
-    optimizer = orm_optimizer(orm, settings)
     saved = recorder.restore()
     if saved is None:
         # Other streams than those of expert iteration (seed * 1000 + round), which may
@@ -166,6 +164,8 @@ def train_orm(
         recorder.log("sample", **_sample_metrics(rollouts, labelled, data))
     else:
         data = _unpack(saved)
+    orm = OutcomeRewardModel(policy, likelihood=settings.likelihood)
+    optimizer = orm_optimizer(orm, settings)
     inner = NestedRecorder(recorder, saved=saved, **_packed(data))
     if saved is None:
         inner.save({}, {"updates": 0})  # so that nothing is sampled twice

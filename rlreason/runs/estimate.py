@@ -204,14 +204,12 @@ def _expert_iteration(models: Models, recipe: Recipe, work: Work) -> Need:
 def _orm(models: Models, recipe: Recipe, work: Work) -> Need:
     """The base waits, then whoever sampled; balancing leaves half of the samples."""
     settings, one = recipe.orm, models.weights
-    idle, update = models.reward_model()
+    held = models.waiting(one) + one
     samples = work.asked * settings.k
     return Need(
         2 * one,
-        sampling=models.sampling(
-            models.waiting(one) + one + idle, work.asked, settings.k
-        ),
-        update=models.waiting(2 * one) + update,
+        sampling=models.sampling(held, work.asked, settings.k),
+        update=models.waiting(2 * one) + models.reward_model(),
         sampled=samples * work.response,
         trained=samples // 2 * work.whole * settings.epochs,
     )
@@ -397,10 +395,10 @@ class Models:
                 policy = with_lora(policy, **settings.lora.model_dump())
             return policy.model, partial(nll, policy)
 
-        return self._update(settings, learns, Example)[1]
+        return self._update(settings, learns, Example)
 
-    def reward_model(self) -> tuple[int, int]:
-        """Of the reward model: itself with its optimiser, and the peak of an update."""
+    def reward_model(self) -> int:
+        """Peak of an update of the reward model."""
         settings: OrmSettings = self.recipe.orm
 
         def learns(policy: WeightlessPolicy) -> tuple[nn.Module, Callable]:
@@ -412,7 +410,7 @@ class Models:
 
     def _update(
         self, settings: FinetuneSettings, learns: Callable, example: Callable
-    ) -> tuple[int, int]:
+    ) -> int:
         size = self.work.whole
         share = -(-settings.batch_size // self.machine.ranks)
         one = example(*self._texts())
@@ -430,10 +428,9 @@ class Models:
                 start = live.now
                 accumulate(loss, batch, 1, max_tokens=tokens)
             peak = with_slack(start, live.peak)
-            return start + state.kept, peak + state.kept, live.now + state.stepping
+            return peak + state.kept, live.now + state.stepping
 
-        idle, backward, step = self.by_depth(measure)
-        return idle, max(backward, step)
+        return max(self.by_depth(measure))
 
     def _tokens_that_fit(
         self, learns: Callable, example: Example, beside: int = 0
