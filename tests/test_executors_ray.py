@@ -167,7 +167,11 @@ def test_where_the_folder_of_runs_is_not_shared_files_travel_with_the_job(tmp_pa
     plan.unlink()
     shutil.rmtree(need)  # another machine has neither, nor the mark
     outcome, back, log = carry_out_on_worker(
-        there, files, tmp_path / "mark", "python of whoever asked"
+        there,
+        files,
+        tmp_path / "mark",
+        python="python of whoever asked",
+        folder=tmp_path / "not there",
     )
     assert outcome.state == "done"
     assert log == b"begun\n"

@@ -35,6 +35,7 @@ from filelock import FileLock
 from rlreason.runs.environment import (
     PACKAGE,
     ROOMS_OF_RESULTS,
+    folders,
     machine,
     make_folder,
     project_root,
@@ -435,16 +436,13 @@ def _own_kernel() -> type:
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
-    folders = {"RLREASON_RUNS": runs_root()}
-    if data := os.environ.get("RLREASON_DATA"):
-        folders["RLREASON_DATA"] = Path(data)
     spec = KernelSpec(
         argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
         display_name="Python 3",
         language="python",
         metadata={"supported_encryption": ["curve"]},
         # `$` begins a variable here. A kernel cannot tell who drives it: no bars
-        env={n: str(f.absolute()).replace("$", "$$") for n, f in folders.items()}
+        env={name: folder.replace("$", "$$") for name, folder in folders().items()}
         | {"RLREASON_QUIET": "1"},
     )
 
