@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import side_by_side
 from tiny_models import PROBLEMS, tiny_policy
 from toys import TOY_PROBLEMS, UPDATE, examples_of, toy_recipe, toy_solutions
 
@@ -258,29 +256,9 @@ def alone(toy, tmp_path_factory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def together(toy, tmp_path_factory) -> list[dict[str, Any]]:
     """What each of two processes came to."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     root = tmp_path_factory.mktemp("runs")
-    environment = {
-        **os.environ,
-        **{"TOY": str(toy), "RLREASON_RUNS": str(root), "OMP_NUM_THREADS": "1"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"},
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__],
-            env={**environment, "RANK": str(i), "LOCAL_RANK": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    said = [each.communicate() for each in started]
-    assert [each.returncode for each in started] == [0, 0], said[0][1] + said[1][1]
-    return [json.loads(out) for out, _ in said]
+    said = side_by_side([__file__], TOY=str(toy), RLREASON_RUNS=str(root))
+    return [json.loads(out) for out in said]
 
 
 def close(one: Any, other: Any, *, atol: float = 1e-6) -> bool:
