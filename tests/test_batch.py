@@ -172,7 +172,7 @@ def test_what_is_done_is_known_by_its_identity_wherever_it_was_done(grid, tmp_pa
     )
     assert not any(item.job.fresh() for item in grid(*runs))
     lines = list(plan_lines(grid(*runs), cores=2))
-    assert lines[-1].endswith("of 3 jobs it is not known")
+    assert lines[-1].startswith("expected hours are not known")
     obtain(plan)
     run_notebook(read_notebook(notebook), profile_name="smoke", given={"k": 5})
     items = grid(*runs)
@@ -182,6 +182,7 @@ def test_what_is_done_is_known_by_its_identity_wherever_it_was_done(grid, tmp_pa
     assert lines[0].endswith("  done")
     assert re.search(r" to do, expected \d+ s, as with other settings$", lines[1])
     assert lines[3] == "1 of 3 jobs to do"
+    assert re.fullmatch(r"expected [\d.]+ hours of work, at least .* 2 cores", lines[4])
     notebook.write_text(notebook.read_text().replace('"k"', '"k + 1"'))
     assert [item.job.fresh() for item in grid(*runs)] == [True, False, False]
 

@@ -136,6 +136,9 @@ def plan_lines(
     there = [f"{cores} cores"] if cores else []
     there += [f"{gpus} GPUs"] if gpus else []
     yield f"{len(todo)} of {len(items)} jobs to do"
+    if todo and not known:
+        yield "expected hours are not known: nothing alike was run here, or recorded"
+        return
     yield (
         f"expected {sum(known.values()) / 3600:.2f} hours of work, at least "
         f"{least / 3600:.2f} hours with {' and '.join(there) or 'room for all at once'}"
