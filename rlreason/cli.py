@@ -27,9 +27,7 @@ from rlreason.commands.notebooks import book, run
 from rlreason.commands.plan import plan
 from rlreason.commands.records import claims, record
 from rlreason.commands.training import evaluate, settings_command, train
-from rlreason.runs.environment import PACKAGE
-
-FOLDERS = ("RLREASON_RUNS", "RLREASON_DATA", "RLREASON_MODELS")
+from rlreason.runs.environment import PACKAGE, folders
 
 
 @click.group(
@@ -67,9 +65,7 @@ def app() -> None:
     Exit codes: 0 done, 1 a fault of the program, 2 something to mend, which is named, 3
     stopped by its time limit, 130 interrupted.
     """
-    for name in FOLDERS:
-        if folder := os.environ.get(name):
-            os.environ[name] = str(Path(folder).absolute())
+    os.environ.update(folders())
 
 
 COMMANDS = (

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-from toys import TOY_PROBLEMS, toy_policy
+from toys import TOY_PROBLEMS, toy_policy, toy_profile
 
 from rlreason import sample
 from rlreason.rewards.own import load_reward
@@ -43,3 +46,35 @@ def test_its_code_parses_and_its_reward_rewards(tmp_path):
     rewards = load_reward(f"{file}:short_and_right")(rollouts, TOY_PROBLEMS)
     assert [len(row) for row in rewards] == [len(r.tokens) for r in rollouts]
     assert all(sum(row) < 1 for row in rewards)
+
+
+IMPORTS = """
+from typing import Literal
+from rlreason.runs.plans import AnyPlan, Plan, plan_of, register
+from rlreason.runs.steps import common_fields
+
+"""
+
+
+def test_the_step_of_an_installed_package_is_known_to_every_process(tmp_path):
+    (tmp_path / "wishes.py").write_text(IMPORTS + blocks()[2])
+    about = tmp_path / "wishes-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: wishes\nVersion: 1.0")
+    (about / "entry_points.txt").write_text("[rlreason.steps]\nwish = wishes\n")
+    profile = toy_profile(tmp_path, more={"wish": {"by": 0.5}})
+
+    def told(path: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "rlreason.cli", "settings", "wish"]
+        return subprocess.run(
+            [*command, "--profile", str(profile)],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+
+    installed = told(os.pathsep.join([str(tmp_path), str(ROOT)]))
+    assert installed.stdout == (
+        "more.wish.by: float = as the step has it, here 0.5  [its package]\n"
+    )
+    assert "unknown 'wish'" in told(str(ROOT)).stderr

@@ -8,6 +8,7 @@ import re
 import sys
 from base64 import b64decode, b64encode
 from dataclasses import replace
+from errno import ENOSPC
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -20,13 +21,14 @@ from toys import toy_profile
 from rlreason.cli import main
 from rlreason.execution.jobs import Job
 from rlreason.publishing.batch import plan_lines, run_batch
+from rlreason.publishing.expected import least_seconds
 from rlreason.publishing.grid import GridError, Item, read_grid
 from rlreason.publishing.notebooks import read_notebook, run_notebook
 from rlreason.runs.plans import folder_of, obtain, plan_of
 from rlreason.runs.profiles import load_recipe
-from rlreason.settings import SettingsError
+from rlreason.settings import SettingsError, canonical_json
 
-PARAMETERS = "seed = 0\nk = 4\nwords = 'a'"
+PARAMETERS = "seed = 0\nk = 1\nwords = 'a'\nmost: int | None = None"
 
 
 @pytest.fixture
@@ -103,9 +105,11 @@ def test_all_faults_are_told_at_once_with_what_there_is(grid, tmp_path):
             {"steps": ["sft"], "profile": "tinny"},
             {"notebooks": ["fixed.ipynb"], "seeds": [1]},
             {"notebooks": ["ch.ipynb"], "parameters": {"k": [4, 8]}},  # in order
+            {"notebooks": ["ch.ipynb"], "parameters": {"most": [[4, 8]]}},
+            {"notebooks": ["ch.ipynb"], "parameters": {"k": True, "seed": 0}},
         )
     told = str(caught.value).splitlines()
-    assert len(told) == 9
+    assert len(told) == 11
     for line, said in zip(
         told[1:],
         [
@@ -117,6 +121,8 @@ def test_all_faults_are_told_at_once_with_what_there_is(grid, tmp_path):
             "runs[5]: Recipe: sft.epochs: Input should be a valid integer",
             "runs[6]: no profile 'tinny': give smoke, tiny",
             "runs[7]: fixed.ipynb takes no seeds: leave them out",
+            "runs[9]: ch: most is [4, 8], not of type int",
+            "runs[10]: ch: k is True, not of type int",
         ],
         strict=True,
     ):
@@ -165,18 +171,63 @@ def test_what_is_done_is_known_by_its_identity_wherever_it_was_done(grid, tmp_pa
         {"notebooks": ["ch.ipynb"], "parameters": {"k": [4, 5]}, "seeds": [0]},
     )
     assert not any(item.job.fresh() for item in grid(*runs))
-    assert list(plan_lines(grid(*runs), 2))[-1].endswith("of 3 jobs it is not known")
+    lines = list(plan_lines(grid(*runs), cores=2))
+    assert lines[-1].startswith("expected hours are not known")
     obtain(plan)
     run_notebook(read_notebook(notebook), profile_name="smoke", given={"k": 5})
     items = grid(*runs)
     assert [item.job.fresh() for item in items] == [True, False, True]
     assert items[0].result() == folder_of(plan).path
-    lines = list(plan_lines(items, 2))
+    lines = list(plan_lines(items, cores=2))
     assert lines[0].endswith("  done")
-    assert re.search(r" to do, expected \d+ s$", lines[1])  # as with k=5
+    assert re.search(r" to do, expected \d+ s, as with other settings$", lines[1])
     assert lines[3] == "1 of 3 jobs to do"
+    assert re.fullmatch(r"expected [\d.]+ hours of work, at least .* 2 cores", lines[4])
     notebook.write_text(notebook.read_text().replace('"k"', '"k + 1"'))
     assert [item.job.fresh() for item in grid(*runs)] == [True, False, False]
+
+
+def test_hours_are_those_of_the_runs_that_are_most_alike(grid, tmp_path):
+    profile = str(toy_profile(tmp_path))
+    recipe = load_recipe(profile)
+
+    def ran(seconds: float, seed: int, **changes) -> None:
+        run = folder_of(plan_of("sft", recipe.changed(changes), seed))
+        run.path.mkdir(parents=True)
+        (run.path / "settings.json").write_text(canonical_json(run.settings))
+        status = {"status": "done", "seconds": seconds}
+        (run.path / "status.json").write_text(json.dumps(status))
+
+    ran(100, 0)
+    ran(300, 1)
+    ran(5000, 2, **{"sft.epochs": 50})
+    for runs, said in (
+        ({}, "200 s"),  # wrong would be the mean of all three
+        ({"parameters": {"sft.epochs": 9, "sft.lr": 0.5}}, "as with other settings"),
+        ({"parameters": {"sft.lr": 0.5}}, "200 s, as with other settings"),
+    ):
+        (item,) = grid({"steps": ["sft"], "profile": profile, **runs}, seeds=[3])
+        assert str(item.expected).endswith(said)
+
+
+def test_hours_of_what_was_not_run_here_are_the_recorded_ones(grid):
+    first, second = grid({"steps": ["sft"], "profile": "tiny"}, seeds=[0, 999])
+    assert first.expected.by == "as recorded"
+    assert second.expected.by == "as recorded of other settings"
+    assert 0 < second.expected.seconds < 3600
+
+
+def test_no_order_is_faster_than_the_longest_way_or_all_work_on_all_cores():
+    jobs = [Job("a", []), Job("b", [], ("a",), gpus=1), Job("c", [], cores=9, gpus=1)]
+    seconds = {"a": 10.0, "b": 20.0, "c": 40.0}
+    for cores, gpus, least in (
+        (0, 0, 40),  # all at once
+        (2, 0, 55),  # c has both cores: more than there are it cannot have
+        (4, 1, 60),  # b and c want the one GPU
+        (1, 0, 70),
+    ):
+        assert least_seconds(jobs, seconds, cores=cores, gpus=gpus) == least
+    assert least_seconds(jobs, {"a": 10.0, "b": 50.0}, cores=0, gpus=0) == 60
 
 
 # Running
@@ -232,7 +283,7 @@ def test_a_failure_is_kept_apart_shown_and_tried_again_when_asked(tmp_path):
     assert 'href="b/log.txt"' in page
     assert (out / "b" / "log.txt").read_text() == "rlreason: there is no <b>\n"
     # What is done, and what failed, is not run again until one asks for it
-    outcomes = run_batch(items, out, report=lines.append)
+    outcomes, _ = run_batch(items, out, report=lines.append)
     assert states(out) == {"a": "fresh", "b": "failed", "c": "blocked"}
     assert "--retry-failed runs it again" in outcomes["b"].message
     assert times(tmp_path) == [1, 1, 0]
@@ -245,6 +296,31 @@ def test_a_failure_is_kept_apart_shown_and_tried_again_when_asked(tmp_path):
     run_batch(items, out, report=lines.append)
     assert set(states(out).values()) == {"fresh"}
     assert times(tmp_path) == [1, 3, 1]
+
+
+def test_a_full_disk_ends_no_batch_and_is_told_at_its_end(tmp_path, monkeypatch):
+    def full(path, *rest):
+        raise OSError(ENOSPC, "No space left on device", str(path))
+
+    out, items = tmp_path / "out", three(tmp_path, tmp_path / "out")
+    for name in ("write_json", "write_atomically"):
+        monkeypatch.setattr(f"rlreason.publishing.batch.{name}", full)
+    outcomes, unwritten = run_batch(items, out)
+    found = {name: outcome.state for name, outcome in outcomes.items()}
+    assert found == {"a": "done", "b": "failed", "c": "blocked"}
+    assert times(tmp_path) == [1, 1, 0]
+    assert "No space left on device" in unwritten
+    assert "make room, and give the same command again" in unwritten
+    assert "\n" not in unwritten
+
+
+def test_a_lock_that_cannot_be_made_is_the_failure_of_its_job_alone(tmp_path):
+    out, items = tmp_path / "out", three(tmp_path, tmp_path / "out")
+    (out / "b" / "lock").mkdir(parents=True)
+    outcomes, unwritten = run_batch(items, out)
+    found = {name: outcome.state for name, outcome in outcomes.items()}
+    assert found == {"a": "done", "b": "failed", "c": "blocked"}
+    assert not unwritten
 
 
 def test_two_batches_on_one_folder_run_each_job_once(tmp_path):

@@ -45,6 +45,18 @@ def test_a_line_that_fails_or_comes_too_late_leaves_the_others(monkeypatch):
     assert [(line.note, line.met) for line in late] == [("no time was left", False)] * 2
 
 
+def test_a_model_that_is_not_there_is_told_before_anything_is_measured(
+    tmp_path, capsys
+):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "out", "--model", str(tmp_path / "nix"))
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("rlreason: There is no folder")
+    assert (told.err.count("\n"), told.out) == (1, "")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("unit", "measured", "met"),
     [("s", 5.0, True), ("s", 7.0, False), ("x", 5.0, False), ("x", 6.0, True)],

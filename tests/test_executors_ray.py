@@ -167,7 +167,11 @@ def test_where_the_folder_of_runs_is_not_shared_files_travel_with_the_job(tmp_pa
     plan.unlink()
     shutil.rmtree(need)  # another machine has neither, nor the mark
     outcome, back, log = carry_out_on_worker(
-        there, files, tmp_path / "mark", "python of whoever asked"
+        there,
+        files,
+        tmp_path / "mark",
+        python="python of whoever asked",
+        folder=tmp_path / "not there",
     )
     assert outcome.state == "done"
     assert log == b"begun\n"
@@ -178,6 +182,32 @@ def test_where_the_folder_of_runs_is_not_shared_files_travel_with_the_job(tmp_pa
     unpack(back, there.writes)
     assert (run / "result").read_text() == "the planthe weights"
     assert not (run / "lock").exists()
+
+
+def test_a_job_whose_task_is_cancelled_may_take_its_checkpoint(tmp_path):
+    saving = (
+        "import pathlib, signal, sys, time\n"
+        "here = pathlib.Path(sys.argv[1])\n"
+        "def save(number, frame):\n"
+        "    (here / 'saved').touch()\n"
+        "    sys.exit(3)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "(here / 'up').touch()\n"
+        "time.sleep(600)"
+    )
+    there = Job("a", [sys.executable, "-c", saving, str(tmp_path)])
+
+    def cancel():  # as Ray does
+        while not (tmp_path / "up").exists():
+            time.sleep(0.02)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=cancel, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        carry_out_on_worker(
+            there, b"", tmp_path, python=sys.executable, folder=tmp_path
+        )
+    assert (tmp_path / "saved").exists()
 
 
 def test_an_archive_cannot_lead_out_of_what_a_job_has_named(tmp_path):

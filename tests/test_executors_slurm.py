@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,8 @@ elif name == "sinfo":
     print("(null)")
 elif name == "scancel":
     pass
+elif name == "scontrol":
+    print("MaxArraySize            = 2")
 else:
     for number, job in jobs.items():
         job["looks"] += 1
@@ -120,7 +123,42 @@ def test_what_can_run_is_one_array_and_states_are_read_back(slurm, tmp_path, acc
     assert "#SBATCH --cpus-per-task=2\n" in second
     assert "#SBATCH --mem=300M\n" in second
     assert "--gpus" not in second  # sinfo tells of none
-    assert "RLREASON_RUNS=" in first
+
+
+def test_a_job_sees_the_folders_of_whoever_asked_wherever_it_begins(
+    tmp_path, monkeypatch, runs
+):
+    here = make_folder(tmp_path / "it's here")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("RLREASON_DATA", "data")
+    monkeypatch.setenv("RLREASON_MODELS", "/models")
+    show = (
+        "import os; print(os.getcwd(), *(os.environ.get(f'RLREASON_{n}') for n in N))"
+    )
+    show = f"N = 'RUNS', 'DATA', 'MODELS'; {show}"
+    path, _ = write_script(tmp_path, [job := python("a", show)], gpus=False)
+    bare = {"PATH": os.defpath, "SLURM_ARRAY_TASK_ID": "0"}
+    subprocess.run(["bash", path], cwd="/", env=bare, check=True)
+    told = log_of(job, tmp_path).read_text()
+    assert told == f"{here} {runs} {here / 'data'} /models\n"
+
+
+def test_more_jobs_than_an_array_may_have_are_several_arrays(
+    slurm, tmp_path, monkeypatch
+):
+    slurm.have("scontrol")  # which says that it may have two
+    jobs = [python(name) for name in "abcde"]
+    outcomes = executor(tmp_path).run(jobs)
+    assert {outcome.state for outcome in outcomes.values()} == {"done"}
+    ends = [re.search(r"--array=0-(\d+)", script)[1] for script in slurm.scripts()]
+    assert ends == ["1", "1", "0"]
+    # Where it is not known, as many as Slurm takes unless told otherwise
+    monkeypatch.setenv("PATH", str(tmp_path))
+    shown, jobs = [], [python(str(n)) for n in range(1002)]
+    with pytest.raises(JobError, match="there is no sbatch"):
+        executor(tmp_path, show=shown.append).run(jobs)
+    ends = [re.search(r"--array=0-(\d+)", script)[1] for script in shown]
+    assert ends == ["1000", "0"]
 
 
 def test_a_job_that_still_runs_is_found_again_and_not_submitted_twice(slurm, tmp_path):

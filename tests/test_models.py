@@ -76,6 +76,23 @@ def test_what_cannot_be_loaded_leaves_nothing(gguf_file, shelf):
         load_policy("tiny")
 
 
+@pytest.mark.parametrize("name", [".", "..", "/", "no/..", "./"])
+def test_a_folder_without_a_model_is_no_model_whatever_it_is_called(
+    name, shelf, tmp_path, monkeypatch, capsys
+):
+    (here := tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    shelf.mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["models", "import", name])
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("rlreason: ")
+    assert name in told.err
+    assert (told.err.count("\n"), told.out) == (1, "")
+    assert list(shelf.iterdir()) == []
+
+
 def test_a_gguf_files_answers_end_as_the_file_says(gguf_file, monkeypatch):
     """Some versions of transformers give its tokenizer another EOS."""
     whole = load._load_tokenizer

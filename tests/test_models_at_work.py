@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ranks import side_by_side
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlreason.execution import recording
 from rlreason.experiments.rows import read_rows
 from rlreason.runs import profiles
+from rlreason.runs.plans import folder_of, obtain, plan_of
 from rlreason.runs.profiles import load_recipe, profile_path, read_yaml
 from rlreason.runs.recipes import Recipe, put
 
@@ -145,6 +147,31 @@ def test_a_dry_run_of_paper_goes_through_all_that_its_tables_need(
     drawn = [row["rollouts"] for row in rounds if row["kind"] == "round"]
     assert drawn == [16 * (16 + 96 * i) for i in range(5)]
     assert of["base", "7b", 0, "samples"].values["k"] == 96
+
+
+def test_two_processes_go_through_adapters_and_a_phase_of_paper(
+    tmp_path, monkeypatch, data, runs
+):
+    monkeypatch.setenv("RLREASON_DATA", str(data))
+    monkeypatch.setenv("RLREASON_QUIET", "1")
+    random_model(tmp_path / "7b")
+    small = {"policy": str(tmp_path / "7b"), "ppo.phases": 1, "ppo.rollouts": 256}
+    adapters = {"sft.lora": dict(load_recipe("paper").ppo.lora)}
+    profile = smaller("paper", tmp_path, {**FEW, **small, **adapters})
+    train = ["-m", "rlreason.cli", "train", "ppo", "--profile", str(profile)]
+    first, second = side_by_side(train)
+    assert (first.split(":")[0], second) == ("phase 1", "")  # one of them tells
+    plan = plan_of("ppo", load_recipe(profile))
+    together = [folder_of(each).metrics for each in (plan.start, plan)]
+    (phase,) = [row for row in together[1] if row["kind"] == "phase"]
+    assert phase["rollouts"] == 256
+    assert 0 < phase["reward"] < 1
+    # One process comes to the same adapters
+    monkeypatch.setenv("RLREASON_RUNS", str(tmp_path / "alone"))
+    alone = obtain(plan.start).run.metrics
+    assert [row["kind"] for row in alone] == [row["kind"] for row in together[0]]
+    for one, other in zip(alone, together[0], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 # One percent of the problems and rollouts of smol

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import nbformat
@@ -81,6 +82,24 @@ def test_a_computed_default_takes_any_value(tmp_path):
     notebook = read_notebook(path)
     assert notebook.parameters == {"seed": 3, "limit": REQUIRED}
     assert choose_parameters(notebook, profile(), {"limit": "all"}) == {"limit": "all"}
+
+
+def test_where_the_default_tells_no_type_an_annotation_may(tmp_path):
+    cell = "k: int | None = None\nrate: float | str = 'a'\nfile: Path = None\nn = None"
+    notebook = read_notebook(write_notebook(tmp_path, "ch", parameters=cell))
+
+    def chosen(**given) -> dict:
+        return choose_parameters(notebook, profile(), given)
+
+    assert chosen(k=None, rate=2) == {"k": None, "rate": 2.0}
+    for name, value in {"k": [4], "rate": True}.items():
+        with pytest.raises(NotebookError, match=f"{name} is .*, not of type"):
+            chosen(**{name: value})
+    for name in ("file", "n"):  # not told: what a parameter can be at all
+        assert chosen(**{name: [1, "a"]}) == {name: [1, "a"]}
+        for value in ({"a": 1}, {1}, [{"a": 1}], date(2024, 1, 2)):
+            with pytest.raises(NotebookError, match="a parameter is a number, text"):
+                chosen(**{name: value})
 
 
 def test_an_unknown_parameter_is_an_error_that_lists_the_known_ones(chapter):
@@ -395,6 +414,7 @@ def test_the_built_in_profiles_fit_the_notebooks_and_hold_a_recipe(name):
     assert unused_keys(scale, notebooks) == []
     for notebook in notebooks:
         choose_parameters(notebook, scale, {})
+        assert all(notebook.kinds.values()), f"{notebook.name}: annotate what is None"
     load_recipe(name)
 
 

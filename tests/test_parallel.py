@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -19,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import side_by_side
 from tiny_models import PROBLEMS, tiny_policy
 from toys import TOY_PROBLEMS, UPDATE, examples_of, toy_recipe, toy_solutions
 
@@ -301,28 +299,8 @@ def shared_runs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def together(toy, shared_runs) -> list[dict[str, Any]]:
     """What each of two processes came to."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        **{"TOY": str(toy), "RLREASON_RUNS": str(shared_runs), "OMP_NUM_THREADS": "1"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"},
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__],
-            env={**environment, "RANK": str(i), "LOCAL_RANK": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    said = [each.communicate() for each in started]
-    assert [each.returncode for each in started] == [0, 0], said[0][1] + said[1][1]
-    return [json.loads(out) for out, _ in said]
+    folders = {"TOY": str(toy), "RLREASON_RUNS": str(shared_runs)}
+    return [json.loads(out) for out in side_by_side([__file__], **folders)]
 
 
 def close(one: Any, other: Any, *, atol: float = 1e-6) -> bool:

@@ -513,6 +513,29 @@ def test_a_run_is_named_after_what_its_inputs_hold_and_not_where_they_lie(
     assert named(**{"task.name": str(moved_data)}) != settings_hash(plan)
 
 
+def test_a_plan_with_paths_from_here_is_carried_out_from_anywhere(
+    folder, tmp_path, monkeypatch
+):
+    (folder / "mine.py").write_text(OWN_REWARD)
+    own = {"kind": f"{folder}/mine.py:pay"}
+    absolute = plan_of("ppo", toy_recipe(folder, reward=own))
+    monkeypatch.chdir(folder)
+    recipe = toy_recipe(folder, reward={"kind": "mine.py:pay"})
+    recipe = recipe.changed({"policy": "base", "task.name": "toy/{split}.jsonl"})
+    plan = plan_of("ppo", recipe)
+    assert settings_hash(plan) == settings_hash(absolute)
+    text = canonical_json(plan)
+    monkeypatch.chdir(tmp_path)
+    assert canonical_json(read_plan(json.loads(text))) == text
+    for each in (plan, plan.start):
+        each.check()
+    # Names that are no paths stay names, also beside a folder of that name
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "gsm-mini").mkdir()
+    named = plan_of("sft", load_recipe("tiny"))
+    assert (named.policy, named.task.name) == ("nano", "gsm-mini")
+
+
 def test_a_plan_whose_inputs_have_changed_is_not_carried_out(folder, tmp_path):
     copy = tmp_path / "base"
     recipe = toy_recipe(folder)

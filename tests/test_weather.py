@@ -40,12 +40,13 @@ from rlreason.algorithms.finetune import FinetuneSettings
 from rlreason.algorithms.ppo import BaselineSettings, PpoSettings
 from rlreason.algorithms.recorder import MemoryRecorder
 from rlreason.algorithms.sft import sft
-from rlreason.commands.notebooks import CELL_LIMIT
+from rlreason.commands.options import CELL_LIMIT
 from rlreason.experiments.rows import RecordError, read_rows, write_rows
 from rlreason.policy import cohort_engine, sampler
 from rlreason.policy.memory import within_memory
 from rlreason.policy.sampler import sample
 from rlreason.publishing.book import Shelf
+from rlreason.publishing.grid import read_grid
 from rlreason.publishing.notebooks import (
     NotebookError,
     read_notebook,
@@ -468,12 +469,14 @@ def test_a_cell_that_does_not_end_is_given_up_and_told_with_its_number(tmp_path)
     assert "begun" in kept.read_text()
 
 
-def test_the_book_hands_the_limit_on_and_commands_have_one(tmp_path):
-    path = write_notebook(tmp_path, "ch", "1")
+def test_book_and_batch_hand_the_limit_on_and_commands_have_one(tmp_path):
+    path, grid = write_notebook(tmp_path, "ch", "1"), tmp_path / "grid.yaml"
+    grid.write_text("profile: smoke\nruns: [{notebooks: [ch.ipynb]}]")
     shelf = Shelf("smoke", tmp_path / "run", 2, print, cell_limit=77)
-    command = shelf._job(read_notebook(path), "digest").command
-    assert command[command.index("--cell-limit") + 1] == "77"
-    for name in ("run", "book"):
+    (item,) = read_grid(grid, tmp_path / "out", cell_limit=77)
+    for job in (shelf._job(read_notebook(path), "digest"), item.job):
+        assert job.command[job.command.index("--cell-limit") + 1] == "77"
+    for name in ("run", "book", "batch"):
         (limit,) = [p for p in cli.app.commands[name].params if p.name == "cell_limit"]
         assert limit.default == CELL_LIMIT >= 3600
 

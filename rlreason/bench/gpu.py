@@ -273,9 +273,14 @@ def check_gpu(
         size: Below 1: smaller models and less work.
         minutes: After which nothing more is begun.
         report: Told each line as it comes.
+
+    Raises:
+        PolicyError: There is no such model.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check, lines = Check(device, model, size), []
+    if model is not None:
+        check.policy(SMALL)  # in every line it would only be a note
     judged = "" if device.type == "cuda" and size == 1 else "not judged"
     until = time.monotonic() + 60 * minutes
     for shape, what, target, unit, measure in TARGETS:

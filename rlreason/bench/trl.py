@@ -81,6 +81,10 @@ class Progress:
         return None
 
 
+class TrlError(ValueError):
+    """TRL cannot be used here."""
+
+
 class _EnoughError(Exception):
     """It is good enough."""
 
@@ -106,12 +110,12 @@ def bench_trl(
         where half of the runs or more had not got there; ``threads``.
 
     Raises:
-        ModuleNotFoundError: TRL is not installed.
+        TrlError: TRL is not installed, or not whole.
     """
     try:
-        import trl  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(NEEDED) from error
+        from trl import GRPOTrainer  # noqa: F401  (what it lacks, it says by then)
+    except (ImportError, RuntimeError) as error:
+        raise TrlError(f"{NEEDED} ({' '.join(str(error).split())})") from error
     recipe = load_recipe("tiny")
     if phases is not None:
         recipe = recipe.changed({"ppo.phases": phases})

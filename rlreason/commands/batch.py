@@ -7,7 +7,11 @@ from pathlib import Path
 
 import click
 
-from rlreason.commands.options import executor_option, jobs_option
+from rlreason.commands.options import (
+    cell_limit_option,
+    executor_option,
+    jobs_option,
+)
 
 
 @click.command()
@@ -19,6 +23,7 @@ from rlreason.commands.options import executor_option, jobs_option
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for notebooks, logs and status. [default: runs/batch/GRID]",
 )
+@cell_limit_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @click.option("--retry-failed", is_flag=True, help="Run also what failed before.")
 def batch(
@@ -26,6 +31,7 @@ def batch(
     executor: str,
     jobs: int | None,
     output: Path | None,
+    cell_limit: int,
     dry_run: bool,
     retry_failed: bool,
 ) -> None:
@@ -40,19 +46,23 @@ def batch(
     rlreason batch grid.yaml --dry-run
     rlreason batch grid.yaml --executor slurm
 
-    Exit code 0 when all that the grid names is there, 1 when a job failed.
+    Exit code 0 when all that the grid names is there, 1 when a job failed or the folder
+    could not be written.
     """
+    from rlreason.execution.local import visible_gpus
     from rlreason.publishing.batch import plan_lines, run_batch
     from rlreason.publishing.grid import read_grid
     from rlreason.runs.environment import cores, make_folder, runs_root
 
     output = (output or runs_root() / "batch" / grid.stem).absolute()
-    items = read_grid(grid, output)
+    items = read_grid(grid, output, cell_limit=cell_limit)
     if dry_run:
-        for line in plan_lines(items, jobs or cores()):
+        here = executor == "local"  # how large a cluster is, only it knows
+        room = {"cores": jobs or cores(), "gpus": len(visible_gpus())} if here else {}
+        for line in plan_lines(items, **room):
             click.echo(line)
         return
-    outcomes = run_batch(
+    outcomes, unwritten = run_batch(
         items,
         make_folder(output),
         executor=executor,
@@ -66,4 +76,6 @@ def batch(
         click.echo(f"\n{outcome.name}: {outcome.message}", err=True)
     click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} jobs are done")
     click.echo(output / "index.html")
-    sys.exit(1 if failed else 0)
+    if unwritten:
+        click.echo(f"rlreason: {unwritten}", err=True)
+    sys.exit(1 if failed or unwritten else 0)

@@ -114,15 +114,12 @@ def bench_trl_command(points: float, phases: int | None, seeds: int) -> None:
     """
     from rlreason.bench.trl import bench_trl
 
-    try:
-        found = bench_trl(
-            points=points,
-            phases=phases,
-            seeds=seeds,
-            report=lambda line: click.echo(line, err=True),
-        )
-    except ModuleNotFoundError as error:
-        raise click.ClickException(str(error)) from error
+    found = bench_trl(
+        points=points,
+        phases=phases,
+        seeds=seeds,
+        report=lambda line: click.echo(line, err=True),
+    )
     what = {"a_phase": "a phase", "reached": f"to +{points:g} points"}
     for key, name in what.items():
         ours, theirs = found["ours"][key], found["trl"][key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -83,9 +84,13 @@ def import_model(name: str) -> Path:
     Raises:
         PolicyError: There is no such model, or the package is not what it was.
     """
-    from rlreason.policy.load import load_policy, models_folder
+    from rlreason.policy.load import PolicyError, load_policy, models_folder
 
-    folder = models_folder() / Path(name).name.removesuffix(".gguf")
+    path = os.path.abspath(Path(name).expanduser())  # "." and ".." are no names
+    own = Path(path).name.removesuffix(".gguf")
+    if not own:
+        raise PolicyError(f"{name!r} names no model: give a GGUF, folder or hub name")
+    folder = models_folder() / own
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

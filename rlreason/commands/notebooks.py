@@ -6,16 +6,11 @@ from pathlib import Path
 
 import click
 
-from rlreason.commands.options import executor_option, jobs_option, profile_option
-
-CELL_LIMIT = 4 * 60 * 60  # seconds; all of profile smol shall take less than one hour
-cell_limit_option = click.option(
-    "--cell-limit",
-    type=click.IntRange(min=0),
-    default=CELL_LIMIT,
-    show_default=True,
-    metavar="SECONDS",
-    help="Give up on a cell that runs longer. 0: on none.",
+from rlreason.commands.options import (
+    cell_limit_option,
+    executor_option,
+    jobs_option,
+    profile_option,
 )
 
 

@@ -41,6 +41,15 @@ jobs_option = click.option(
     type=click.IntRange(min=1),
     help="How many run here at a time. [default: one a core, or GPU]",
 )
+CELL_LIMIT = 4 * 60 * 60  # seconds; all of profile smol shall take less than one hour
+cell_limit_option = click.option(
+    "--cell-limit",
+    type=click.IntRange(min=0),
+    default=CELL_LIMIT,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up on a cell that runs longer. 0: on none.",
+)
 count_option = partial(click.option, type=click.IntRange(min=1), show_default=True)
 
 seed_option = click.option(

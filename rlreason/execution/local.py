@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
@@ -91,17 +92,7 @@ class _Here:
         return [process.outcome() for process in ended]
 
     def stop(self, grace: float) -> None:
-        families = [family_of(process.popen.pid) for process in self._running]
-        end = time.monotonic() + grace
-        if grace:
-            for process in self._running:
-                process.popen.terminate()
-            for process in self._running:
-                with suppress(subprocess.TimeoutExpired):
-                    process.popen.wait(max(0.0, end - time.monotonic()))
-        for process, family in zip(self._running, families, strict=True):
-            kill_tree(process.popen.pid, family)
-            process.popen.wait()
+        end_processes([process.popen for process in self._running], grace)
 
 
 @dataclass(frozen=True)
@@ -115,8 +106,12 @@ class Process:
     started: float
 
     @classmethod
-    def start(cls, job: Job, gpus: list[str]) -> Process:
-        """Start a job in a session of its own, which Ctrl-C does not reach."""
+    def start(cls, job: Job, gpus: list[str], folder: Path | None = None) -> Process:
+        """Start a job in a session of its own, which Ctrl-C does not reach.
+
+        Args:
+            folder: That it works in; that of this process where not given.
+        """
         environment = {**os.environ, "OMP_NUM_THREADS": str(job.cores)}
         if gpus or not job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -125,6 +120,7 @@ class Process:
         popen = subprocess.Popen(
             job.command,
             env={**environment, **job.environment},
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=errors if job.log else subprocess.DEVNULL,
             stderr=errors,
@@ -165,6 +161,25 @@ def family_of(pid: int) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def end_processes(processes: Sequence[subprocess.Popen], grace: float) -> None:
+    """Kill processes with all that they have started, and wait for their end.
+
+    Args:
+        grace: Seconds from asking them to end to that; 0: they are not asked.
+    """
+    families = [family_of(process.pid) for process in processes]
+    end = time.monotonic() + grace
+    if grace:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+    for process, family in zip(processes, families, strict=True):
+        kill_tree(process.pid, family)
+        process.wait()
 
 
 def kill_tree(pid: int, before: Sequence[psutil.Process] = ()) -> None:

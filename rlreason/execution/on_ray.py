@@ -9,8 +9,9 @@ folder of runs is on a file system that all machines see, nothing is copied, and
 that is started again goes on where it was. Where it is not, a job takes what it reads
 with it and brings back what it writes; one that does not say what it writes is refused.
 
-What this leaves out: installing the package on the machines, clusters that grow, and
-time for a checkpoint where this process is asked to end: Ray interrupts a task at once.
+Where this process is asked to end, or interrupted, a job may take its checkpoint.
+
+What this leaves out: installing the package on the machines, and clusters that grow.
 """
 
 from __future__ import annotations
@@ -31,11 +32,17 @@ from pathlib import Path
 from typing import Any
 
 from rlreason.execution.jobs import Job, JobError, Outcome
-from rlreason.execution.local import Process, kill_tree
-from rlreason.execution.schedule import LOOK_EVERY, run_jobs
-from rlreason.runs.environment import make_folder, runs_root, source_digest
+from rlreason.execution.local import Process, end_processes
+from rlreason.execution.schedule import GRACE, LOOK_EVERY, run_jobs
+from rlreason.runs.environment import (
+    folders,
+    make_folder,
+    runs_root,
+    source_digest,
+)
 
 STARTED_AGAIN = 3  # times, where a worker dies
+TO_CLEAN_UP = 10.0  # seconds, at most, for workers that are told to stop
 MEGABYTE = 2**20
 
 
@@ -99,7 +106,7 @@ class _Cluster:
         try:
             self._shared = self._look(jobs)
         except BaseException:
-            self.stop()
+            self.stop(grace=0)
             raise
 
     def _look(self, jobs: Sequence[Job]) -> bool:
@@ -155,14 +162,12 @@ class _Cluster:
             memory=wanted["memory"],
             max_retries=STARTED_AGAIN,
         )
-        folders = {"RLREASON_RUNS": str(runs_root().absolute())}
-        if data := os.environ.get("RLREASON_DATA"):
-            folders["RLREASON_DATA"] = data
-        environment = {**folders, **job.environment}
+        environment = {**folders(), **job.environment}
         # What only this process can ask or hold stays here
         bare = replace(job, fresh=bool, lock=None, environment=environment)
         reads = () if self._shared else (path for path in job.reads if path.exists())
-        reference = task.remote(bare, pack(reads), self._mark, sys.executable)
+        here = {"python": sys.executable, "folder": Path.cwd()}
+        reference = task.remote(bare, pack(reads), self._mark, **here)
         self._running[reference] = job
 
     def ended(self) -> list[Outcome]:
@@ -183,13 +188,14 @@ class _Cluster:
             return Outcome(job.name, "failed", f"Ray: {error}")
         return outcome
 
-    def stop(self, grace: float) -> None:  # which Ray has none of
+    def stop(self, grace: float) -> None:
         self._mark.unlink(missing_ok=True)
         for reference in self._running:
             self._ray.cancel(reference)
-        if self._running:  # each kills what it has started
+        if self._running:  # each ends what it has started
             references = list(self._running)
-            self._ray.wait(references, num_returns=len(references), timeout=10)
+            patience = grace + TO_CLEAN_UP
+            self._ray.wait(references, num_returns=len(references), timeout=patience)
         if self._ours:
             self._ray.shutdown()
 
@@ -210,7 +216,7 @@ def _look_around(mark: Path) -> tuple[str, bool, str]:
 
 
 def carry_out_on_worker(
-    job: Job, files: bytes, mark: Path, python: str
+    job: Job, files: bytes, mark: Path, *, python: str, folder: Path
 ) -> tuple[Outcome, bytes | None, bytes]:
     """Carry out a job on a worker.
 
@@ -218,6 +224,7 @@ def carry_out_on_worker(
         files: What the job reads, for a worker that does not see it.
         mark: A file in the folder of runs, by which one sees whether it is shared.
         python: The interpreter of whoever asked; here it may lie elsewhere.
+        folder: That whoever asked works in, and the job too where it is seen.
 
     Returns:
         The outcome; where the folder of runs is not shared, what the job wrote and its
@@ -230,12 +237,13 @@ def carry_out_on_worker(
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable if word == python else word for word in job.command]
-    process = Process.start(replace(job, command=command), [])
+    there = folder if folder.is_dir() else None
+    process = Process.start(replace(job, command=command), [], there)
     try:
         while process.popen.poll() is None:
             time.sleep(LOOK_EVERY)  # a wait would not be ended when Ray cancels
     finally:
-        kill_tree(process.popen.pid)
+        end_processes([process.popen], GRACE)
     outcome = process.outcome()
     if shared:
         return outcome, None, b""

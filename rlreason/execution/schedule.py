@@ -125,6 +125,10 @@ class _Queue:
                 lock.acquire(timeout=0)
         except Timeout:
             return False
+        except OSError as error:
+            self.waiting.remove(job)
+            self._note(Outcome(job.name, "failed", str(error)))
+            return False
         self.waiting.remove(job)
         self.held[job.name] = lock
         return True

@@ -14,11 +14,14 @@ file system that all machines see.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -26,7 +29,7 @@ from pathlib import Path
 from rlreason.execution.jobs import Job, JobError, Outcome, check_jobs
 from rlreason.execution.local import TOLD
 from rlreason.execution.schedule import run_jobs
-from rlreason.runs.environment import make_folder, runs_root
+from rlreason.runs.environment import folders, make_folder
 from rlreason.runs.files import write_atomically, write_json
 
 # Those from which a job does not come back
@@ -35,6 +38,7 @@ ENDED = (
     *("OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"),
 )
 GONE = "GONE"  # squeue no longer knows it
+LARGEST = 1001  # jobs of an array, where Slurm's MaxArraySize is as it comes
 
 SCRIPT = """\
 #!/bin/bash
@@ -44,6 +48,7 @@ SCRIPT = """\
 #SBATCH --output=/dev/null
 #SBATCH --signal=B:TERM@60
 {more}export OMP_NUM_THREADS={cores} {folders}
+cd {here}
 case $SLURM_ARRAY_TASK_ID in
 {cases}
 esac
@@ -96,7 +101,7 @@ class SlurmExecutor:
         commands, before = [], ""
         for level in levels([job for job in jobs if self._is_to_run(job)]):
             names = []
-            for group in alike(level):
+            for group in arrays(level, LARGEST):
                 path, text = write_script(self.folder.absolute(), group, gpus=True)
                 self.show(f"# {path}\n{text}")
                 name = f"job{len(commands)}"
@@ -128,12 +133,20 @@ def levels(jobs: Sequence[Job]) -> Iterator[list[Job]]:
         sorter.done(*names)
 
 
-def alike(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Jobs in groups that ask for the same: all of an array do."""
+def arrays(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:
+    """Jobs in groups that ask for the same, as all of an array do, of a size each."""
     groups: dict[tuple[int, int, int], list[Job]] = {}
     for job in jobs:
         groups.setdefault((job.cores, job.gpus, job.memory), []).append(job)
-    return list(groups.values())
+    for alike in groups.values():
+        yield from (alike[i : i + most] for i in range(0, len(alike), most))
+
+
+def _largest_array() -> int:
+    told = re.search(
+        r"MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config") or ""
+    )
+    return max(1, int(told[1])) if told else LARGEST
 
 
 def write_script(folder: Path, jobs: Sequence[Job], *, gpus: bool) -> tuple[Path, str]:
@@ -152,7 +165,8 @@ def write_script(folder: Path, jobs: Sequence[Job], *, gpus: bool) -> tuple[Path
         last=len(jobs) - 1,
         cores=job.cores,
         more="".join(f"#SBATCH {option}\n" for option in more),
-        folders=_assignments({"RLREASON_RUNS": str(runs_root().absolute())}),
+        folders=_assignments(folders()),
+        here=shlex.quote(os.getcwd()),
         cases="\n".join(_case(n, each, folder) for n, each in enumerate(jobs)),
     )
     number = sum(1 for _ in folder.glob("array-*.sh"))
@@ -212,10 +226,13 @@ class _Queue:
     def _submit(self, jobs: Sequence[Job]) -> list[Outcome]:
         """Submit an array; what came of its jobs if that cannot be done."""
         gpus = "gpu" in (_ask("sinfo", "-h", "-o", "%G") or "")
-        path, _ = write_script(self.folder, jobs, gpus=gpus)
-        for job in jobs:
-            log = log_of(job, self.folder)
-            log.with_name(f"{log.name}.exit").unlink(missing_ok=True)
+        try:
+            path, _ = write_script(self.folder, jobs, gpus=gpus)
+            for job in jobs:
+                log = log_of(job, self.folder)
+                log.with_name(f"{log.name}.exit").unlink(missing_ok=True)
+        except OSError as error:  # no fault of those that run
+            return [Outcome(job.name, "failed", f"rlreason: {error}") for job in jobs]
         done = subprocess.run(
             ["sbatch", "--parsable", str(path)], capture_output=True, text=True
         )
@@ -228,14 +245,17 @@ class _Queue:
             number = f"{array}_{index}"
             self.running[number] = (job, time.monotonic())
             submitted[job.name] = {"number": number, "command": list(job.command)}
-        write_json(self.folder / "submitted.json", submitted)
+        # Where it cannot be: they run, and locks keep them from running twice
+        with suppress(OSError):
+            write_json(self.folder / "submitted.json", submitted)
         return []
 
     def ended(self) -> list[Outcome]:
         outcomes = []
-        for jobs in alike(self.fresh):
-            outcomes += self._submit(jobs)
-        self.fresh.clear()
+        if self.fresh:
+            for jobs in arrays(self.fresh, _largest_array()):
+                outcomes += self._submit(jobs)
+            self.fresh.clear()
         if self.running and time.monotonic() - self.looked >= self.every:
             for number, state in _states(list(self.running)).items():
                 if number in self.running and state in (*ENDED, GONE):

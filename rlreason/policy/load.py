@@ -389,6 +389,13 @@ def policy_path(name: str) -> Path:
     return imported if name == path.name and imported.is_dir() else path
 
 
+def lasting_name(name: str) -> str:
+    """A policy's name as another process takes it: a path from whichever folder."""
+    path = Path(name).expanduser()
+    is_path = policy_path(name) == path and path.exists()
+    return str(path.absolute()) if is_path else name
+
+
 def _locate(name: str) -> tuple[str, dict[str, object]]:
     """Where transformers shall load from, and with which options."""
     path = policy_path(name)

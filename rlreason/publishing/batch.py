@@ -22,6 +22,7 @@ import shutil
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -35,6 +36,7 @@ from filelock import FileLock
 from rlreason.execution.executors import executor_named
 from rlreason.execution.jobs import Job, JobError, Outcome
 from rlreason.execution.recording import Progress, in_words
+from rlreason.publishing.expected import least_seconds
 from rlreason.publishing.grid import Item, read_json
 from rlreason.runs.environment import cores as all_cores
 from rlreason.runs.environment import make_folder
@@ -53,7 +55,7 @@ def run_batch(
     retry_failed: bool = False,
     report: Callable[[str], object] = print,
     terminal: TextIO | None = None,
-) -> dict[str, Outcome]:
+) -> tuple[dict[str, Outcome], str]:
     """Carry out the jobs of a grid; see ``grid.read_grid``.
 
     Args:
@@ -63,6 +65,9 @@ def run_batch(
         retry_failed: Run also those that failed before.
         report: Called with a line for each job that comes to its end.
         terminal: Takes a table of all jobs, kept up to date, in place of the lines.
+
+    Returns:
+        Outcomes by name; and what of the folder could not be written, or nothing.
 
     Raises:
         JobError: The executor cannot be had here.
@@ -80,7 +85,7 @@ def run_batch(
     )
     jobs = [replace(i.job, fresh=partial(_is_done, i, retry_failed)) for i in items]
     try:
-        return there.run(jobs)
+        return there.run(jobs), board.unwritten
     except BaseException:
         board.stopped()
         raise
@@ -108,8 +113,14 @@ def has_failed(item: Item) -> bool:
     return read_json(item.folder / "failed.json").get("digest") == item.digest
 
 
-def plan_lines(items: Sequence[Item], at_once: int) -> Iterator[str]:
-    """What a batch would do, and how long it would take, for the terminal."""
+def plan_lines(
+    items: Sequence[Item], *, cores: int = 0, gpus: int = 0
+) -> Iterator[str]:
+    """What a batch would do, and how long it would take, for the terminal.
+
+    Args:
+        cores, gpus: That may be in use; 0: as many as are wanted.
+    """
     width = max(len(item.label) for item in items)
     todo = []
     for item in items:
@@ -117,16 +128,20 @@ def plan_lines(items: Sequence[Item], at_once: int) -> Iterator[str]:
             state = "done"
         else:
             todo.append(item)
-            seconds = "unknown" if item.expected is None else f"{item.expected:.0f} s"
             state = "failed before" if has_failed(item) else "to do"
-            state += f", expected {seconds}"
+            state += f", expected {item.expected or 'unknown'}"
         yield f"{item.label:<{width}}  {state}"
-    known = [item.expected for item in todo if item.expected is not None]
-    hours = sum(known) / 3600
+    known = {i.job.name: i.expected.seconds for i in todo if i.expected is not None}
+    least = least_seconds([i.job for i in todo], known, cores=cores, gpus=gpus)
+    there = [f"{cores} cores"] if cores else []
+    there += [f"{gpus} GPUs"] if gpus else []
     yield f"{len(todo)} of {len(items)} jobs to do"
+    if todo and not known:
+        yield "expected hours are not known: nothing alike was run here, or recorded"
+        return
     yield (
-        f"expected {hours:.2f} hours of work, {hours / at_once:.2f} hours with "
-        f"{at_once} at a time"
+        f"expected {sum(known.values()) / 3600:.2f} hours of work, at least "
+        f"{least / 3600:.2f} hours with {' and '.join(there) or 'room for all at once'}"
         + (f"; of {n} jobs it is not known" if (n := len(todo) - len(known)) else "")
     )
 
@@ -152,7 +167,13 @@ class State:
 
 @dataclass
 class Board:
-    """Keeps what is shown of a batch: a table or lines, ``status.json``, a page."""
+    """Keeps what is shown of a batch: a table or lines, ``status.json``, a page.
+
+    No job ends because its state cannot be written.
+
+    Attributes:
+        unwritten: What could not be; said once.
+    """
 
     items: Sequence[Item]
     output: Path
@@ -161,6 +182,7 @@ class Board:
     terminal: TextIO | None
     states: dict[str, State] = field(init=False)
     drawn: int = 0  # lines of the table
+    unwritten: str = ""
 
     def __post_init__(self) -> None:
         self._items = {item.job.name: item for item in self.items}
@@ -182,13 +204,16 @@ class Board:
         self.states[outcome.name] = State(
             outcome.state, _now(), outcome.seconds, told, str(result or "")
         )
-        if outcome.ok:
-            (item.folder / "failed.json").unlink(missing_ok=True)
-            keep_picture(result, item.folder / "picture.png")
-        elif tried:
-            failure = {"digest": item.digest, "told": told, "seconds": outcome.seconds}
-            write_json(item.folder / "failed.json", failure)
-        self._progress.finished(outcome, item.label)
+        with self._going_on():
+            if outcome.ok:
+                (item.folder / "failed.json").unlink(missing_ok=True)
+                keep_picture(result, item.folder / "picture.png")
+            elif tried:
+                failure = {"digest": item.digest, "told": told}
+                failure |= {"seconds": outcome.seconds}
+                write_json(item.folder / "failed.json", failure)
+        with self._going_on():
+            self._progress.finished(outcome, item.label)
         self.show()
 
     def stopped(self) -> None:
@@ -199,12 +224,25 @@ class Board:
 
     def show(self) -> None:
         """Bring all that is shown up to date."""
-        with FileLock(self.output / "lock"):  # of another batch on this folder
+        with self._going_on(), FileLock(self.output / "lock"):  # of another batch
             write_json(self.output / "status.json", self.status())
             page = self.page().encode("utf8", "replace")
             write_atomically(self.output / "index.html", page)
         if self.terminal is not None:
             self._draw(self.terminal)
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Note what the system refuses to write, and go on."""
+        try:
+            yield
+        except BrokenPipeError:  # whoever reads has seen enough
+            raise
+        except OSError as error:
+            self.unwritten = self.unwritten or (
+                f"not all that {self.output} shows of the batch could be written "
+                f"({error}): make room, and give the same command again"
+            )
 
     def status(self) -> dict:
         """The content of ``status.json``."""

@@ -50,6 +50,7 @@ from rlreason.publishing.notebooks import (
     is_executed,
     notebook_digest,
     read_record,
+    run_command,
     unused_keys,
 )
 from rlreason.runs.environment import (
@@ -223,10 +224,12 @@ class Shelf:
 
     def _job(self, notebook: Notebook, digest: str) -> Job:
         """Run one notebook as ``rlreason run`` does, on a core, or a GPU of its own."""
-        command = [sys.executable, "-m", "rlreason.cli", "run", str(notebook.path)]
-        command += ["--profile", self.profile_name]
-        command += ["--cell-limit", str(self.cell_limit)]
-        command += ["--output", str(self.outputs)]
+        command = run_command(
+            notebook,
+            profile_name=self.profile_name,
+            folder=self.outputs,
+            cell_limit=self.cell_limit,
+        )
         runs = (self.folder / source_digest()).resolve()
         return Job(
             name=notebook.name,

@@ -23,18 +23,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from rlreason.execution.jobs import Job
 from rlreason.execution.seeds import missing, training_job
+from rlreason.publishing.expected import (
+    Expected,
+    expected_of_notebook,
+    expected_of_step,
+)
 from rlreason.publishing.notebooks import (
     Notebook,
     choose_parameters,
@@ -44,6 +47,7 @@ from rlreason.publishing.notebooks import (
     parse_value,
     read_notebook,
     read_record,
+    run_command,
 )
 from rlreason.runs.describe import setting_rows
 from rlreason.runs.environment import project_root, results_folder, runs_root
@@ -108,7 +112,7 @@ class Item:
         folder: Takes its log, its output where it is a notebook, and its failure.
         digest: Of all that decides its result.
         job: Its ``fresh`` says whether it is done.
-        expected: Seconds that it takes, by earlier runs of its kind; None: not known.
+        expected: How long it takes, by earlier ones; None: not known.
         result: Where its run folder, or executed notebook, lies; None where it is not.
         plan: Of a step.
         given: Of a notebook, its name, profile and parameters.
@@ -118,17 +122,18 @@ class Item:
     folder: Path
     digest: str
     job: Job
-    expected: float | None
+    expected: Expected | None
     result: Callable[[], Path | None]
     plan: Plan | None = None
     given: tuple[Notebook, str, dict[str, Any]] | None = None
 
 
-def read_grid(path: Path, output: Path) -> list[Item]:
+def read_grid(path: Path, output: Path, *, cell_limit: int = 0) -> list[Item]:
     """Expand a grid's file; each job once. Writes nothing.
 
     Args:
         output: Folder that is to take a folder for each job.
+        cell_limit: Seconds after which a notebook's cell is given up; 0: none is.
 
     Raises:
         SettingsError: The file is no grid.
@@ -139,15 +144,17 @@ def read_grid(path: Path, output: Path) -> list[Item]:
     faults: dict[str, None] = {}
     items: dict[str, Item] = {}
     for number, part in enumerate(grid.runs):
-        runs = None
         with _noted(faults, number):
             runs = load_settings(Runs, part)
-        for name, values in _choices(runs) if runs else ():
-            with _noted(faults, number):
-                for item in _Maker(path, output, grid, runs).items(name, values):
-                    old = items.get(item.job.name)  # that it is asked for, says more
-                    if old is None or old.label == old.job.name:
-                        items[item.job.name] = item
+            maker = _Maker(path, output.absolute(), grid, runs, cell_limit)
+            for name, values in _choices(runs):
+                with _noted(faults, number):
+                    for item in maker.items(name, values):
+                        old = items.get(
+                            item.job.name
+                        )  # that it is asked for, says more
+                        if old is None or old.label == old.job.name:
+                            items[item.job.name] = item
     if faults:
         raise GridError("\n  ".join([f"{path} cannot be run:", *faults]))
     return [_with_needs(item, list(items.values())) for item in items.values()]
@@ -194,6 +201,7 @@ class _Maker:
     output: Path
     grid: Grid
     runs: Runs
+    cell_limit: int
 
     @property
     def profile(self) -> str:
@@ -254,7 +262,7 @@ class _Maker:
             folder,
             digest=name,
             job=self._placed(training_job(plan, name, folder / "plan.json"), folder),
-            expected=_mean(_seconds_of_runs(plan)),
+            expected=expected_of_step(plan, self.profile),
             result=result,
             plan=plan,
         )
@@ -276,8 +284,8 @@ class _Maker:
         scale, label = load_profile(profile), self._label(name, given)
         own = {**notebook.parameters, **choose_parameters(notebook, scale, {})}
         # What is given and changes nothing makes no other execution of it
-        asked = given
-        given = {n: v for n, v in asked.items() if n not in own or v != own[n]}
+        asked, chosen = given, choose_parameters(notebook, scale, given)
+        given = {n: v for n, v in asked.items() if v != own[n]}
         results = results_folder(profile)
         digest = notebook_digest(notebook, scale, given, results=results)
         key = json.dumps([profile, given], sort_keys=True).encode()
@@ -289,11 +297,13 @@ class _Maker:
             there = (place for place in places if is_executed(name, digest, place))
             return next((place / f"{name}.ipynb" for place in there), None)
 
-        command = [sys.executable, "-m", "rlreason.cli", "run", str(notebook.path)]
-        command += ["--profile", profile, "--output", str(folder)]
+        command = run_command(
+            notebook, profile_name=profile, folder=folder, cell_limit=self.cell_limit
+        )
         for parameter, value in given.items():
             command += ["-p", parameter, _as_text(notebook, parameter, value)]
-        records = (read_record(name, place) for place in places)
+        others = self.output.glob(f"{name}-*")
+        records = (read_record(name, place) for place in {*places, *others})
         job = Job(
             folder.name,
             command,
@@ -305,7 +315,7 @@ class _Maker:
             folder,
             digest,
             job=self._placed(job, folder),
-            expected=_mean(record.seconds for record in records if record),
+            expected=expected_of_notebook(records, chosen),
             result=result,
             given=(notebook, profile, asked),
         )
@@ -329,20 +339,6 @@ def _as_text(notebook: Notebook, name: str, value: Any) -> str:
     if isinstance(text, str) and parse_value(text, default) == value:
         return text
     raise GridError(f"{notebook.name}: {name} cannot be {value!r}")
-
-
-def _seconds_of_runs(plan: Plan) -> Iterator[float]:
-    """Seconds of the runs that are done of the same step from the same base."""
-    for path in runs_root().glob(f"{plan.step}-*"):
-        status = read_json(path / "status.json")
-        same = read_json(path / "settings.json").get("policy") == plan.policy
-        if same and status.get("status") == "done":
-            yield status["seconds"]
-
-
-def _mean(seconds: Iterable[float]) -> float | None:
-    known = list(seconds)
-    return fmean(known) if known else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

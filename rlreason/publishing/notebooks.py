@@ -35,6 +35,7 @@ from filelock import FileLock
 from rlreason.runs.environment import (
     PACKAGE,
     ROOMS_OF_RESULTS,
+    folders,
     machine,
     make_folder,
     project_root,
@@ -70,12 +71,14 @@ class Notebook:
         records: Names of what it shows of book/results/PROFILE, NAME.jsonl each.
         parameters: Name to default, in the order of the parameters cell; ``REQUIRED``
             where the default is no literal.
+        kinds: Name to the types of its values; none where any plain value may be given.
     """
 
     path: Path
     needs: tuple[str, ...]
     records: tuple[str, ...]
     parameters: dict[str, Any]
+    kinds: dict[str, tuple[type, ...]]
 
     @property
     def name(self) -> str:
@@ -124,7 +127,7 @@ def read_notebook(path: Path | str) -> Notebook:
     ]
     if len(tagged) > 1:
         raise NotebookError(f"{path} has {len(tagged)} cells tagged parameters")
-    parameters = _assignments(tagged[0], path) if tagged else {}
+    assigned = _assignments(tagged[0], path) if tagged else {}
     ours = content["metadata"].get("rlreason", {})
     try:
         needs, records = (tuple(ours.get(name, ())) for name in ("needs", "records"))
@@ -132,7 +135,9 @@ def read_notebook(path: Path | str) -> Notebook:
         raise NotebookError(
             f"{path}: `rlreason` in its metadata holds lists named needs and records"
         ) from None
-    return Notebook(path, needs, records, parameters)
+    parameters = {name: default for name, (default, _) in assigned.items()}
+    kinds = {name: kinds for name, (_, kinds) in assigned.items()}
+    return Notebook(path, needs, records, parameters, kinds)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -165,8 +170,8 @@ def find_notebooks(folder: Path) -> list[Notebook]:
     return [read_notebook(path) for path in sorted(folder.glob("*.ipynb"))]
 
 
-def _assignments(source: str, path: Path) -> dict[str, Any]:
-    """Return name to value of the plain assignments of a parameters cell."""
+def _assignments(source: str, path: Path) -> dict[str, tuple[Any, tuple]]:
+    """Return name to value and types of the assignments of a parameters cell."""
     try:
         statements = ast.parse(source).body
     except SyntaxError as error:
@@ -175,9 +180,9 @@ def _assignments(source: str, path: Path) -> dict[str, Any]:
     for statement in statements:
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                found[name] = _literal(value)
-            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
-                found[name] = _literal(value)
+                found[name] = _literal(value), _kinds_like(_literal(value))
+            case ast.AnnAssign(ast.Name(id=name), kind, ast.expr() as value):
+                found[name] = _literal(value), _kinds_named(ast.unparse(kind))
             case _:
                 raise NotebookError(
                     f"{path}, cell tagged parameters, line {statement.lineno}: only "
@@ -191,6 +196,20 @@ def _literal(value: ast.expr) -> Any:
         return ast.literal_eval(value)
     except ValueError:
         return REQUIRED
+
+
+def _kinds_like(default: Any) -> tuple[type, ...]:
+    if default is REQUIRED or default is None:
+        return ()
+    return (list,) if isinstance(default, (list, tuple)) else (type(default),)
+
+
+def _kinds_named(annotation: str) -> tuple[type, ...]:
+    """The types that e.g. ``int | None`` names; none where one of them is unknown."""
+    known = {"bool": bool, "int": int, "float": float, "str": str, "list": list}
+    words = [word.partition("[")[0].strip() for word in annotation.split("|")]
+    kinds = tuple(known.get(word) for word in words if word != "None")
+    return () if None in kinds else kinds
 
 
 # Parameters
@@ -209,7 +228,7 @@ def choose_parameters(
 
     Raises:
         NotebookError: An unknown parameter (lists the known ones), or a value of
-            another type than the default.
+            another type than the default, or than the cell's annotation says.
     """
     special = profile.notebooks.get(notebook.name, {})
     for where, values in (("the profile", special), ("-p", given)):
@@ -220,21 +239,32 @@ def choose_parameters(
     common = {k: v for k, v in profile.common.items() if k in notebook.parameters}
     chosen = {**common, **special, **given}
     return {
-        name: _fitting(f"{notebook.name}: {name}", value, notebook.parameters[name])
+        name: _fitting(f"{notebook.name}: {name}", value, notebook.kinds[name])
         for name, value in chosen.items()
     }
 
 
-def _fitting(where: str, value: Any, default: Any) -> Any:
-    """Return the value, a whole number as a float where the default is one."""
-    if default is REQUIRED or default is None or value is None:
+def _fitting(where: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    """Return the value, a whole number as a float where that is what is wanted."""
+    if value is None:
         return value
-    if isinstance(default, float) and type(value) is int:
+    if type(value) is int and float in kinds and int not in kinds:
         return float(value)
-    wanted = list if isinstance(default, (list, tuple)) else type(default)
-    if type(value) is not wanted:
-        raise NotebookError(f"{where} is {value!r}, not of type {wanted.__name__}")
+    if kinds and type(value) not in kinds:
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise NotebookError(f"{where} is {value!r}, not of type {wanted}")
+    if not kinds and not _is_plain(value):
+        raise NotebookError(
+            f"{where} is {value!r}: a parameter is a number, text, true, false, null, "
+            "or a list of these"
+        )
     return value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def parse_value(text: str, default: Any) -> Any:
@@ -322,6 +352,17 @@ def package_digest() -> str:
 def output_folder(profile_name: str) -> Path:
     """Return where executed notebooks of a profile lie if nothing else is said."""
     return runs_root() / "notebooks" / Path(profile_name).stem
+
+
+def run_command(
+    notebook: Notebook, *, profile_name: str, folder: Path, cell_limit: int
+) -> list[str]:
+    """Return the command of a job that does what ``run_notebook`` does."""
+    return [
+        *(sys.executable, "-m", "rlreason.cli", "run", str(notebook.path)),
+        *("--profile", profile_name, "--output", str(folder)),
+        *("--cell-limit", str(cell_limit)),
+    ]
 
 
 def run_notebook(
@@ -435,16 +476,13 @@ def _own_kernel() -> type:
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
-    folders = {"RLREASON_RUNS": runs_root()}
-    if data := os.environ.get("RLREASON_DATA"):
-        folders["RLREASON_DATA"] = Path(data)
     spec = KernelSpec(
         argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
         display_name="Python 3",
         language="python",
         metadata={"supported_encryption": ["curve"]},
         # `$` begins a variable here. A kernel cannot tell who drives it: no bars
-        env={n: str(f.absolute()).replace("$", "$$") for n, f in folders.items()}
+        env={name: folder.replace("$", "$$") for name, folder in folders().items()}
         | {"RLREASON_QUIET": "1"},
     )
 

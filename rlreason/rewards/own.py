@@ -45,6 +45,12 @@ def split_spec(spec: str) -> tuple[Path, str]:
     return Path(file), function
 
 
+def lasting_spec(spec: str) -> str:
+    """A function's place as another process takes it, from whichever folder."""
+    file, _, function = spec.rpartition(":")
+    return f"{Path(file).absolute()}:{function}"
+
+
 def load_reward(spec: str) -> RewardFunction:
     """Run the user's file and return its function as a reward that is checked.
 

@@ -6,12 +6,12 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from rlreason.runs.plans import steps
+from rlreason.runs.plans import Plan, steps
 from rlreason.runs.recipes import Recipe
 from rlreason.settings import Settings, SettingsError, unknown_key_message
 
@@ -40,6 +40,9 @@ class SettingRow:
 def setting_rows(algorithm: str | None, recipe: Recipe) -> list[SettingRow]:
     """The settings of a recipe, or of the part that one step has.
 
+    A step that has no part of the recipe, as a package's own, has its settings in
+    ``more``.
+
     Raises:
         SettingsError: No such step or part.
     """
@@ -47,9 +50,12 @@ def setting_rows(algorithm: str | None, recipe: Recipe) -> list[SettingRow]:
     if algorithm is None:
         return rows
     registered = steps()
-    part = registered[algorithm].part if algorithm in registered else algorithm
+    step = registered.get(algorithm)
+    if step is not None and not step.part:
+        return list(_rows_of_package(step, recipe.more.get(algorithm, {})))
+    part = step.part if step else algorithm
     chosen = [row for row in rows if f"{row.path}.".startswith(f"{part}.")]
-    if not part or not chosen:
+    if not chosen:
         known = sorted({*registered, *Recipe.model_fields})
         raise SettingsError(unknown_key_message("settings of", [algorithm], known))
     return chosen
@@ -110,6 +116,29 @@ def _rows(cls: type[Settings], values: Any, above: str) -> Iterator[SettingRow]:
             yield from _rows(
                 kind, value if isinstance(value, kind) else None, f"{path}."
             )
+
+
+def _rows_of_package(step: type[Plan], given: dict[str, Any]) -> Iterator[SettingRow]:
+    """The fields of a step's algorithm, or where it has none those of its plan.
+
+    What the plan has no default for, the step's own code may have one for.
+    """
+    above = f"more.{step.model_fields['step'].default}."
+    own = {n: f for n, f in step.model_fields.items() if n not in Plan.model_fields}
+    classes = {name: _settings_classes(field.annotation) for name, field in own.items()}
+    if nested := classes.get("algorithm"):
+        rows = list(_rows(nested[0], None, above))
+    else:  # less where it starts
+        names = [n for n in own if not any(issubclass(c, Plan) for c in classes[n])]
+        rows = [_row(f"{above}{name}", own[name], None, None) for name in names]
+    for row in rows:
+        name = row.path.removeprefix(above)
+        yield replace(
+            row,
+            default=row.default or "as the step has it",
+            value=_text(given[name]) if name in given else "",
+            source=row.source or "its package",
+        )
 
 
 def _row(path: str, field: Any, values: Any, value: Any) -> SettingRow:

@@ -17,6 +17,7 @@ from rlreason.settings import SettingsError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REPORTED_PACKAGES = ("rlreason", "torch", "transformers", "tokenizers", "numpy")
+FOLDERS = ("RLREASON_RUNS", "RLREASON_DATA", "RLREASON_MODELS")
 # The rooms that decide a result; the others compare, place, show and measure
 ROOMS_OF_RESULTS = (
     "tasks",
@@ -33,6 +34,17 @@ ROOMS_OF_RESULTS = (
 def runs_root() -> Path:
     """Return the folder of run folders: ``RLREASON_RUNS``, else ``runs``."""
     return Path(os.environ.get("RLREASON_RUNS") or project_root() / "runs")
+
+
+def folders() -> dict[str, str]:
+    """Return the variables that tell of folders here, for a process in another one."""
+    named = {name: os.environ.get(name) for name in FOLDERS}
+    named["RLREASON_RUNS"] = str(runs_root())
+    return {
+        name: str(Path(folder).expanduser().absolute())
+        for name, folder in named.items()
+        if folder
+    }
 
 
 def make_folder(path: Path) -> Path:

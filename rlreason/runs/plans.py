@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import AfterValidator, BeforeValidator, SerializeAsAny
 from torch import Tensor
 
 from rlreason.evaluation.evaluate import answer_groups, evaluate
-from rlreason.policy.load import Policy, load_policy
+from rlreason.policy.load import Policy, lasting_name, load_policy
 from rlreason.policy.parallel import agreed, ranks
 from rlreason.policy.weights import load_model_tensors, model_tensors
 from rlreason.rewards.orm import OutcomeRewardModel
@@ -42,6 +42,7 @@ from rlreason.settings import (
     settings_hash,
     unknown_key_message,
 )
+from rlreason.tasks import loaders
 from rlreason.tasks.problem import Problem
 
 # Settings that there are no more, at the value at which they did nothing: runs of
@@ -129,16 +130,25 @@ class TrainedRewardModel(Finished):
         return self.rows("held_out")
 
 
+def _lasting_task(task: TaskSettings) -> TaskSettings:
+    return task.model_copy(update={"name": loaders.lasting_name(task.name)})
+
+
 class Plan(Settings):
     """All that decides a run. A subclass is a step: what it needs, makes, and reads.
+
+    A job may begin in another folder, so a plan's paths are absolute, which is no part
+    of its identity.
 
     To add one: a subclass with a ``step`` of its own, ``of`` and ``make``, given to
     ``register``.
     """
 
     step: str
-    policy: str = ours(..., "The base, as in load_policy.", placement=True)
-    task: TaskSettings
+    policy: Annotated[str, AfterValidator(lasting_name)] = ours(
+        ..., "The base, as in load_policy.", placement=True
+    )
+    task: Annotated[TaskSettings, AfterValidator(_lasting_task)]
     contents: Contents
 
     about: ClassVar[str] = ""  # one line for the command line

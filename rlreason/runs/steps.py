@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator
 
 from rlreason.algorithms.expert_iteration import (
     ExpertIterationSettings,
@@ -36,7 +38,7 @@ from rlreason.rewards.orm import (
     score_tokens,
     sparse_orm_reward,
 )
-from rlreason.rewards.own import load_reward
+from rlreason.rewards.own import lasting_spec, load_reward
 from rlreason.rewards.shaping import shaped_reward
 from rlreason.rewards.sparse import sparse_token_rewards
 from rlreason.runs.contents import Contents, policy_digest
@@ -269,6 +271,12 @@ class RewardModelPlan(Plan):
         )
 
 
+def _lasting_reward(reward: RewardSettings) -> RewardSettings:
+    if reward.function is None:
+        return reward
+    return reward.model_copy(update={"function": lasting_spec(reward.function)})
+
+
 @register
 class PpoPlan(Plan):
     """PPO or one of its baselines, from SFT, another run, or the prompted base."""
@@ -277,7 +285,7 @@ class PpoPlan(Plan):
     start: AnyPlan | None
     shots: int
     stop: str = ours("", "Ends a response as EOS does.", neutral="")
-    reward: RewardSettings
+    reward: Annotated[RewardSettings, AfterValidator(_lasting_reward)]
     reward_model: AnyPlan | None
     validate_every: int
     validation_problems: int | None

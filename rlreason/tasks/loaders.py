@@ -204,6 +204,11 @@ def task_digest(name: str) -> str | None:
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
 
 
+def lasting_name(name: str) -> str:
+    """A task's name as another process takes it: a path from whichever folder."""
+    return name if name in TASKS else str(_expanded(name).absolute())
+
+
 # ----------------------------------------------------------------------------------
 # What is asked for
 
