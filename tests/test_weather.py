@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -435,9 +436,11 @@ def test_a_cell_that_does_not_end_is_given_up_and_told_with_its_number(tmp_path)
 
 
 def test_the_book_hands_the_limit_on_and_commands_have_one(tmp_path):
-    path = write_notebook(tmp_path, "ch", "1")
-    shelf = Shelf("smoke", tmp_path / "run", 2, print, cell_limit=77)
-    command = shelf._job(read_notebook(path), "digest").command
+    path, jobs = write_notebook(tmp_path, "ch", "1"), []
+    there = SimpleNamespace(run=lambda given: jobs.extend(given) or {})
+    shelf = Shelf("smoke", tmp_path / "run", 2, print, there, cell_limit=77)
+    shelf.execute([read_notebook(path)], {"ch": "digest"})
+    command = jobs[0].command
     assert command[command.index("--cell-limit") + 1] == "77"
     for name in ("run", "book"):
         (limit,) = [p for p in cli.app.commands[name].params if p.name == "cell_limit"]
