@@ -33,8 +33,9 @@ from rlreason.runs.profiles import load_profile
 
 REPOSITORY = Path(__file__).parents[1]
 FRESH = "00_tour"
-# Not what looks at its environment, as matplotlib does, or at the time
-IMPORTED = ["ipykernel.kernelapp", "rlreason.runs.steps", "smoke_book"]
+IMPORTED = ["ipykernel.kernelapp", "rlreason.runs.steps", "rlreason.publishing.chapter"]
+IMPORTED += ["rlreason.publishing.figures", "smoke_book"]
+INLINE = "module://matplotlib_inline.backend_inline"  # as a kernel sets it, but sooner
 
 
 class ForkedKernel:
@@ -50,7 +51,12 @@ class ForkedKernel:
         fork = multiprocessing.get_context("forkserver")
         fork.set_forkserver_preload(IMPORTED)
         ready, tell = fork.Pipe(duplex=False)
-        given = command[3:], dict(options["env"]), options["cwd"], tell
+        given = (
+            command[3:],
+            dict(options["env"]),
+            options.get("cwd") or os.getcwd(),
+            tell,
+        )
         self.process = fork.Process(target=be_a_kernel, args=given)
         self.process.start()
         tell.close()
@@ -116,4 +122,5 @@ def run_chapter(notebook: Notebook) -> Record:
         m.setenv("RLREASON_RUNS", str(book / source_digest()))
         if notebook.name != FRESH and hasattr(os, "fork"):
             m.setattr(local_provisioner, "launch_kernel", ForkedKernel)
+            m.setenv("MPLBACKEND", INLINE)
         return run_notebook(notebook, profile_name="smoke", folder=outputs)

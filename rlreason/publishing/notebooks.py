@@ -382,6 +382,8 @@ def _execute(
     Raises:
         NotebookError: A cell failed or took longer than the limit, or the kernel ended.
     """
+    # jsonschema would compile 38 grammars of addresses, which takes two seconds
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill  # slow to import, and only needed here
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
