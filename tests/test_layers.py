@@ -60,6 +60,12 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.endswith("_") and name != "_"
 
 
+def is_own(node: ast.Attribute) -> bool:
+    """Whether it is of the object whose method this is."""
+    whose = node.value.func if isinstance(node.value, ast.Call) else node.value
+    return isinstance(whose, ast.Name) and whose.id in ("self", "super")
+
+
 def nodes_of(folder: Path, kind: type[ast.AST]) -> Iterator[tuple[Path, ast.AST]]:
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -76,7 +82,7 @@ def private_names(folder: Path) -> set[str]:
         elif isinstance(node.ctx, ast.Store):
             found.add(node.id)
     for _, node in nodes_of(folder, ast.Attribute):
-        if ast.unparse(node.value) == "self":
+        if is_own(node):
             found.add(node.attr)
     return set(filter(is_private, found))
 
@@ -88,8 +94,7 @@ def reached_for(folder: Path, names: set[str]) -> list[str]:
         if isinstance(node, ast.alias):
             name = node.name
         elif isinstance(node, ast.Attribute):
-            own = ast.unparse(node.value) in ("self", "super()")
-            name = "" if own else node.attr
+            name = "" if is_own(node) else node.attr
         else:
             name = node.value if isinstance(node.value, str) else ""
         if name.rpartition(".")[2] in names:
