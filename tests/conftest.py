@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ settings.register_profile(
 settings.load_profile("seeded")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
+sys.modules.setdefault("rfc3987_syntax", None)  # two seconds: see run_notebook
 
 
 # What starts the suite in the background may have told it to ignore Ctrl-C, and nohup

@@ -92,7 +92,7 @@ class Writes:
 
     def __enter__(self) -> Writes:
         """Watch, until the block ends."""
-        whole = module.save_file, Path.write_bytes, module._open_at, os.fsync
+        whole = module.save_file, Path.write_bytes, module.open_at, os.fsync
 
         def save(tensors, path):
             self.point("save_file", lambda: Path(path).touch())
@@ -106,10 +106,10 @@ class Writes:
             return whole[1](path, content)
 
         def restore() -> None:
-            module.save_file, Path.write_bytes, module._open_at, os.fsync = whole
+            module.save_file, Path.write_bytes, module.open_at, os.fsync = whole
 
         module.save_file, Path.write_bytes = save, write
-        module._open_at = lambda *given: _Log(whole[2](*given), self)
+        module.open_at = lambda *given: _Log(whole[2](*given), self)
         os.fsync = lambda descriptor: self.point("fsync")
         _WATCHING.append(self)
         self._restore = restore
@@ -316,15 +316,15 @@ WRONG = ("rows-are-not-cut", "files-in-place")
 @contextmanager
 def wrong_version(name: str) -> Iterator[None]:
     """Run folders with a fault, for each of which there is a write that shows it."""
-    whole = module._open_at, files.write_atomically
+    whole = module.open_at, files.write_atomically
     if name == "rows-are-not-cut":
-        module._open_at = lambda path, size: path.open("ab")
+        module.open_at = lambda path, size: path.open("ab")
     else:
         files.write_atomically = lambda path, content: path.write_bytes(content)
     try:
         yield
     finally:
-        module._open_at, files.write_atomically = whole
+        module.open_at, files.write_atomically = whole
 
 
 # --- Random moments ------------------------------------------------------------------

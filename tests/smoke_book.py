@@ -1,17 +1,25 @@
 """The repository's book at the profile smoke, shared by all test processes.
 
 Its notebooks are executed once, wherever they are first asked for; who asks meanwhile
-waits. ``RLREASON_RUNS`` must be ``runs`` in the root.
+waits. ``RLREASON_RUNS`` must be ``runs`` in the root. The first one has a kernel as
+readers have it; the others' are forked from a process that has imported what takes
+long, which halves their time.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import signal
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+from jupyter_client.provisioning import local_provisioner
 
 from rlreason.publishing.notebooks import (
     Notebook,
@@ -24,6 +32,66 @@ from rlreason.runs.environment import results_folder, runs_root, source_digest
 from rlreason.runs.profiles import load_profile
 
 REPOSITORY = Path(__file__).parents[1]
+FRESH = "00_tour"
+IMPORTED = ["ipykernel.kernelapp", "rlreason.runs.steps", "rlreason.publishing.chapter"]
+IMPORTED += ["rlreason.publishing.figures", "smoke_book"]
+INLINE = "module://matplotlib_inline.backend_inline"  # as a kernel sets it, but sooner
+
+
+class ForkedKernel:
+    """The process of a kernel, in place of what ``subprocess.Popen`` would start.
+
+    A server forks it, which starts with the first one, in the same environment: a
+    network that is cut off is so for all.
+    """
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        fork = multiprocessing.get_context("forkserver")
+        fork.set_forkserver_preload(IMPORTED)
+        ready, tell = fork.Pipe(duplex=False)
+        given = (
+            command[3:],
+            dict(options["env"]),
+            options.get("cwd") or os.getcwd(),
+            tell,
+        )
+        self.process = fork.Process(target=be_a_kernel, args=given)
+        self.process.start()
+        tell.close()
+        ready.recv()  # only then is it the group of its own that will be killed
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def be_a_kernel(
+    arguments: list[str], environment: Mapping[str, str], cwd: str, tell: Connection
+) -> None:
+    """What ``python -m ipykernel_launcher`` does."""
+    from ipykernel import kernelapp
+
+    os.setsid()
+    tell.send(True)
+    os.environ.clear()
+    os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))
+    os.chdir(cwd)
+    kernelapp.launch_new_instance(argv=arguments)
 
 
 def smoke_root(tmp_path_factory) -> Path:
@@ -52,4 +120,7 @@ def run_chapter(notebook: Notebook) -> Record:
         if record is not None and record.digest == digest:
             return record
         m.setenv("RLREASON_RUNS", str(book / source_digest()))
+        if notebook.name != FRESH and hasattr(os, "fork"):
+            m.setattr(local_provisioner, "launch_kernel", ForkedKernel)
+            m.setenv("MPLBACKEND", INLINE)
         return run_notebook(notebook, profile_name="smoke", folder=outputs)

@@ -22,6 +22,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import websocket
+from accessible import barriers
 from smoke_book import run_chapter, smoke_root
 from test_notebook_runner import write_notebook
 
@@ -347,6 +348,34 @@ def test_no_page_loads_scripts_or_styles_over_the_network(pages):
     for page in pages:
         for tag in re.findall(r"<(?:script|link|img)\b[^>]*>", page.read_text()):
             assert not re.search(r"""(?:src|href)=["'](?:https?:)?//""", tag), page.name
+
+
+def test_every_page_can_be_found_ones_way_in_without_seeing_it(pages):
+    for page in pages:
+        assert barriers(page.read_text()) == [], page.name
+
+
+def test_what_keeps_some_readers_out_is_noticed():
+    # The wrong version: a page with every fault that the test above looks for
+    bad = """<html><body><p>No title</p><h2>Part</h2><h4>Far below</h4>
+    <img src="a.png" alt=" "><a href="b.html"><i class="icon"></i></a>
+    <table><tr><th></th><th>value</th></tr></table></body></html>"""
+    assert barriers(bad) == [
+        "the page does not say its language",
+        "picture without words: a.png",
+        "empty head of a column: value",
+        "link without words: b.html",
+        "0 titles",
+        "a heading of level 4 right under one of level 2",
+    ]
+    good = """<html lang="en"><body><h1>Title</h1><h2>Part</h2><h3>Detail</h3>
+    <h2>Part</h2><div class="onlyprint"><h1>Title</h1></div>
+    <img src="a.png" alt="A curve"><a href="b.html"><img src="a.png" alt="On"></a>
+    <a href="#c" title="To this heading"></a>
+    <table><tr><th>name</th></tr><tr><td></td></tr></table></body></html>"""
+    assert barriers(good) == []
+    two = good.replace("h2", "h1")
+    assert barriers(two)[0] == "3 titles"
 
 
 # In the browser

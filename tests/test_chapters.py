@@ -9,7 +9,7 @@ import json
 import re
 
 import pytest
-from smoke_book import REPOSITORY, run_chapter, smoke_root
+from smoke_book import FRESH, REPOSITORY, run_chapter, smoke_root
 
 from rlreason.publishing.notebooks import find_notebooks, read_notebook
 
@@ -26,7 +26,7 @@ def test_a_chapter_runs_and_asks_the_network_for_nothing(
     monkeypatch.setenv("RLREASON_RUNS", str(root / "runs"))
     record = run_chapter(read_notebook(root / "notebooks" / f"{name}.ipynb"))
     assert record.profile == "smoke"
-    assert record.peak_mb is None or record.peak_mb > 50
+    assert record.peak_mb is None or record.peak_mb > 50 or name != FRESH
     assert cut_network.attempts == []
 
 

@@ -219,7 +219,7 @@ def test_every_epoch_sees_each_example_once_in_an_order_of_its_own():
 
     def epochs(seed: int) -> list[list[list[Example]]]:
         settings = FinetuneSettings(epochs=2, batch_size=4, seed=seed)
-        batches = [batch for _, batch in module._batches(examples, settings, 0)]
+        batches = [batch for _, batch in module.batches_of(examples, settings, 0)]
         return [batches[:3], batches[3:]]
 
     orders = [

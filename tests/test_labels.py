@@ -124,7 +124,7 @@ def test_labels_stay_with_their_samples_where_rows_are_refilled_and_moved(
 ):
     options = {"k": 24, "max_new_tokens": limit, "temperature": 1.5, "seed": 3}
     whole = sample_conditioned(conditioned(), TOY_PROBLEMS, **options)
-    monkeypatch.setattr(slot_engine, "_WORTH_SHRINKING", 4)
+    monkeypatch.setattr(slot_engine, "WORTH_SHRINKING", 4)
     budget = 400_000 if limit == 40 else 200_000
     few = sample_conditioned(conditioned(), TOY_PROBLEMS, byte_budget=budget, **options)
     assert [r.tokens for r in few] == [r.tokens for r in whole]

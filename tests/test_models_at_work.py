@@ -128,6 +128,7 @@ def test_a_dry_run_of_paper_goes_through_all_that_its_tables_need(
     monkeypatch.setenv("RLREASON_QUIET", "1")
     random_model(tmp_path / "7b")
     small = {"policy": str(tmp_path / "7b"), "sizes": [], "ppo.phases": 1}
+    small |= {"task.solutions": 4, "task.questions": 4}  # each is asked 400 times
     profile = smaller("paper", tmp_path, {**FEW, **small, "ppo_phases_from_base": 1})
     recipe = load_recipe(profile)
     assert (recipe.expert_iteration.k, recipe.ppo.lora.rank) == (96, 128)
@@ -145,7 +146,7 @@ def test_a_dry_run_of_paper_goes_through_all_that_its_tables_need(
     of = {row.key: row for row in rows}
     rounds = of["expert-iteration-base", "7b", 0, "curve"].values["rows"]
     drawn = [row["rollouts"] for row in rounds if row["kind"] == "round"]
-    assert drawn == [16 * (16 + 96 * i) for i in range(5)]
+    assert drawn == [4 * (16 + 96 * i) for i in range(5)]
     assert of["base", "7b", 0, "samples"].values["k"] == 96
 
 

@@ -770,7 +770,7 @@ def test_the_sampler_s_probabilities_are_the_old_ones_where_they_agree(credit):
     )
     passes.clear()
     experience = learner.score(rollouts)
-    parts = len([*learner._parts(rollouts)])
+    parts = len([*learner.parts(rollouts)])
     assert parts > 2
     assert len(passes) == (parts if credit == "gae" else 1)
     assert (experience.logprobs - expected).abs()[mask].max() < 1e-4
@@ -907,7 +907,7 @@ def test_epochs_of_v_alone_bring_v_nearer_and_leave_the_policy_to_the_bit(kind, 
 def test_v_alone_is_taught_each_token_s_own_return(scored):
     learner, experience, _ = scored
     function, rows = learner.value_function, list(range(len(experience.rollouts)))
-    assert len(list(learner._parts(experience.rollouts))) > 1
+    assert len(list(learner.parts(experience.rollouts))) > 1
     learner.accumulate_values(experience, rows)
     found = function.weight.grad.clone()
     learner.optimizer.zero_grad()

@@ -386,7 +386,7 @@ def test_labels_are_no_targets_of_the_output_layer():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "_QUESTIONS_AT_ONCE", 2)
+    monkeypatch.setattr(module, "QUESTIONS_AT_ONCE", 2)
 
 
 def run(recorder: Memory | None = None, *, base: Policy | None = None, **changes):

@@ -331,7 +331,7 @@ def test_a_table_leaves_out_a_column_without_records_and_names_it(write):
     write(greedy("sft", BEFORE_), greedy("expert-iteration", AFTER))
     page = table_page("tiny", "table-1")
     assert page.startswith(
-        "|  | base | seeds | maj@1 | maj@1 against its start | rollouts |"
+        "| run | base | seeds | maj@1 | maj@1 against its start | rollouts |"
     )
     assert "maj@K, rerank@K, pass@K (`rlreason record table-1" in page
 

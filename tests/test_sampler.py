@@ -491,17 +491,7 @@ def test_memory_stays_within_the_budget(monkeypatch):
 
     def spy(engine):
         decode(engine)
-        slabs = [
-            slab
-            for cohort in engine.cohorts
-            for slabs in (
-                cohort.store._keys,
-                cohort.store._values,
-                cohort.store._prompt_keys,
-                cohort.store._prompt_values,
-            )
-            for slab in slabs
-        ]
+        slabs = [slab for cohort in engine.cohorts for slab in cohort.store.slabs]
         held.append(sum(slab.untyped_storage().nbytes() for slab in slabs))
         rows.append(sum(cohort.rows for cohort in engine.cohorts))
         samples.append(sum(cohort.samples for cohort in engine.cohorts))

@@ -161,9 +161,8 @@ def test_memory_stays_within_the_budget(kind, monkeypatch):
 
     def spy(slots):
         step(slots)
-        slabs = [s for p in (*slots.store._prompts, *slots.store._own) for s in p]
-        records = (slots.tokens, slots.logprobs)
-        held.append(sum(t.untyped_storage().nbytes() for t in (*slabs, *records)))
+        kept = (*slots.store.slabs, slots.tokens, slots.logprobs)
+        held.append(sum(tensor.untyped_storage().nbytes() for tensor in kept))
 
     monkeypatch.setattr(Slots, "step", spy)
     budget = 600_000
@@ -174,7 +173,7 @@ def test_memory_stays_within_the_budget(kind, monkeypatch):
 def test_few_that_are_left_move_together(monkeypatch):
     policy, options = policy_that_ends(), OPTIONS | {"max_new_tokens": 400}
     whole = by_name(sample(policy, PROBLEMS, **options))
-    monkeypatch.setattr(slot_engine, "_WORTH_SHRINKING", 8)
+    monkeypatch.setattr(slot_engine, "WORTH_SHRINKING", 8)
     rows = []
     keep = Slots.keep
 

@@ -95,7 +95,7 @@ kills = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKI
 def run(name: str, recipe: Recipe, root: Path, *, seed: int = 0):
     """One run of an algorithm; return-conditioned RL takes two questions at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rcrl_module, "_QUESTIONS_AT_ONCE", 2)
+        patch.setattr(rcrl_module, "QUESTIONS_AT_ONCE", 2)
         save_every = SAVE_EVERY[name]
         return run_toy(TRAIN[name], recipe, root, seed=seed, save_every=save_every)
 

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -472,9 +473,13 @@ def test_a_cell_that_does_not_end_is_given_up_and_told_with_its_number(tmp_path)
 def test_book_and_batch_hand_the_limit_on_and_commands_have_one(tmp_path):
     path, grid = write_notebook(tmp_path, "ch", "1"), tmp_path / "grid.yaml"
     grid.write_text("profile: smoke\nruns: [{notebooks: [ch.ipynb]}]")
-    shelf = Shelf("smoke", tmp_path / "run", 2, print, cell_limit=77)
     (item,) = read_grid(grid, tmp_path / "out", cell_limit=77)
-    for job in (shelf._job(read_notebook(path), "digest"), item.job):
+    jobs = [item.job]
+    there = SimpleNamespace(run=lambda given: jobs.extend(given) or {})
+    shelf = Shelf("smoke", tmp_path / "run", 2, print, there, cell_limit=77)
+    shelf.execute([read_notebook(path)], {"ch": "digest"})
+    assert len(jobs) == 2
+    for job in jobs:
         assert job.command[job.command.index("--cell-limit") + 1] == "77"
     for name in ("run", "book", "batch"):
         (limit,) = [p for p in cli.app.commands[name].params if p.name == "cell_limit"]

@@ -169,7 +169,7 @@ def fit(
         check_finite(numbers, where=f"update {update + 1}", then=f"{kept}. {remedy}")
 
     with progress_bar(total, "training", unit="update", done=start) as progress:
-        for update, batch in _batches(examples, settings, start):
+        for update, batch in batches_of(examples, settings, start):
             epoch, last = update // per_epoch, (update + 1) % per_epoch == 0
             lr = scheduled_lr(update, total, settings)
             set_lr(optimizer, lr)
@@ -208,7 +208,7 @@ def fit(
     model.train(was_training)
 
 
-def _batches(
+def batches_of(
     examples: Sequence[AnyExample], settings: FinetuneSettings, start: int
 ) -> Iterator[tuple[int, list[AnyExample]]]:
     """The batch of each update from ``start`` on, with the number of the update."""

@@ -201,7 +201,7 @@ class Learner:
                 values[rows, :width] = scores.values
                 last_values[rows] = scores.last_values
             elif part == 0 and agree(scores, sampled[rows, :width], dtype):
-                for left, *_ in islice(self._parts(rollouts), 1, None):
+                for left, *_ in islice(self.parts(rollouts), 1, None):
                     logprobs[left] = sampled[left]
                 break
         ref_logprobs = logprobs  # where neither penalty nor limit asks for another's
@@ -321,7 +321,7 @@ class Learner:
         """Add the gradient of half the mean squared error of V, which is not clipped"""
         rollouts = experience.rollouts
         count = sum(len(rollouts[row].tokens) for row in mb_rows)
-        for rows, prompts, responses in self._parts(rollouts, mb_rows):
+        for rows, prompts, responses in self.parts(rollouts, mb_rows):
             with self._compiled(self.policy.model, self.value_function):
                 values, mask = score_values(
                     self.policy, prompts, responses, self.value_function
@@ -448,7 +448,7 @@ class Learner:
         """Score ``rows`` of ``rollouts`` in parts that fit the budget of tokens."""
         value_function = None if policy else self.value_function
         policy = policy or self.policy
-        for where, prompts, responses in self._parts(rollouts, rows):
+        for where, prompts, responses in self.parts(rollouts, rows):
             with self._compiled(policy.model, value_function):
                 scores = score(
                     policy,
@@ -478,7 +478,7 @@ class Learner:
     def _compiled(self, *modules: nn.Module | None) -> AbstractContextManager:
         return compiled_layers(*modules, compiled=self.settings.compile)
 
-    def _parts(self, rollouts, rows=None) -> Iterator[tuple[Tensor, tuple, tuple]]:
+    def parts(self, rollouts, rows=None) -> Iterator[tuple[Tensor, tuple, tuple]]:
         """Places, prompts, responses: what goes through the model at once, my share."""
         rows = range(len(rollouts)) if rows is None else rows
         text = [(r.prompt_tokens, r.tokens) for r in rollouts].__getitem__

@@ -59,7 +59,7 @@ from rlreason.tasks.prompts import format_prompt
 # p(correct) after each token of each rollout, as an outcome reward model gives it
 StepScorer = Callable[[Sequence[Rollout]], Sequence[Sequence[float]]]
 
-_QUESTIONS_AT_ONCE = 256  # between two chances to save
+QUESTIONS_AT_ONCE = 256  # between two chances to save
 # Random streams of their own, beside those of the rounds of expert iteration
 SAMPLING_STREAM, LABELLING_STREAM = 900, 901
 
@@ -192,7 +192,7 @@ class _Data:
 
 def _sample_some(expert, problems, data, settings, recorder) -> float:
     """Sample the next questions, after the last one balance; returns the accuracy."""
-    asked = problems[data.sampled : data.sampled + _QUESTIONS_AT_ONCE]
+    asked = problems[data.sampled : data.sampled + QUESTIONS_AT_ONCE]
     with recorder.clock("sampling"):
         rollouts = sample(
             expert,
@@ -271,7 +271,7 @@ def balance_solutions(
 
 def _label_some(expert, problems, data, settings, recorder, orm) -> float:
     """Label the solutions of the next questions; returns the share of good steps."""
-    end = min(len(problems), data.labelled + _QUESTIONS_AT_ONCE)
+    end = min(len(problems), data.labelled + QUESTIONS_AT_ONCE)
     places = [
         i for i, s in enumerate(data.solutions) if data.labelled <= s.problem < end
     ]

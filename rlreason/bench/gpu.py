@@ -318,7 +318,7 @@ def table(lines: Sequence[Line], *, size: float) -> str:
         f"Measured on {here['device']} at {here['started']}, commit "
         f"{here['commit'] or 'unknown'}; {versions}.",
         "",
-        "| | target on an H100 | measured | |",
+        "| measure | target on an H100 | measured | verdict |",
         "|---|---|--:|---|",
     ]
     if not torch.cuda.is_available() or size != 1:

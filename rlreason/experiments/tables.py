@@ -186,7 +186,7 @@ def _columns(records: Records, metrics: Sequence[str]) -> tuple[Columns, ...]:
 
 def _markdown(records: Records, table: Table, columns: Columns) -> str:
     """Lines in which a column has something."""
-    lines = [["", "base", *columns], ["---", "---", *["--:"] * len(columns)]]
+    lines = [["run", "base", *columns], ["---", "---", *["--:"] * len(columns)]]
     for arm in (CATALOGUE.arms[name] for name in table.arms):
         for size in _sizes(records, table):
             if records.of(arm.name, "greedy", size):

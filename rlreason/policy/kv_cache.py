@@ -108,6 +108,12 @@ class CohortStore:
         return len(self._prompt_keys)
 
     @property
+    def slabs(self) -> list[Tensor]:
+        """All tensors that keys and values are kept in."""
+        prompts = [*self._prompt_keys, *self._prompt_values]
+        return prompts + self._keys + self._values
+
+    @property
     def token_bytes(self) -> int:
         """Keys and values of one token in all layers."""
         slabs = (*self._prompt_keys, *self._prompt_values)

@@ -38,7 +38,7 @@ from rlreason.policy.streams import next_uniforms
 
 LOOK_EVERY = 8  # steps from one look at the device to the next
 _SPARE_PLACES = 3
-_WORTH_SHRINKING = 1024  # rows from which a smaller graph repays its capture
+WORTH_SHRINKING = 1024  # rows from which a smaller graph repays its capture
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class SlotEngine(Engine):
             self.set_up()
         used, rows = len(self.occupants), self.slots.rows
         if not self.queue:
-            if used <= rows // 4 and rows >= _WORTH_SHRINKING:
+            if used <= rows // 4 and rows >= WORTH_SHRINKING:
                 self.shrink()
             return
         if used > REFILL_BELOW * rows:

@@ -134,6 +134,11 @@ class SlotStore:
         return len(self._prompts)
 
     @property
+    def slabs(self) -> list[Tensor]:
+        """All tensors that keys and values are kept in."""
+        return [slab for pair in self._prompts + self._own for slab in pair]
+
+    @property
     def token_bytes(self) -> int:
         """Keys and values of one token in all layers."""
         slabs = [slab for pair in self._prompts for slab in pair]

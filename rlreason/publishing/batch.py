@@ -294,7 +294,11 @@ class Board:
 
     def _row(self, item: Item, state: State) -> str:
         picture = item.folder / "picture.png"
-        seen = f'<img src="{self._link(picture)}" alt="">' if picture.is_file() else ""
+        seen = (
+            f'<img src="{self._link(picture)}" alt="{escape(item.label)}">'
+            if picture.is_file()
+            else ""
+        )
         links = {"result": state.result, "log": item.folder / "log.txt"}
         shown = " ".join(
             f'<a href="{self._link(path)}">{word}</a>'
@@ -342,7 +346,7 @@ pre {{ white-space: pre-wrap; max-width: 60em; max-height: 20em; overflow: auto;
 <h1>{title}</h1>
 <p>{summary}</p>
 <table>
-<tr><th></th><th>job</th><th>state</th><th>seconds</th><th></th></tr>
+<tr><th>picture</th><th>job</th><th>state</th><th>seconds</th><th>files</th></tr>
 {rows}
 </table>
 </body></html>

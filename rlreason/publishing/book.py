@@ -68,8 +68,10 @@ MATHJAX_PACKAGE = "sphinx-mathjax-offline"
 MATHJAX_FILES = ("tex-chtml-full.js", "output/chtml/fonts/woff-v2/")
 # A paragraph of the first page, in whose place a chapter's first figure is shown
 FIRST_FIGURE = re.compile(r"^\*`make book` shows here .*?\]\((.*?)\)\.\*$", re.M | re.S)
-# It cannot be run with `python -m`
-JUPYTER_BOOK = "from jupyter_book.cli.main import main; main()"
+# Without the grammars of addresses that jsonschema would compile: see `notebooks`
+QUICKLY = "import sys; sys.modules['rfc3987_syntax'] = None; "
+JUPYTER_BOOK = QUICKLY + "from jupyter_book.cli.main import main; main()"
+SPHINX = QUICKLY + "from sphinx.cmd.build import main; sys.exit(main(sys.argv[1:]))"
 STATUS_PACKAGES = ("numpy", "matplotlib", "papermill", "jupyter-book", "Sphinx")
 
 
@@ -425,7 +427,7 @@ def build_html(build: Path, report: Callable[[str], None]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     _python("-c", JUPYTER_BOOK, "config", "sphinx", str(source))
     options = ["-W", "-n", "--keep-going", "-q", "-b", "html", "-d", str(doctrees)]
-    _python("-m", "sphinx", *options, str(source), str(draft))
+    _python("-c", SPHINX, *options, str(source), str(draft))
     stamp.unlink(missing_ok=True)
     shutil.rmtree(html, ignore_errors=True)
     draft.rename(html)

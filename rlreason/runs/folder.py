@@ -403,10 +403,10 @@ class RunFolder:
         self._prune()
         latest = self._latest()
         bookmark = _read_json(latest / "bookmark.json") if latest else {}
-        self._metrics = _open_at(
+        self._metrics = open_at(
             self.path / "metrics.jsonl", bookmark.get("metrics_bytes", 0)
         )
-        self._timing = _open_at(
+        self._timing = open_at(
             self.path / "timing.jsonl", bookmark.get("timing_bytes", 0)
         )
         self._start_clock(bookmark.get("seconds", 0.0))
@@ -580,7 +580,7 @@ def _known_part(written: Any, known: Any) -> Any:
     }
 
 
-def _open_at(path: Path, size: int) -> BinaryIO:
+def open_at(path: Path, size: int) -> BinaryIO:
     """Open a log for appending, cut back to ``size`` bytes."""
     path.touch()
     found = path.stat().st_size

@@ -21,7 +21,7 @@ prompted accuracy on problems of three to five steps is low and not zero, superv
 fine-tuning lifts it to the middle of the scale, and reinforcement learning has room
 above that.
 
-| | |
+| property | value |
 |---|---|
 | Made by | `rlreason train nano --size {size} --seed {seed}` |
 | Shape | hidden {hidden}, layers {layers}, heads {heads}, feed-forward {feed_forward} |
