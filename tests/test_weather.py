@@ -295,7 +295,7 @@ def test_a_round_that_is_longer_than_a_job_comes_to_its_end_in_several(
 ):
     """A job is asked to end at the second question it samples, killed at the third."""
     plan = plan_of(step, toy_recipe(tmp_path))
-    draw, drawn = sampler._draw, []
+    draw, drawn = sampler.draw_groups, []
 
     def in_a_job(asked, chosen, **options):
         for number, (i, group) in enumerate(draw(asked, chosen, **options), start=1):
@@ -309,7 +309,7 @@ def test_a_round_that_is_longer_than_a_job_comes_to_its_end_in_several(
 
     jobs = 0
     with monkeypatch.context() as patch:
-        patch.setattr(sampler, "_draw", in_a_job)
+        patch.setattr(sampler, "draw_groups", in_a_job)
         while not folder_of(plan).done and jobs < 12:
             jobs += 1
             with suppress(Stopped, KeyboardInterrupt):

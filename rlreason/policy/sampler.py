@@ -198,7 +198,7 @@ def prompt_groups(
     asked = Asked(policy, prompts, ks, temperature, max_new_tokens, seed, forced)
     _check_settings(asked)
     own = my_share(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens)))
-    draw = partial(_draw, asked, byte_budget=byte_budget, progress=progress)
+    draw = partial(draw_groups, asked, byte_budget=byte_budget, progress=progress)
     groups = keeper(asked, draw, own) if keeper else draw(own)
     yield from joined_groups(policy, prompts, groups)
 
@@ -225,13 +225,14 @@ def in_order(groups: Iterator[tuple[int, list[Rollout]]]) -> list[Rollout]:
     return [rollout for _, group in sorted(groups) for rollout in group]
 
 
-def _draw(
+def draw_groups(
     asked: Asked,
     chosen: Sequence[int],
     *,
     byte_budget: int | None,
     progress: bool | None,
 ) -> Iterator[Group]:
+    """Draw the groups of the prompts with these indices, in the order of finishing."""
     if not chosen:
         return
     policy, forced, max_new_tokens = asked.policy, asked.forced, asked.max_new_tokens
