@@ -460,6 +460,7 @@ def main() -> None:
     os.environ["RLREASON_QUIET"] = "1"
     torch.set_num_threads(1)
     sys.addaudithook(_audit)
+    gc.freeze()  # what is imported need not be looked through at each write
     os.fsync = lambda descriptor: None  # nobody pulls the plug here
     found = {}
     with tempfile.TemporaryDirectory() as place:
