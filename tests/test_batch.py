@@ -21,9 +21,14 @@ from toys import toy_profile
 from rlreason.cli import main
 from rlreason.execution.jobs import Job
 from rlreason.publishing.batch import plan_lines, run_batch
-from rlreason.publishing.expected import least_seconds
+from rlreason.publishing.expected import expected_of_notebook, least_seconds
 from rlreason.publishing.grid import GridError, Item, read_grid
-from rlreason.publishing.notebooks import read_notebook, run_notebook
+from rlreason.publishing.notebooks import (
+    Record,
+    read_notebook,
+    read_record,
+    run_notebook,
+)
 from rlreason.runs.plans import folder_of, obtain, plan_of
 from rlreason.runs.profiles import load_recipe
 from rlreason.settings import SettingsError, canonical_json
@@ -201,6 +206,10 @@ def test_hours_are_those_of_the_runs_that_are_most_alike(grid, tmp_path):
     ran(100, 0)
     ran(300, 1)
     ran(5000, 2, **{"sft.epochs": 50})
+    ran(None, 7)  # what cannot be understood is passed over
+    broken = folder_of(plan_of("sft", recipe, 0)).path.with_name("sft-0123456789ab")
+    broken.mkdir()
+    (broken / "status.json").write_text('{"status": "do')
     for runs, said in (
         ({}, "200 s"),  # wrong would be the mean of all three
         ({"parameters": {"sft.epochs": 9, "sft.lr": 0.5}}, "as with other settings"),
@@ -215,6 +224,18 @@ def test_hours_of_what_was_not_run_here_are_the_recorded_ones(grid):
     assert first.expected.by == "as recorded"
     assert second.expected.by == "as recorded of other settings"
     assert 0 < second.expected.seconds < 3600
+
+
+def test_a_notebook_of_another_profile_took_another_time(tmp_path):
+    record = Record("ch", "smoke", {"k": 1, "seed": 3}, "digest", 10.0, None, {})
+    damaged = replace(record, seconds=None)
+    there = [record, damaged, None]
+    assert str(expected_of_notebook(there, "smoke", {"k": 1})) == "10 s"
+    for profile, k in (("paper", 1), ("smoke", 2)):
+        found = expected_of_notebook(there, profile, {"k": k})
+        assert str(found) == "10 s, as with other settings"
+    (tmp_path / "ch-notes.txt").touch()  # no folder
+    assert read_record("ch", tmp_path / "ch-notes.txt") is None
 
 
 def test_no_order_is_faster_than_the_longest_way_or_all_work_on_all_cores():

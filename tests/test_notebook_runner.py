@@ -86,13 +86,16 @@ def test_a_computed_default_takes_any_value(tmp_path):
 
 def test_where_the_default_tells_no_type_an_annotation_may(tmp_path):
     cell = "k: int | None = None\nrate: float | str = 'a'\nfile: Path = None\nn = None"
+    cell += "\nmost: Optional[int] = 3\nnames: dict = {}"
     notebook = read_notebook(write_notebook(tmp_path, "ch", parameters=cell))
 
     def chosen(**given) -> dict:
         return choose_parameters(notebook, profile(), given)
 
     assert chosen(k=None, rate=2) == {"k": None, "rate": 2.0}
-    for name, value in {"k": [4], "rate": True}.items():
+    assert chosen(names={"a": 1}) == {"names": {"a": 1}}
+    # Of an annotation that is not understood the default still tells
+    for name, value in {"k": [4], "rate": True, "most": "abc"}.items():
         with pytest.raises(NotebookError, match=f"{name} is .*, not of type"):
             chosen(**{name: value})
     for name in ("file", "n"):  # not told: what a parameter can be at all
@@ -140,6 +143,15 @@ def test_a_value_of_another_type_than_the_default_is_an_error(chapter, name, val
 )
 def test_values_from_the_command_line(text, default, value):
     assert parse_value(text, default) == value
+
+
+def test_text_from_the_command_line_stays_text_where_the_annotation_says_so():
+    assert [parse_value(text, None, (str,)) for text in ("12", "true")] == [
+        "12",
+        "true",
+    ]
+    assert parse_value("null", "a", (str,)) == "null"
+    assert parse_value("null", None, (str,)) is None
 
 
 def test_whole_numbers_serve_where_the_default_is_a_float(chapter):

@@ -7,6 +7,7 @@ import gc
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import KINDS, PROBLEMS, tiny_policy
@@ -381,6 +382,21 @@ def test_what_all_prompts_begin_with_is_computed_once(kind):
     assert [r.tokens for r in together] == [r.tokens for r in alone]
 
 
+def test_each_question_may_have_a_number_of_samples_of_its_own():
+    policy, options = tiny_policy(), {"max_new_tokens": 8, "seed": 5}
+    whole = by_name(sample(policy, PROBLEMS, k=3, **options))
+    for ks in ([1, 3, 2, 1], np.array([1, 3, 2, 1])):
+        some = sample(policy, PROBLEMS, k=ks, **options)
+        assert [r.problem_id for r in some[:4]] == [PROBLEMS[0].id] + [
+            PROBLEMS[1].id
+        ] * 3
+        assert by_name(some).items() <= whole.items()
+    one = sample(policy, PROBLEMS, k=np.int64(2), **options)
+    assert by_name(one) == by_name(sample(policy, PROBLEMS, k=2, **options))
+    with pytest.raises(ValueError, match="2 numbers k for 4 prompts"):
+        sample(policy, PROBLEMS, k=[1, 2], **options)
+
+
 def test_an_opening_leaves_each_its_last_token_and_saves_a_tenth():
     long, short = tuple(range(20)), tuple(range(8))
     assert opening_of([(*long, 30), (*long, 31, 32)]) == 20
@@ -503,6 +519,19 @@ def test_memory_stays_within_the_budget(monkeypatch):
     assert 4 <= max(rows) <= max(samples) < len(problems)  # 480 samples, by and by
     monkeypatch.undo()
     assert small == by_name(sample(policy, problems, **options))
+
+
+def test_a_question_comes_when_its_samples_have_ended_and_not_with_its_cohort(
+    monkeypatch,
+):
+    policy = replace(tiny_policy(), more_eos_ids=tuple(range(40, 60)))
+    passes, seen = count_rows(monkeypatch), {}
+    options = {"k": 1, "max_new_tokens": 64, "temperature": 1.5}
+    for index, group in sample_groups(policy, PROBLEMS, **options):
+        seen[index] = (len(passes), max(len(r.tokens) for r in group))
+    assert len({length for _, length in seen.values()}) > 1
+    # The last token of a sample needs no pass, and one more is begun meanwhile
+    assert all(count in (length - 1, length) for count, length in seen.values())
 
 
 @pytest.mark.usefixtures("engine")

@@ -60,7 +60,10 @@ def run(
     record = run_notebook(
         source,
         profile_name=profile,
-        given={n: parse_value(v, source.parameters.get(n)) for n, v in given},
+        given={
+            n: parse_value(v, source.parameters.get(n), source.kinds.get(n, ()))
+            for n, v in given
+        },
         folder=folder,
         cell_limit=cell_limit,
     )

@@ -7,6 +7,8 @@ tokens so far can share a row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,9 @@ class Cohort:
         sizes = torch.tensor([len(r.keys) for r in requests], device=device)
         lengths = torch.tensor([len(r.prompt) for r in requests], device=device)
         questions = torch.arange(len(requests), device=device)
-        self.row = torch.repeat_interleave(questions, sizes)  # that of the question
+        self.owner = torch.repeat_interleave(questions, sizes)  # whose request, by line
+        self.answered: set[int] = set()  # requests
+        self.row = self.owner  # that of the question
         self.home = torch.arange(len(self.row), device=device)
         opening = opening_of([request.prompt for request in requests])
         width = max(len(request.prompt) for request in requests) - opening
@@ -119,18 +123,31 @@ class Cohort:
         self.row = moves.places[which]
         self.position = self.position[moves.parents]
 
-    def answers(self, ends: tuple[int, ...]) -> list[Answer]:
-        """What all samples said, once none is in flight, in the order of admission.
+    def leave(self) -> list[int]:
+        """The requests that have no sample in flight any more; each is told once."""
+        counts = torch.zeros(len(self.requests), dtype=torch.int64)
+        if self.drawn < self.limit and not bool(self.done.all()):
+            going = self.owner[self.home[~self.done]]
+            counts = torch.bincount(going, minlength=len(self.requests))
+        left = set((counts == 0).nonzero().flatten().tolist()) - self.answered
+        self.answered |= left
+        return sorted(left)
+
+    def answers(self, ended: Sequence[int], ends: tuple[int, ...]) -> list[Answer]:
+        """What the samples of requests said that have left.
 
         Raises:
             ValueError: If the model's outputs are not finite numbers.
         """
-        if not bool(self.logprobs.isfinite().all()):
+        lines = torch.isin(self.owner, self.owner.new_tensor(ended))
+        if not bool(self.logprobs[lines].isfinite().all()):
             raise ValueError(NOT_FINITE)
-        tokens = self.tokens[:, : self.drawn].tolist()
-        logprobs = self.logprobs[:, : self.drawn].tolist()
+        tokens = self.tokens[lines, : self.drawn].tolist()
+        logprobs = self.logprobs[lines, : self.drawn].tolist()
         owners = [
-            (request, number) for request in self.requests for number in request.numbers
+            (self.requests[i], number)
+            for i in ended
+            for number in self.requests[i].numbers
         ]
         answers = []
         for (request, number), ids, logps in zip(owners, tokens, logprobs, strict=True):

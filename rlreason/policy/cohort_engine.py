@@ -45,9 +45,9 @@ class CohortEngine(Engine):
             self.queue.append(part)
 
     def run(self) -> Iterator[list[Answer]]:
-        """Decode until the queue is empty; yields cohort by cohort."""
+        """Decode until the queue is empty; yields requests as they finish."""
         while self.queue or self.cohorts:
-            finished: list[Cohort] = []
+            finished: list[tuple[Cohort, list[int]]] = []
             # The model is given back before each yield: who takes the answers may use
             # it, or may never come back for more.
             with torch.inference_mode(), borrowed(self.model, CohortStore):
@@ -60,12 +60,17 @@ class CohortEngine(Engine):
                     if not out_of_memory(error):
                         raise
                     self.halve()
-            for cohort in finished:
-                yield cohort.answers(self.ends)
+            for cohort, ended in finished:
+                yield cohort.answers(ended, self.ends)
 
     def give_up(self) -> list[Request]:
-        """The requests of all cohorts, whole: none has been answered."""
-        requests = [r for cohort in self.cohorts for r in cohort.requests]
+        """The requests of all cohorts that have not been answered, whole."""
+        requests = [
+            request
+            for cohort in self.cohorts
+            for i, request in enumerate(cohort.requests)
+            if i not in cohort.answered
+        ]
         self.cohorts.clear()
         return requests
 
@@ -141,13 +146,15 @@ class CohortEngine(Engine):
         ):
             cohort.record(ids, logps, self.ends)
 
-    def retire(self) -> list[Cohort]:
-        """Take out finished samples and split rows; returns cohorts that have ended."""
+    def retire(self) -> list[tuple[Cohort, list[int]]]:
+        """Take out finished samples, split rows; returns which requests have ended."""
         finished, going = [], []
         for cohort in self.cohorts:
             done = int(cohort.done.sum())
-            if cohort.drawn == self.limit or done == cohort.samples:
-                finished.append(cohort)
+            over = cohort.drawn == self.limit or done == cohort.samples
+            if (done or over) and (ended := cohort.leave()):
+                finished.append((cohort, ended))
+            if over:
                 continue
             if done or cohort.splits():
                 cohort.regroup()

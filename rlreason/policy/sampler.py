@@ -29,6 +29,7 @@ stops is drawn, and dropped.
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -194,7 +195,8 @@ def prompt_groups(
         The index in ``prompts`` and its ``k`` rollouts, in the order of finishing;
         those that a keeper has kept come first.
     """
-    ks = [k] * len(prompts) if isinstance(k, int) else list(k)
+    several = isinstance(k, Sequence) or getattr(k, "ndim", 0)
+    ks = [operator.index(each) for each in (k if several else [k] * len(prompts))]
     asked = Asked(policy, prompts, ks, temperature, max_new_tokens, seed, forced)
     _check_settings(asked)
     own = my_share(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].tokens)))

@@ -37,10 +37,10 @@ from rlreason.execution.executors import executor_named
 from rlreason.execution.jobs import Job, JobError, Outcome
 from rlreason.execution.recording import Progress, in_words
 from rlreason.publishing.expected import least_seconds
-from rlreason.publishing.grid import Item, read_json
+from rlreason.publishing.grid import Item
 from rlreason.runs.environment import cores as all_cores
 from rlreason.runs.environment import make_folder
-from rlreason.runs.files import write_atomically, write_json
+from rlreason.runs.files import read_json, write_atomically, write_json
 from rlreason.settings import canonical_json
 
 ORDER = ("running", "failed", "blocked", "waiting", "done", "fresh")  # in the table

@@ -16,14 +16,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from rlreason.execution.jobs import Job
 from rlreason.experiments.rows import Row, read_rows, rows_path
 from rlreason.publishing.notebooks import Record
 from rlreason.runs.environment import runs_root
-from rlreason.runs.folder import RunFolder
+from rlreason.runs.files import read_json
 from rlreason.runs.plans import Plan, read_plan_file
 from rlreason.settings import identity, settings_hash
 
@@ -67,8 +67,14 @@ def _run_in(path: Path, changed: int) -> tuple[dict[str, str], float] | None:
         plan = read_plan_file(path / "settings.json")
     except ValueError:  # of other settings than there are now
         return None
-    run = RunFolder(plan.step, plan, root=path.parent)
-    return (_facts(plan), run.status["seconds"]) if run.done else None
+    status = read_json(path / "status.json")
+    if status.get("status") != "done" or not _is_number(status.get("seconds")):
+        return None
+    return _facts(plan), status["seconds"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _facts(plan: Plan) -> dict[str, str]:
@@ -86,15 +92,16 @@ def _leaves(values: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, s
 
 
 def _recorded(plan: Plan, path: Path) -> Expected | None:
-    """By the recorded run itself, or by those of its step from such a start."""
+    """By the recorded run, with whichever seed, or by those of its step and start."""
     if path.is_file():
         rows = _rows(path, path.stat().st_mtime_ns)
         size, start = Path(plan.policy).name, _start_of(plan)
         alike = {r.plan: r for r in rows if (r.step, r.size) == (plan.step, size)}
-        if same := alike.get(settings_hash(plan)):
-            return Expected(same.spent.seconds, "as recorded")
+        arms = {alike[h].arm for h in [settings_hash(plan)] if h in alike}
+        if took := [r.spent.seconds for r in alike.values() if r.arm in arms]:
+            return Expected(median(took), "as recorded")
         if took := [r.spent.seconds for r in alike.values() if r.start == start]:
-            return Expected(fmean(took), "as recorded of other settings")
+            return Expected(median(took), "as recorded of other settings")
     return None
 
 
@@ -111,13 +118,12 @@ def _start_of(plan: Plan) -> str:
 
 
 def expected_of_notebook(
-    records: Iterable[Record | None], parameters: Mapping[str, Any]
+    records: Iterable[Record | None], profile: str, parameters: Mapping[str, Any]
 ) -> Expected | None:
     """Of a notebook with some parameters, by the records of its executions."""
-    known = [record for record in records if record]
-    same = [
-        r.seconds for r in known if _but_seed(r.parameters) == _but_seed(parameters)
-    ]
+    known = [record for record in records if record and _is_number(record.seconds)]
+    asked = (profile, _but_seed(parameters))
+    same = [r.seconds for r in known if (r.profile, _but_seed(r.parameters)) == asked]
     if same:
         return Expected(fmean(same))
     return Expected(fmean(r.seconds for r in known), OTHERS) if known else None

@@ -315,7 +315,7 @@ class _Maker:
             folder,
             digest,
             job=self._placed(job, folder),
-            expected=expected_of_notebook(records, chosen),
+            expected=expected_of_notebook(records, profile, chosen),
             result=result,
             given=(notebook, profile, asked),
         )
@@ -334,17 +334,8 @@ def _check_paths(step: str, paths: Iterable[str], recipe: Recipe) -> None:
 
 def _as_text(notebook: Notebook, name: str, value: Any) -> str:
     """A parameter as ``rlreason run -p`` reads it."""
-    default = notebook.parameters[name]
-    text = value if isinstance(default, str) else repr(value)
-    if isinstance(text, str) and parse_value(text, default) == value:
-        return text
+    how = notebook.parameters[name], notebook.kinds[name]
+    for text in (repr(value), value):
+        if isinstance(text, str) and parse_value(text, *how) == value:
+            return text
     raise GridError(f"{notebook.name}: {name} cannot be {value!r}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; nothing where it is not there, or no JSON."""
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

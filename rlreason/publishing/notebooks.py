@@ -183,7 +183,8 @@ def _assignments(source: str, path: Path) -> dict[str, tuple[Any, tuple]]:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 found[name] = _literal(value), _kinds_like(_literal(value))
             case ast.AnnAssign(ast.Name(id=name), kind, ast.expr() as value):
-                found[name] = _literal(value), _kinds_named(ast.unparse(kind))
+                default, named = _literal(value), _kinds_named(ast.unparse(kind))
+                found[name] = default, named or _kinds_like(default)
             case _:
                 raise NotebookError(
                     f"{path}, cell tagged parameters, line {statement.lineno}: only "
@@ -207,7 +208,7 @@ def _kinds_like(default: Any) -> tuple[type, ...]:
 
 def _kinds_named(annotation: str) -> tuple[type, ...]:
     """The types that e.g. ``int | None`` names; none where one of them is unknown."""
-    known = {"bool": bool, "int": int, "float": float, "str": str, "list": list}
+    known = {kind.__name__: kind for kind in (bool, int, float, str, list, dict)}
     words = [word.partition("[")[0].strip() for word in annotation.split("|")]
     kinds = tuple(known.get(word) for word in words if word != "None")
     return () if None in kinds else kinds
@@ -268,12 +269,12 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def parse_value(text: str, default: Any) -> Any:
-    """Read a parameter from the command line; text stays text where the default is.
+def parse_value(text: str, default: Any, kinds: tuple[type, ...] = ()) -> Any:
+    """Read a parameter from the command line; text stays text where that is wanted.
 
     ``true``, ``false`` and ``null`` may be written as in YAML.
     """
-    if isinstance(default, str):
+    if isinstance(default, str) or (kinds == (str,) and text not in ("null", "None")):
         return text
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
@@ -544,7 +545,7 @@ def read_record(name: str, folder: Path) -> Record | None:
     """Return the record of an executed notebook, None where there is none."""
     try:
         return Record(**json.loads((folder / f"{name}.json").read_text()))
-    except (FileNotFoundError, TypeError, json.JSONDecodeError):
+    except (OSError, TypeError, ValueError):
         return None
 
 

@@ -33,7 +33,8 @@ ROOMS_OF_RESULTS = (
 
 def runs_root() -> Path:
     """Return the folder of run folders: ``RLREASON_RUNS``, else ``runs``."""
-    return Path(os.environ.get("RLREASON_RUNS") or project_root() / "runs")
+    named = os.environ.get("RLREASON_RUNS")
+    return Path(named).expanduser() if named else project_root() / "runs"
 
 
 def folders() -> dict[str, str]:

@@ -9,6 +9,15 @@ from pathlib import Path
 from typing import Any
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; nothing where it is not there, or no JSON."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file; see ``write_atomically``."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
