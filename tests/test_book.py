@@ -64,7 +64,8 @@ class Quick:
         if job.fresh():
             return Outcome(job.name, "fresh")
         self.started.append(job.name)
-        path, output = Path(job.command[4]), Path(job.command[-1])
+        path = Path(job.command[4])
+        output = Path(job.command[job.command.index("--output") + 1])
         if "1 / 0" in path.read_text():
             told = f"a warning\nrlreason: {job.name} divided by zero"
             return Outcome(job.name, "failed", told)

@@ -214,12 +214,12 @@ def test_an_interruption_ends_all_that_was_started_and_starts_nothing(tmp_path, 
         wait_for(file)
         os.kill(os.getpid(), number)
 
-    before = signal.getsignal(number)
+    before, others = signal.getsignal(number), set(psutil.Process().children())
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         LocalExecutor(cores=1, gpus=()).run(jobs)
     assert ends(wait_for(file))
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= others  # such as a server of kernels
     assert not (tmp_path / "started").exists()
     assert signal.getsignal(number) is before
 
