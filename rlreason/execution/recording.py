@@ -133,7 +133,7 @@ class Work:
         Nothing is counted for what has no like yet, nor for runs that no row is of.
 
         Args:
-            of: Several that are alike; the quickest had least beside it.
+            of: What is taken of several that are alike: their mean, or the least.
         """
         trained, measured = defaultdict(list), defaultdict(list)
         for row in self.rows:

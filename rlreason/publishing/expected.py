@@ -92,13 +92,13 @@ def _leaves(values: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, s
 
 
 def _recorded(plan: Plan, path: Path) -> Expected | None:
-    """By the recorded run, with whichever seed, or by those of its step and start."""
+    """By the recorded run and its other seeds, or by those of its step and start."""
     if path.is_file():
         rows = _rows(path, path.stat().st_mtime_ns)
         size, start = Path(plan.policy).name, _start_of(plan)
         alike = {r.plan: r for r in rows if (r.step, r.size) == (plan.step, size)}
-        arms = {alike[h].arm for h in [settings_hash(plan)] if h in alike}
-        if took := [r.spent.seconds for r in alike.values() if r.arm in arms]:
+        if same := alike.get(settings_hash(plan)):
+            took = [r.spent.seconds for r in alike.values() if r.arm == same.arm]
             return Expected(median(took), "as recorded")
         if took := [r.spent.seconds for r in alike.values() if r.start == start]:
             return Expected(median(took), "as recorded of other settings")

@@ -150,9 +150,8 @@ def read_grid(path: Path, output: Path, *, cell_limit: int = 0) -> list[Item]:
             for name, values in _choices(runs):
                 with _noted(faults, number):
                     for item in maker.items(name, values):
-                        old = items.get(
-                            item.job.name
-                        )  # that it is asked for, says more
+                        old = items.get(item.job.name)
+                        # That it is asked for says more than that it is needed
                         if old is None or old.label == old.job.name:
                             items[item.job.name] = item
     if faults:

@@ -544,7 +544,7 @@ class Models:
 
 @contextmanager
 def _made() -> Iterator[None]:
-    """Make models from a policy without weights, uncounted: whoever is copied waits"""
+    """While models are made of a policy: what is copied is not counted with them."""
     with LiveBytes(), torch.device("meta"):
         yield
 
