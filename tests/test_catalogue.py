@@ -170,6 +170,20 @@ def test_a_run_that_stands_in_several_tables_is_one_run():
     assert len(hashes) == len(keys)
 
 
+def test_rows_of_the_papers_tables_have_all_seeds_and_others_three_at_least():
+    context = Context(load_recipe("tiny"))
+    seeds: dict[str, set[int]] = {}
+    for subject in context.subjects():
+        seeds.setdefault(subject.arm.name, set()).add(subject.seed)
+    most = context.recipe.seeds
+    papers = {a for t in CATALOGUE.tables if t.reported for a in t.arms}
+    assert most >= 5
+    assert {name for name, s in seeds.items() if len(s) == most} > papers
+    assert {len(s) for s in seeds.values()} == {3, most}
+    assert CATALOGUE.seeds("ppo", 9) == 9  # of several tables the one that asks most
+    assert CATALOGUE.seeds("reinforce", 2) == 2  # a profile may have fewer
+
+
 @pytest.mark.parametrize("table", ["table-2", "table-3", "table-5"])
 def test_no_run_without_sft_knows_a_solution_but_those_of_its_prompt(table):
     """Neither it, nor a reward model that filters or rewards, nor who samples."""

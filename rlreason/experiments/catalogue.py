@@ -86,6 +86,7 @@ class Table:
         arms: Names, in the order of the rows.
         metrics: Columns; K is the number of samples that was recorded.
         sizes: Whether every base of the profile is trained, or the main one alone.
+        seeds: How many of the profile's are enough; None: all are trained.
         reported: Number of the paper's table; empty where it has none.
         methods: What the paper's table calls the arms.
     """
@@ -95,6 +96,7 @@ class Table:
     arms: tuple[str, ...]
     metrics: tuple[str, ...] = ("maj@1",)
     sizes: bool = False
+    seeds: int | None = None
     reported: str = ""
     methods: Mapping[str, str] = field(default_factory=dict)
 
@@ -144,6 +146,14 @@ class Catalogue:
     def has_sizes(self, arm: str) -> bool:
         """Whether an arm is trained from every base of the profile."""
         return any(arm in table.arms for table in self.tables if table.sizes)
+
+    def seeds(self, arm: str, most: int) -> int:
+        """How many of a profile's seeds an arm is trained with.
+
+        As many as the table asks for that asks for most; outside of tables all.
+        """
+        asked = [table.seeds or most for table in self.tables if arm in table.arms]
+        return min(most, max(asked, default=most))
 
     def lines(self) -> list[str]:
         """One line a table, and below it one an arm."""
@@ -439,6 +449,7 @@ ENTRIES = (
     ),
 )
 
+FEW = 3  # seeds of what stands beside the paper's tables, so that all of it fits
 K_COLUMNS = ("maj@1", "maj@K", "rerank@K", "pass@K")
 METHODS = {
     "sft": "SFT",
@@ -503,17 +514,29 @@ CATALOGUE = Catalogue(
             ["ppo", "ppo-backtracking", "ppo-replay"],
             metrics=("maj@1",),
         ),
-        Table("credit", "PPO and its baselines", ("ppo", "reinforce", "rloo", "grpo")),
-        Table("rewards", "PPO with rewards for steps", ("ppo-dense", "ppo-shaped")),
+        Table(
+            "credit",
+            "PPO and its baselines",
+            ("ppo", "reinforce", "rloo", "grpo"),
+            seeds=FEW,
+        ),
+        Table(
+            "rewards",
+            "PPO with rewards for steps",
+            ("ppo-dense", "ppo-shaped"),
+            seeds=FEW,
+        ),
         Table(
             "learned-rewards",
             "PPO for a reward model",
             ("ppo-sparse-orm", "ppo-dense-orm", "ppo-weak-orm"),
+            seeds=FEW,
         ),
         Table(
             "stability",
             "without KL, with the better half",
             ("ppo", "ppo-no-kl", "ppo-best-half"),
+            seeds=FEW,
         ),
         Table(
             "rounds",
@@ -525,11 +548,13 @@ CATALOGUE = Catalogue(
                 "ppo-early",
                 "ppo-longer",
             ),
+            seeds=FEW,
         ),
         Table(
             "labels",
             "return-conditioned RL, by how steps are labelled",
             ("rcrl", "rcrl-orm", "rcrl-10", "rcrl-100"),
+            seeds=FEW,
         ),
         Table(
             "value",

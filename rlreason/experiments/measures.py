@@ -154,13 +154,13 @@ class Context:
             ValueError: No such name, or a recipe that an arm cannot use.
         """
         arms = self.catalogue.find(names)
-        known = self.catalogue.arms
+        known, seeds = self.catalogue.arms, self.catalogue.seeds
         needed = [a for arm in arms for a in (arm.start, arm.compared, arm.name) if a]
         return [
             self.subject(name, size, seed)
             for name in dict.fromkeys(needed)
             for size in self.sizes(known[name])
-            for seed in range(self.recipe.seeds)
+            for seed in range(seeds(name, self.recipe.seeds))
         ]
 
     def sizes(self, arm: Arm) -> list[str]:
