@@ -530,8 +530,10 @@ def test_a_question_comes_when_its_samples_have_ended_and_not_with_its_cohort(
     for index, group in sample_groups(policy, PROBLEMS, **options):
         seen[index] = (len(passes), max(len(r.tokens) for r in group))
     assert len({length for _, length in seen.values()}) > 1
-    # The last token of a sample needs no pass, and one more is begun meanwhile
-    assert all(count in (length - 1, length) for count, length in seen.values())
+    # The last token of a sample needs no pass; the model is borrowed for some at a time
+    assert all(n - 1 <= count < n + cohort_engine.STEPS for count, n in seen.values())
+    counts, lengths = zip(*seen.values(), strict=True)
+    assert min(counts) < max(lengths) - 1  # which its cohort would have waited for
 
 
 @pytest.mark.usefixtures("engine")

@@ -19,8 +19,8 @@ from rlreason.policy.memory import free_bytes, out_of_memory
 
 AnyExample = TypeVar("AnyExample", bound="Example")
 Item = TypeVar("Item")
-# What a micro-batch may keep for the backward pass. On a CPU larger ones leave its cache;
-# on a GPU gradients, and what is not kept, need room beside it
+# What a micro-batch may keep for the backward pass: on a CPU larger ones leave its
+# cache, on a GPU gradients, and what is not kept, need room beside it
 CPU_ROOM = 192 * 2**20
 GPU_SHARE = 0.5  # of the free memory
 

@@ -27,6 +27,8 @@ from rlreason.policy.memory import out_of_memory
 from rlreason.policy.passes import borrowed, next_logits, prompt_logits
 from rlreason.policy.streams import next_uniforms
 
+STEPS = 16  # for which a model is borrowed; to borrow it takes as long as a few
+
 
 class CohortEngine(Engine):
     """Keeps cohorts in flight."""
@@ -47,21 +49,23 @@ class CohortEngine(Engine):
     def run(self) -> Iterator[list[Answer]]:
         """Decode until the queue is empty; yields requests as they finish."""
         while self.queue or self.cohorts:
-            finished: list[tuple[Cohort, list[int]]] = []
+            answers: list[list[Answer]] = []
             # The model is given back before each yield: who takes the answers may use
             # it, or may never come back for more.
             with torch.inference_mode(), borrowed(self.model, CohortStore):
                 try:
-                    while not finished:
+                    for _ in range(STEPS):
                         self.admit()
-                        finished = self.retire()
+                        for cohort, ended in self.retire():
+                            answers.append(cohort.answers(ended, self.ends))
+                        if not self.cohorts and not self.queue:
+                            break
                         self.decode()
                 except RuntimeError as error:
                     if not out_of_memory(error):
                         raise
                     self.halve()
-            for cohort, ended in finished:
-                yield cohort.answers(ended, self.ends)
+            yield from answers
 
     def give_up(self) -> list[Request]:
         """The requests of all cohorts that have not been answered, whole."""
