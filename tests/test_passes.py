@@ -11,8 +11,11 @@ import pytest
 import torch
 from tiny_models import PROBLEMS, tiny_family, tiny_policy
 
+from rlreason.policy import fused_layers
 from rlreason.policy.kv_cache import CohortStore
 from rlreason.policy.load import Policy, PolicyError, load_policy
+from rlreason.policy.logprobs import causal_of
+from rlreason.policy.lora import with_lora
 from rlreason.policy.passes import borrowed, check_model, next_logits, prompt_logits
 from rlreason.policy.sampler import sample, sample_groups
 from rlreason.policy.slots import SlotStore
@@ -203,6 +206,41 @@ def test_in_half_precision_rounding_is_told_from_another_computation(seed):
     ]:
         with pytest.raises(PolicyError, match=name):
             check_model(bfloat16(name, **changes), 60, SlotStore)
+
+
+def fused_in(policy: Policy) -> list[bool]:
+    """Which layers are computed by us while the model is borrowed."""
+    layers = causal_of(policy.model).model.layers
+    with borrowed(policy.model, CohortStore):
+        found = ["forward" in vars(layer) for layer in layers]
+    assert not any("forward" in vars(layer) for layer in layers)
+    return found
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_layers_of_a_llama_are_fused_and_compute_the_same(heads, monkeypatch):
+    policy = tiny_family("llama", num_key_value_heads=heads, tie_word_embeddings=True)
+    assert all(fused_in(policy))
+    assert error_of(policy, temperature=1.0, max_new_tokens=40) < 1e-4
+    # The wrong version: angles of the other sign are seen, and refused
+    right = fused_layers.rotate
+    wrong = lambda heads, cos, sin: right(heads, cos, -sin.abs())  # noqa: E731
+    monkeypatch.setattr(fused_layers, "rotate", wrong)
+    with pytest.raises(PolicyError, match="not those of its own forward pass"):
+        sample(policy.clone(), PROBLEMS, max_new_tokens=40)
+
+
+def test_layers_that_are_not_plain_stay_what_they_are():
+    hooked, seen = tiny_policy(), []
+    norm = hooked.model.model.layers[1].input_layernorm
+    norm.register_forward_hook(lambda *_: seen.append(1))
+    assert fused_in(hooked) == [True, False]
+    sample(hooked, PROBLEMS, max_new_tokens=4)
+    assert seen
+    assert not any(fused_in(tiny_family("llama", attention_bias=True)))
+    assert not any(fused_in(tiny_family("llama", hidden_act="gelu")))
+    assert not any(fused_in(tiny_policy("qwen2")))
+    assert not any(fused_in(with_lora(tiny_policy(), rank=4, alpha=8)))
 
 
 def test_threads_take_turns():

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from rlreason.policy.fused_layers import fused_layers
 from rlreason.policy.fused_norms import fused_norms
 from rlreason.policy.kv_cache import (
     ATTENTION_NAME,
@@ -91,9 +92,9 @@ def borrowed(model: PreTrainedModel, store: type[Store]) -> Iterator[None]:
     Another thread that wants to borrow it waits.
 
     Args:
-        store: Where its keys and values will be kept; a slot asks for fast norms too.
+        store: Where its keys and values will be kept; what is fused depends on it.
     """
-    norms = fused_norms if store is SlotStore else nullcontext
+    fused = fused_norms if store is SlotStore else fused_layers
     device = model.device
     # Kernels of Triton and graphs go to the current GPU, not to that of the tensors
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -101,7 +102,7 @@ def borrowed(model: PreTrainedModel, store: type[Store]) -> Iterator[None]:
         _turn(model),
         _evaluating(model),
         _our_attention(model),
-        norms(model),
+        fused(model),
         current,
     ):
         yield
