@@ -12,7 +12,7 @@ import torch
 from tiny_models import PROBLEMS, tiny_family, tiny_policy
 
 from rlreason.policy import fused_layers
-from rlreason.policy.kv_cache import CohortStore
+from rlreason.policy.kv_cache import AttentionError, CohortStore
 from rlreason.policy.load import Policy, PolicyError, load_policy
 from rlreason.policy.logprobs import causal_of
 from rlreason.policy.lora import with_lora
@@ -228,6 +228,13 @@ def test_layers_of_a_llama_are_fused_and_compute_the_same(heads, monkeypatch):
     monkeypatch.setattr(fused_layers, "rotate", wrong)
     with pytest.raises(PolicyError, match="not those of its own forward pass"):
         sample(policy.clone(), PROBLEMS, max_new_tokens=40)
+
+
+def test_who_calls_a_borrowed_model_is_told():
+    policy = tiny_policy()
+    told = pytest.raises(AttentionError, match="another thread uses the model")
+    with borrowed(policy.model, CohortStore), told:
+        policy.model(torch.arange(3, 9)[None])
 
 
 def test_layers_that_are_not_plain_stay_what_they_are():

@@ -20,7 +20,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+)
 
 from rlreason.policy.kv_cache import DecodeCache, OpeningCache, PromptCache
 
@@ -61,7 +67,9 @@ def _is_plain(layer: LlamaDecoderLayer) -> bool:
         and weight.dtype == torch.float32  # the norms of others are in float32 too
         and all(type(m) is nn.Linear and m.bias is None for m in linear)
         and all(type(m) is LlamaRMSNorm for m in norms)
-        and layer.mlp.config.hidden_act == "silu"
+        and type(attention) is LlamaAttention
+        and type(network) is LlamaMLP
+        and isinstance(network.act_fn, nn.SiLU | SiLUActivation)
         and not any(
             m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
             for m in layer.modules()
@@ -76,8 +84,8 @@ def _forward(
     hidden_states: Tensor,
     *,
     position_embeddings: tuple[Tensor, Tensor],
-    rollout_cache: DecodeCache | PromptCache | OpeningCache,
-    **_,
+    rollout_cache: DecodeCache | PromptCache | OpeningCache | None = None,
+    **options,
 ) -> Tensor:
     """A layer's pass, (B, T, C) to (B, T, C).
 
@@ -85,6 +93,9 @@ def _forward(
         to_heads: The weights of queries, keys and values, (C, (H + 2 * Hkv) * D).
         to_gates: Those of gate and up, (C, 2 * I).
     """
+    if rollout_cache is None:  # not the sampler's call; attention will say so
+        options["position_embeddings"] = position_embeddings
+        return LlamaDecoderLayer.forward(layer, hidden_states, **options)
     attention = layer.self_attn
     rows, width, _ = hidden_states.shape
     x = hidden_states.flatten(0, 1)  # (N, C)

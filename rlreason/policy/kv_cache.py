@@ -3,7 +3,8 @@
 The sampler keeps the model as transformers built it and plugs in at two points: a
 ``Cache`` that receives each layer's new keys and values, and an attention function
 registered with ``AttentionInterface``. Any decoder of transformers that uses that
-interface (Llama, GPT-2, Qwen, Mistral, ...) is served by the same code.
+interface (Llama, GPT-2, Qwen, Mistral, ...) is served by the same code. (Layers of
+Llama take a shorter way to the same two points on a CPU, see ``fused_layers``.)
 
 What is done differently from transformers' own cache, and why:
 
