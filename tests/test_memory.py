@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from tiny_models import PROBLEMS, tiny_policy
 
 from rlreason.algorithms.batching import Example, tokens_that_fit
 from rlreason.policy import passes, sampler
+from rlreason.policy.cohort import Cohort
 from rlreason.policy.cohort_engine import CohortEngine
 from rlreason.policy.logprobs import trunk_of
 from rlreason.policy.memory import checkpointing, out_of_memory, within_memory
@@ -70,6 +72,32 @@ def test_sampling_goes_on_in_half_of_the_memory(engine, step, monkeypatch, capsy
     assert sample(policy, PROBLEMS, **options) == expected
     assert len(refused) == 1
     assert capsys.readouterr().err.count("sampling goes on with") == 1
+
+
+@pytest.mark.parametrize("call", [1, 3, 6, 9])
+def test_no_answer_is_lost_where_memory_ends_behind_one_that_has_ended(
+    call, monkeypatch
+):
+    policy = replace(tiny_policy(), more_eos_ids=tuple(range(40, 60)))
+    options = {"k": 4, "max_new_tokens": 40, "temperature": 1.5}
+
+    def drawn():
+        rollouts = sample(policy, PROBLEMS, **options)
+        return [(r.problem_id, r.sample, r.tokens, r.finished) for r in rollouts]
+
+    expected = drawn()
+    regroup, calls = Cohort.regroup, []
+
+    def small(self):
+        calls.append(len(self.answered))
+        if len(calls) == call:
+            too_much()
+        regroup(self)
+
+    monkeypatch.setattr(Cohort, "regroup", small)
+    assert drawn() == expected
+    assert len(calls) > call
+    assert call < 9 or calls[call - 1] > 0  # at the last one some have ended
 
 
 def test_a_model_is_no_stranger_because_memory_ended(monkeypatch):

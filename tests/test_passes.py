@@ -248,6 +248,27 @@ def test_layers_that_are_not_plain_stay_what_they_are():
     assert not any(fused_in(tiny_family("llama", hidden_act="gelu")))
     assert not any(fused_in(tiny_policy("qwen2")))
     assert not any(fused_in(with_lora(tiny_policy(), rank=4, alpha=8)))
+    replaced = tiny_policy()
+    replaced.model.model.layers[0].input_layernorm = torch.nn.Identity()
+    assert fused_in(replaced) == [False, True]
+    sample(replaced, PROBLEMS, max_new_tokens=4)
+
+
+def test_a_copy_made_while_a_model_is_borrowed_follows_its_own_weights():
+    policy = tiny_policy()
+    with borrowed(policy.model, CohortStore):
+        copy = policy.clone()
+    copy.model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        for weight in copy.model.parameters():
+            weight.mul_(1.1)
+    assert error_of(copy, temperature=1.0, max_new_tokens=8) < 1e-4
+    assert all(fused_in(copy))
+
+
+def test_large_models_are_not_joined(monkeypatch):
+    monkeypatch.setattr(fused_layers, "ROOM", 1000)
+    assert not any(fused_in(tiny_policy()))
 
 
 def test_threads_take_turns():

@@ -191,19 +191,18 @@ class Recorder:
         alone = size is not None or seed is not None
         arms = {arm.name for arm in self.context.catalogue.find(names)}
         every = self.context.subjects(names)
+        own = [subject for subject in every if subject.arm.name in arms]
         for asked, there in (
-            (size, {subject.size for subject in every}),
-            (seed, {subject.seed for subject in every}),
+            (size, {subject.size for subject in own}),
+            (seed, {subject.seed for subject in own}),
         ):
             if asked is not None and asked not in there:
                 known = ", ".join(map(str, sorted(there)))
                 raise CatalogueError(f"no run of {asked}; there are those of {known}")
         subjects = [
             subject
-            for subject in every
-            if size in (None, subject.size)
-            and seed in (None, subject.seed)
-            and (subject.arm.name in arms or not alone)
+            for subject in (own if alone else every)
+            if size in (None, subject.size) and seed in (None, subject.seed)
         ]
         rows = {
             row.identity: row for row in [*read_rows(self.known), *read_rows(self.path)]

@@ -38,6 +38,8 @@ class CohortEngine(Engine):
     def __init__(self, policy: Policy, **settings) -> None:
         super().__init__(policy, **settings)
         self.cohorts: list[Cohort] = []
+        # Requests that are answered and were not yielded yet, memory ending or not
+        self.ended: list[tuple[Cohort, list[int]]] = []
 
     def ask(self, request: Request) -> None:
         """Queue one problem, in parts if its samples alone exceed the budget."""
@@ -49,15 +51,13 @@ class CohortEngine(Engine):
     def run(self) -> Iterator[list[Answer]]:
         """Decode until the queue is empty; yields requests as they finish."""
         while self.queue or self.cohorts:
-            answers: list[list[Answer]] = []
             # The model is given back before each yield: who takes the answers may use
             # it, or may never come back for more.
             with torch.inference_mode(), borrowed(self.model, CohortStore):
                 try:
                     for _ in range(STEPS):
                         self.admit()
-                        for cohort, ended in self.retire():
-                            answers.append(cohort.answers(ended, self.ends))
+                        self.retire()
                         if not self.cohorts and not self.queue:
                             break
                         self.decode()
@@ -65,7 +65,9 @@ class CohortEngine(Engine):
                     if not out_of_memory(error):
                         raise
                     self.halve()
-            yield from answers
+            while self.ended:
+                cohort, requests = self.ended.pop(0)
+                yield cohort.answers(requests, self.ends)
 
     def give_up(self) -> list[Request]:
         """The requests of all cohorts that have not been answered, whole."""
@@ -150,18 +152,17 @@ class CohortEngine(Engine):
         ):
             cohort.record(ids, logps, self.ends)
 
-    def retire(self) -> list[tuple[Cohort, list[int]]]:
-        """Take out finished samples, split rows; returns which requests have ended."""
-        finished, going = [], []
+    def retire(self) -> None:
+        """Take out finished samples and requests that have ended, and split rows."""
+        going = []
         for cohort in self.cohorts:
             done = int(cohort.done.sum())
             over = cohort.drawn == self.limit or done == cohort.samples
-            if (done or over) and (ended := cohort.leave()):
-                finished.append((cohort, ended))
+            if (done or over) and (requests := cohort.leave()):
+                self.ended.append((cohort, requests))
             if over:
                 continue
             if done or cohort.splits():
                 cohort.regroup()
             going.append(cohort)
         self.cohorts = going
-        return finished

@@ -30,20 +30,25 @@ from transformers.models.llama.modeling_llama import (
 
 from rlreason.policy.kv_cache import DecodeCache, OpeningCache, PromptCache
 
+ROOM = 64 * 2**20  # bytes of joined weights; a larger model has no time to gain by it
+
 
 @contextmanager
 def fused_layers(model: nn.Module) -> Iterator[None]:
     """Let the layers of a Llama on a CPU be computed here for a while."""
     layers = [m for m in model.modules() if type(m) is LlamaDecoderLayer]
+    for layer in layers:  # of a copy that was made while its model was borrowed
+        if getattr(vars(layer).get("forward"), "func", None) is _forward:
+            del layer.forward
     layers = [layer for layer in layers if _is_plain(layer)]
+    joined = [m.weight for layer in layers for m in _joined(layer)]
+    if sum(weight.nbytes for weight in joined) > ROOM:
+        layers = []
     try:
         for layer in layers:
-            attention, network = layer.self_attn, layer.mlp
+            *to_heads, gate, up = (m.weight.detach() for m in _joined(layer))
             layer.forward = partial(
-                _forward,
-                layer,
-                torch.cat([m.weight for m in _projections(attention)]).t(),
-                torch.cat([network.gate_proj.weight, network.up_proj.weight]).t(),
+                _forward, layer, torch.cat(to_heads).t(), torch.cat([gate, up]).t()
             )
         yield
     finally:
@@ -51,24 +56,28 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def _projections(attention: nn.Module) -> tuple[nn.Linear, ...]:
-    return attention.q_proj, attention.k_proj, attention.v_proj
+def _joined(layer: LlamaDecoderLayer) -> tuple[nn.Linear, ...]:
+    attention, network = layer.self_attn, layer.mlp
+    heads = attention.q_proj, attention.k_proj, attention.v_proj
+    return *heads, network.gate_proj, network.up_proj
 
 
 def _is_plain(layer: LlamaDecoderLayer) -> bool:
     """Whether a layer's own modules do what is done here, and nobody watches them."""
     attention, network = layer.self_attn, layer.mlp
     norms = layer.input_layernorm, layer.post_attention_layernorm
-    linear = *_projections(attention), attention.o_proj
-    linear += network.gate_proj, network.up_proj, network.down_proj
+    if (
+        type(attention) is not LlamaAttention
+        or type(network) is not LlamaMLP
+        or not all(type(norm) is LlamaRMSNorm for norm in norms)
+    ):
+        return False
     weight = norms[0].weight
+    linear = *_joined(layer), attention.o_proj, network.down_proj
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32  # the norms of others are in float32 too
         and all(type(m) is nn.Linear and m.bias is None for m in linear)
-        and all(type(m) is LlamaRMSNorm for m in norms)
-        and type(attention) is LlamaAttention
-        and type(network) is LlamaMLP
         and isinstance(network.act_fn, nn.SiLU | SiLUActivation)
         and not any(
             m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
