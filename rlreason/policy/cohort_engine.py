@@ -27,7 +27,7 @@ from rlreason.policy.memory import out_of_memory
 from rlreason.policy.passes import borrowed, next_logits, prompt_logits
 from rlreason.policy.streams import next_uniforms
 
-STEPS = 16  # for which a model is borrowed; to borrow it takes as long as a few
+STEPS = 16  # decoded before a model is given back, which is milliseconds of work
 
 
 class CohortEngine(Engine):
@@ -38,7 +38,7 @@ class CohortEngine(Engine):
     def __init__(self, policy: Policy, **settings) -> None:
         super().__init__(policy, **settings)
         self.cohorts: list[Cohort] = []
-        # Requests that are answered and were not yielded yet, memory ending or not
+        # Requests that wait to be yielded; they outlive an end of memory
         self.ended: list[tuple[Cohort, list[int]]] = []
 
     def ask(self, request: Request) -> None:

@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import (
 
 from rlreason.policy.kv_cache import DecodeCache, OpeningCache, PromptCache
 
-ROOM = 64 * 2**20  # bytes of joined weights; a larger model has no time to gain by it
+ROOM = 64 * 2**20  # bytes of joined weights: a large model is not to be held twice
 
 
 @contextmanager
