@@ -102,13 +102,15 @@ def test_so_do_the_problems_and_their_ids(monkeypatch):
     assert len(calls) == 4
 
 
-def test_so_do_the_weights_their_type_and_the_configuration():
+def test_so_do_the_weights_their_type_the_configuration_and_what_ends_an_answer():
     policies = [tiny_policy() for _ in range(4)]
     with torch.no_grad():
         next(policies[1].model.parameters())[0, 0] += 1e-6
     policies[2].model.to(torch.bfloat16)
     policies[3].model.config.rms_norm_eps = 1e-3
-    assert len({weights_digest(policy) for policy in policies}) == 4
+    policies.append(replace(policies[0], eos_id=5))  # of another tokenizer
+    policies.append(replace(policies[0], more_eos_ids=(5,)))
+    assert len({weights_digest(policy) for policy in policies}) == 6
     # Where a model came from is not what it is
     policies[0].model.config._name_or_path = "elsewhere"
     assert weights_digest(policies[0]) == weights_digest(tiny_policy())

@@ -176,13 +176,13 @@ class Blocks:
 
 
 def weights_digest(policy: Policy) -> str:
-    """Name what a policy computes: its weights and the configuration of its model."""
+    """Name what a policy answers by: weights, configuration, and what ends an answer."""
     config = policy.model.config.to_diff_dict()
     for name in _PROVENANCE:
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    if policy.more_eos_ids:
-        digest.update(f"ends {policy.more_eos_ids}".encode())
+    if policy.eos_ids != (policy.model.config.eos_token_id,):  # the tokenizer's, others
+        digest.update(f"ends {policy.eos_ids}".encode())
     for name, tensor in policy.model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
