@@ -503,7 +503,7 @@ CLAIMS = (
     ),
     Claim(
         "reranking",
-        "A reward model chooses better among samples than the vote.",
+        "A reward model chooses better among SFT's samples than the vote.",
         "unverified transcription",
         differ(Cell("orm", "rerank@K of SFT"), Cell("orm", "maj@K of SFT")),
         "chapter 10",

@@ -14,13 +14,14 @@ PICTURE = "book/_static/first-results.svg"
 # Arm of the catalogue, and what it is called
 ENDS = {
     "base": "prompted base",
-    "expert-iteration-base": "expert iteration, without SFT",
-    "ppo-base": "PPO, without SFT",
+    "expert-iteration-base": "expert iteration without SFT",
+    "expert-iteration-orm-base": "filtered expert iteration without SFT",
+    "ppo-base": "PPO without SFT",
     "sft": "SFT",
-    "expert-iteration": "expert iteration, from SFT",
-    "expert-iteration-orm": "the same, filtered by an ORM",
-    "ppo": "PPO, from SFT",
-    "ppo-network": "the same, V a network",
+    "expert-iteration": "expert iteration",
+    "expert-iteration-orm": "filtered expert iteration",
+    "ppo": "PPO",
+    "ppo-network": "PPO with a value network",
     "rcrl": "return-conditioned RL",
 }
 

@@ -176,7 +176,7 @@ class Blocks:
 
 
 def weights_digest(policy: Policy) -> str:
-    """Name what a policy answers by: weights, configuration, and what ends an answer."""
+    """Name what a policy answers by: weights, configuration, what ends an answer."""
     config = policy.model.config.to_diff_dict()
     for name in _PROVENANCE:
         config.pop(name, None)
