@@ -70,6 +70,30 @@ def test_a_grid_is_every_choice_of_values_and_seeds_once(grid, tmp_path):
     assert told.endswith("-p k 8 -p words b -p seed 1")
 
 
+def test_notebooks_of_one_name_in_two_folders_are_two_jobs(grid, tmp_path):
+    """The second was taken for the first, and dropped."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_notebook(tmp_path / folder, "ch", f"'{folder}'")
+    items = grid({"notebooks": ["one/ch.ipynb", "two/ch.ipynb"]})
+    assert len({item.folder for item in items}) == 2
+
+
+def test_a_notebook_is_to_be_run_again_when_its_data_have_changed(tmp_path):
+    """Only the recipe's text was compared, so an old result was given."""
+    write_notebook(tmp_path, "ch", "1")
+    data, profile = tmp_path / "data.jsonl", tmp_path / "p.yaml"
+    profile.write_text("description: mine\nrecipe: {task: {name: ./data.jsonl}}")
+    path = tmp_path / "grid.yaml"
+    path.write_text("profile: p.yaml\nruns: [{notebooks: [ch.ipynb]}]")
+
+    def digest(text: str) -> str:
+        data.write_text(text)
+        return read_grid(path, tmp_path / "out")[0].digest
+
+    assert digest("one") == digest("one") != digest("three")
+
+
 def test_a_steps_needs_are_jobs_and_what_is_asked_for_has_its_label(grid, tmp_path):
     profile = str(toy_profile(tmp_path))
     runs = {"profile": profile, "parameters": {"ppo.kl.coef": [0.1, 0.2]}}
@@ -317,6 +341,17 @@ def test_a_failure_is_kept_apart_shown_and_tried_again_when_asked(tmp_path):
     run_batch(items, out, report=lines.append)
     assert set(states(out).values()) == {"fresh"}
     assert times(tmp_path) == [1, 3, 1]
+
+
+def test_a_job_that_ends_well_and_leaves_nothing_has_failed(tmp_path):
+    """The exit code alone was asked."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "raise SystemExit(0)"]
+    job = Job("a", command, there=lambda: False)
+    items = [Item("a (toy)", out / "a", "a", job, None, lambda: None)]
+    outcomes, _ = run_batch(items, out, report=lambda line: None)
+    assert not outcomes["a"].ok
+    assert "its result is not there" in outcomes["a"].message
 
 
 def test_a_full_disk_ends_no_batch_and_is_told_at_its_end(tmp_path, monkeypatch):

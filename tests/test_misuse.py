@@ -66,6 +66,7 @@ def place(tmp_path_factory) -> Path:
         for name, content in files.items():
             (here / name).write_bytes(content)
     (here / "file").write_text("a file")
+    (here / "tiny.yaml").write_text("description: mine, by a name that is taken")
     (here / "model.gguf").write_bytes(b"GGUF and then nothing")
     for name in ("folder", "folder.yaml", "folder.ipynb", "folder.json"):
         (here / name).mkdir()
@@ -161,6 +162,7 @@ def test_a_wrong_option_is_named(arguments, says, capsys):
     assert "Traceback" not in error
 
 
+MINI = [*TRAIN, "--set", "task.name", "gsm-mini", "--set", "task.knobs"]
 WORDS = [
     # Recipes
     ([*TRAIN, "--set", "pop.k", "1"], "unknown 'pop' (did you mean 'ppo'"),
@@ -192,6 +194,13 @@ WORDS = [
     ([*TRAIN, "--set", "task.name", "no.jsonl"], "no.jsonl"),
     ([*TRAIN, "--set", "task.name", "folder"], "folder"),
     ([*TRAIN, "--set", "task.name", "gsm9k"], "gsm9k"),
+    ([*MINI, "{'steps': 'x'}"], "two whole numbers"),
+    ([*MINI, "{'steps': [1.5, 2]}"], "two whole numbers"),
+    ([*MINI, "{'steps': [1, 2, 3]}"], "two whole numbers"),
+    ([*MINI, "{'steps': 0}"], "two whole numbers"),
+    ([*MINI, "{'largest': 'x'}"], "a whole number, 12 to 200"),
+    ([*MINI, "{'distractors': 'x'}"], "a chance, 0 to 1"),
+    ([*MINI, "{'limit': 5}"], "limit, which is no knob"),
     ([*TRAIN, "--set", "task.name", "gsm8k"], "gsm8k"),
     *(([*TRAIN, "--set", "task.name", name], name) for name in PROBLEMS),
     # Plans
@@ -206,6 +215,7 @@ WORDS = [
     # Profiles
     ([*SETTINGS, "big"], "no profile 'big'"),
     ([*SETTINGS, "no.yaml"], "no profile"),
+    ([*SETTINGS, "tiny.yaml"], "has the name of a built-in one"),
     ([*SETTINGS, "folder.yaml"], "no profile"),
     ([*SETTINGS, "file"], "no profile"),
     ([*SETTINGS, "x" * 5000 + ".yaml"], "File name too long"),
@@ -229,6 +239,7 @@ WORDS = [
     (["bench", "base", "--profile", "big"], "no profile 'big'"),
     # Notebooks
     (["run", "no.ipynb"], "no notebook no.ipynb"),
+    (["run", "ch.ipynb", "-p", "profile", "tiny"], "name it with --profile"),
     (["run", "folder.ipynb"], "cannot be read: Is a directory"),
     (["run", "file/ch.ipynb"], "cannot be read: Not a directory"),
     (["run", "text.ipynb"], "text.ipynb is not a notebook"),

@@ -51,6 +51,7 @@ def test_a_function_of_ones_own_file_rewards_as_the_librarys_do(own):
         ("def reward(rollouts): pass", "reward", r"must take \(rollouts, problems\)"),
         ("1 / 0", "reward", "running .*mine.py failed with ZeroDivisionError"),
         ("def reward(", "reward", "running .*mine.py failed with SyntaxError"),
+        ("import sys; sys.exit(0)", "reward", "running .* failed with SystemExit: 0"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_in_one_line(own, source, function, message):
@@ -83,4 +84,12 @@ def test_rewards_of_a_wrong_shape_or_that_are_no_numbers_are_refused(
 ):
     reward = load_reward(own(f"def reward(rollouts, problems): return {rows}"))
     with pytest.raises(RewardError, match=rf"mine.py:reward' returned .*{message}"):
+        reward(ROLLOUTS, PROBLEMS)
+
+
+@pytest.mark.parametrize("fails", ["1 / 0", "raise SystemExit(0)", "len(3)"])
+def test_a_function_that_fails_is_a_fault_of_the_users_file(own, fails):
+    """It was shown as one of the library's; what ended itself ended well."""
+    reward = load_reward(own(f"def reward(rollouts, problems):\n    {fails}"))
+    with pytest.raises(RewardError, match=r"mine.py:reward' failed .*mine.py, line 2"):
         reward(ROLLOUTS, PROBLEMS)

@@ -67,6 +67,18 @@ def path(tmp_path):
     return tmp_path / "rows" / "rows.jsonl"
 
 
+def test_the_lock_lies_beside_the_rows_whatever_folder_of_runs(path, monkeypatch):
+    """It lay among the runs: recorders with different ones lost each other's rows."""
+    held = []
+    monkeypatch.setattr(
+        store, "FileLock", lambda lock: held.append(lock) or contextlib.nullcontext()
+    )
+    for folder in ("one", "two"):
+        monkeypatch.setenv("RLREASON_RUNS", str(path.parent / folder))
+        write_rows([ROW], path)
+    assert [lock.parent for lock in held] == [path.parent] * 2
+
+
 def test_rows_are_read_as_written_one_a_line(path):
     assert read_rows(path) == []
     rows = [of(seed=1), ROW, of(measure="curve", values={"rows": [{"kl": 0.25}]})]

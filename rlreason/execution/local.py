@@ -137,6 +137,9 @@ class Process:
         code = self.popen.returncode
         if code < 0:  # it had no time to say so itself
             told = f"{told}\nended by signal {-code}, {_signal_name(-code)}".strip()
+        elif not code and not self.job.there():
+            told = f"{told}\nended with 0, but its result is not there".strip()
+            code = -1
         seconds = time.monotonic() - self.started
         return Outcome(self.job.name, "failed" if code else "done", told, seconds)
 

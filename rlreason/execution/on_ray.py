@@ -164,7 +164,8 @@ class _Cluster:
         )
         environment = {**folders(), **job.environment}
         # What only this process can ask or hold stays here
-        bare = replace(job, fresh=bool, lock=None, environment=environment)
+        bare = replace(job, fresh=bool, there=Job.there, lock=None)
+        bare = replace(bare, environment=environment)
         reads = () if self._shared else (path for path in job.reads if path.exists())
         here = {"python": sys.executable, "folder": Path.cwd()}
         reference = task.remote(bare, pack(reads), self._mark, **here)

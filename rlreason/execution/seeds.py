@@ -112,6 +112,7 @@ def training_job(plan: Plan, name: str, file: Path) -> Job:
         needs=tuple(needs),
         gpus=1,
         fresh=lambda: folder_of(plan).done,
+        there=lambda: folder_of(plan).done,
         environment=QUIET,
         reads=(file, *(folder_of(need).path for need in plan.needs.values())),
         writes=(folder_of(plan).path,),

@@ -105,7 +105,9 @@ class SlurmExecutor:
                 path, text = write_script(self.folder.absolute(), group, gpus=True)
                 self.show(f"# {path}\n{text}")
                 name = f"job{len(commands)}"
-                commands.append(f"{name}=$(sbatch --parsable {before}{path})")
+                commands.append(
+                    f"{name}=$(sbatch --parsable {before}{shlex.quote(str(path))})"
+                )
                 names.append(f"${name}")
             before = f"--dependency=afterany:{':'.join(names)} "
         raise JobError(

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock
 from pydantic import Field, ValidationError
 
-from rlreason.runs.environment import make_folder, results_folder, runs_root
+from rlreason.runs.environment import make_folder, results_folder
 from rlreason.settings import Settings, describe
 
 FILE = "rows.jsonl"
@@ -168,14 +168,13 @@ def write_rows(rows: Iterable[Row], path: Path) -> None:
 
     The file is written whole and then moved to its place, by one process at a time.
     """
-    with FileLock(make_folder(runs_root()) / "rows.lock"):
+    with FileLock(make_folder(path.parent) / ".rows.lock"):
         table = {row.key: row for row in [*read_rows(path), *rows]}
         ordered = sorted(table.values(), key=lambda row: row.key)
         lines = [
             json.dumps(row.model_dump(), separators=(",", ":"), allow_nan=False) + "\n"
             for row in ordered
         ]
-        make_folder(path.parent)
         draft = path.with_suffix(".partial")
         draft.write_bytes("".join(lines).encode())
         draft.replace(path)

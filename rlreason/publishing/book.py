@@ -62,7 +62,7 @@ from rlreason.runs.environment import (
     runs_root,
     source_digest,
 )
-from rlreason.runs.profiles import load_profile
+from rlreason.runs.profiles import inputs_digest, load_profile
 
 MATHJAX_PACKAGE = "sphinx-mathjax-offline"
 MATHJAX_FILES = ("tex-chtml-full.js", "output/chtml/fonts/woff-v2/")
@@ -143,9 +143,10 @@ def build_book(
             executor,
             cell_limit=cell_limit,
         )
-        results = results_folder(profile_name)
+        results, inputs = results_folder(profile_name), inputs_digest(profile_name)
         digests = {
-            n.name: notebook_digest(n, profile, results=results) for n in notebooks
+            n.name: notebook_digest(n, profile, results=results, inputs=inputs)
+            for n in notebooks
         }
         executed = shelf.execute(notebooks, digests)
         records = [read_record(n.name, shelf.outputs) for n in notebooks]

@@ -52,7 +52,12 @@ from rlreason.publishing.notebooks import (
 from rlreason.runs.describe import setting_rows
 from rlreason.runs.environment import project_root, results_folder, runs_root
 from rlreason.runs.plans import Plan, folder_of, plan_of
-from rlreason.runs.profiles import load_profile, load_recipe, read_yaml
+from rlreason.runs.profiles import (
+    inputs_digest,
+    load_profile,
+    load_recipe,
+    read_yaml,
+)
 from rlreason.runs.recipes import Recipe
 from rlreason.settings import (
     HASH_LENGTH,
@@ -286,8 +291,12 @@ class _Maker:
         asked, chosen = given, choose_parameters(notebook, scale, given)
         given = {n: v for n, v in asked.items() if v != own[n]}
         results = results_folder(profile)
-        digest = notebook_digest(notebook, scale, given, results=results)
-        key = json.dumps([profile, given], sort_keys=True).encode()
+        inputs = inputs_digest(profile)
+        digest = notebook_digest(notebook, scale, given, results=results, inputs=inputs)
+        key = [profile, given]
+        if notebook.path.parent != project_root() / "notebooks":  # names may repeat
+            key.append(str(notebook.path))
+        key = json.dumps(key, sort_keys=True).encode()
         folder = self.output / f"{name}-{hashlib.sha256(key).hexdigest()[:HASH_LENGTH]}"
         book = runs_root() / "book" / Path(profile).stem / "notebooks"
         places = (folder, output_folder(profile), book)
@@ -307,6 +316,7 @@ class _Maker:
             folder.name,
             command,
             fresh=lambda: result() is not None,
+            there=lambda: result() is not None,
             writes=(folder,),
         )
         return Item(

@@ -44,7 +44,7 @@ from rlreason.runs.environment import (
     rooms_digest,
     runs_root,
 )
-from rlreason.runs.profiles import Profile, load_profile
+from rlreason.runs.profiles import Profile, inputs_digest, load_profile
 from rlreason.settings import unknown_key_message
 
 REQUIRED = object()  # default of a parameter that is computed: any value may be given
@@ -229,10 +229,15 @@ def choose_parameters(
         given: By hand, e.g. from ``-p``; each must be declared.
 
     Raises:
-        NotebookError: An unknown parameter (lists the known ones), or a value of
-            another type than the default, or than the cell's annotation says.
+        NotebookError: An unknown parameter (lists the known ones), a value of another
+            type than the default, or than the cell's annotation says, or the profile.
     """
     special = profile.notebooks.get(notebook.name, {})
+    if "profile" in {**special, **given}:
+        raise NotebookError(
+            f"{notebook.name}: the profile is not set as a parameter; name it with "
+            "--profile, or in a grid with profile:"
+        )
     for where, values in (("the profile", special), ("-p", given)):
         if unknown := [name for name in values if name not in notebook.parameters]:
             label = f"{notebook.name}, parameters from {where}"
@@ -300,19 +305,22 @@ def notebook_digest(
     given: Mapping[str, Any] | None = None,
     *,
     results: Path | None = None,
+    inputs: str = "",
     above: tuple[str, ...] = (),
 ) -> str:
     """Hash what decides a notebook's output.
 
-    That is its cells, its parameters, the profile's recipe, the source that results
-    come from and that shows them, the lock file, the recorded tables that it shows, and
-    the same, less the tables, of the notebooks that it needs.
+    That is its cells, its parameters, the profile's recipe with the files that it
+    names, the source that results come from and that shows them, the lock file, the
+    recorded tables that it shows, and the same, less the tables, of the notebooks that
+    it needs.
 
     Args:
         notebook: Which.
         profile: Whose recipe and parameters apply.
         given: Parameters that win over the profile's.
         results: Folder of the recorded tables; see ``results_folder``.
+        inputs: What the files hold that the recipe names; see ``inputs_digest``.
         above: The notebooks that led here, each of which needs the next.
     """
     if notebook.name in above:
@@ -331,12 +339,15 @@ def notebook_digest(
         package_digest().encode(),
         _bytes_of(project_root() / "requirements.lock"),
     ]
+    if inputs:
+        parts.append(inputs.encode())
     if results is not None:
         parts += [_bytes_of(results / f"{name}.jsonl") for name in notebook.records]
     for name in notebook.needs:
         needed = read_notebook(notebook.path.with_name(f"{name}.ipynb"))
         way = (*above, notebook.name)
-        parts.append(notebook_digest(needed, profile, above=way).encode())
+        digest = notebook_digest(needed, profile, inputs=inputs, above=way)
+        parts.append(digest.encode())
     hashes = [hashlib.sha256(part).hexdigest() for part in parts]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -393,7 +404,8 @@ def run_notebook(
     profile = load_profile(profile_name)
     parameters = choose_parameters(notebook, profile, given or {})
     results = results_folder(profile_name)
-    digest = notebook_digest(notebook, profile, given, results=results)
+    inputs = inputs_digest(profile_name)
+    digest = notebook_digest(notebook, profile, given, results=results, inputs=inputs)
     if "profile" in notebook.parameters:
         parameters = {"profile": profile_name, **parameters}
     folder = make_folder(folder or output_folder(profile_name))

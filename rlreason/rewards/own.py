@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import runpy
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,13 @@ def load_reward(spec: str) -> RewardFunction:
 
     Raises:
         RewardError: As ``split_spec``; or the file fails when it is run, has no such
-            function, or one that does not take (rollouts, problems).
+            function, or one that does not take (rollouts, problems). The reward raises
+            it where the function fails, or returns what is none.
     """
     file, name = split_spec(spec)
     try:
         found = runpy.run_path(str(file))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end itself
         raise RewardError(
             f"the reward {spec!r}: running {file} failed with "
             f"{type(error).__name__}: {error}"
@@ -87,7 +89,15 @@ def load_reward(spec: str) -> RewardFunction:
         rollouts: Sequence[Rollout], problems: Sequence[Problem]
     ) -> list[tuple[float, ...]]:
         try:
-            return _checked(function(rollouts, problems), rollouts)
+            found = function(rollouts, problems)
+        except (Exception, SystemExit) as error:
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            raise RewardError(
+                f"the reward {spec!r} failed with {type(error).__name__}: {error} "
+                f"({line.filename}, line {line.lineno})"
+            ) from error
+        try:
+            return _checked(found, rollouts)
         except RewardError as error:
             raise RewardError(f"the reward {spec!r} returned {error}") from None
 

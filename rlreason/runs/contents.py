@@ -6,15 +6,15 @@ A folder that moves makes the same run; a file that changes makes another one.
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
 from pathlib import Path
 
 from rlreason.policy.load import policy_path
 from rlreason.rewards.own import split_spec
+from rlreason.runs.files import file_digest, sha256_of
 from rlreason.settings import HASH_LENGTH, Settings, ours
 from rlreason.tasks import task_digest
 
-__all__ = ["Contents", "file_digest", "policy_digest", "task_digest"]
+__all__ = ["Contents", "file_digest", "policy_digest", "sha256_of", "task_digest"]
 
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
@@ -57,26 +57,6 @@ def reward_digest(function: str | None) -> str | None:
         return None
     path, name = split_spec(function)
     return f"{file_digest(path)}:{name}"
-
-
-def file_digest(path: Path) -> str:
-    """The start of a file's SHA-256; read once as long as the file stays as it is."""
-    stat = path.stat()
-    return _file_digest(path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=256)
-def _file_digest(path: Path, mtime: int, size: int) -> str:
-    return sha256_of(path)[:HASH_LENGTH]
-
-
-def sha256_of(path: Path) -> str:
-    """A file's SHA-256, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _hub_revision(name: str) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from rlreason.settings import HASH_LENGTH
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,3 +54,23 @@ def force_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """The start of a file's SHA-256; read once as long as the file stays as it is."""
+    stat = path.stat()
+    return _file_digest(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: Path, mtime: int, size: int) -> str:
+    return sha256_of(path)[:HASH_LENGTH]
+
+
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -9,9 +9,10 @@ the profile is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field
 
+from rlreason.runs.files import file_digest
 from rlreason.settings import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:
@@ -77,15 +79,52 @@ def load_recipe(
     return load_settings(Recipe, values)
 
 
+def inputs_digest(name: str | Path) -> str:
+    """Hash the files that a profile's recipe names: data, policies, own rewards.
+
+    Empty where it names none. Where they lie is not in it.
+    """
+    recipe = _from_folder(load_profile(name).recipe, profile_path(name).parent)
+    digests = [
+        file_digest(file) for value in _texts(recipe) for file in _files_of(value)
+    ]
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts of a recipe, in its order."""
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+    elif isinstance(value, str):
+        yield value
+
+
+def _files_of(value: str) -> list[Path]:
+    """The files that a text means, if it is a path: FILE, FOLDER, FILE.py:FUNCTION."""
+    file, _, function = value.rpartition(":")
+    path = Path(file if file.endswith(".py") and function else value).expanduser()
+    if "{split}" in path.name:
+        return sorted(path.parent.glob(path.name.replace("{split}", "*")))
+    if path.is_dir() and len(path.parts) > 1:  # one word is a name, of a policy say
+        return sorted(each for each in path.iterdir() if each.is_file())
+    return [path] if path.is_file() else []
+
+
 def profile_path(name: str | Path) -> Path:
     """Return the file of a profile.
 
     Raises:
         SettingsError: No such profile; lists those there are.
     """
-    path = Path(name)
+    path, ours = Path(name), Path(str(resources.files(__package__) / "profiles"))
     if str(name) in BUILT_IN:
-        path = Path(str(resources.files(__package__) / "profiles" / f"{name}.yaml"))
+        path = ours / f"{name}.yaml"
+    if path.stem in BUILT_IN and path.is_file() and path.resolve().parent != ours:
+        raise SettingsError(
+            f"the profile {name} has the name of a built-in one, whose results it "
+            "would replace: give its file another name"
+        )
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise SettingsError(
             f"no profile {str(name)!r}: give {', '.join(BUILT_IN)} or the path of a "

@@ -27,7 +27,7 @@ from rlreason.settings import (
     paper,
     precursor,
 )
-from rlreason.tasks import load_problems
+from rlreason.tasks import DataError, load_problems
 from rlreason.tasks.problem import Problem
 
 
@@ -45,6 +45,11 @@ class TaskSettings(Settings):
 
     def load(self, split: str, limit: int | None = None) -> list[Problem]:
         """Problems of a split, the same ones for every seed of training."""
+        if taken := sorted({"name", "split", "limit"} & self.knobs.keys()):
+            raise DataError(
+                f"task.knobs has {', '.join(taken)}, which is no knob: the recipe says "
+                "which problems, and how many"
+            )
         return load_problems(self.name, split, limit=limit, **self.knobs)
 
     def solved_problems(self) -> list[Problem]:

@@ -163,18 +163,24 @@ def make_problems(
 def _check_knobs(split, shifted, steps, largest, distractors, templates):
     if split not in SPLIT_CLASSES:
         raise ValueError(f"unknown split {split!r}; use one of {sorted(SPLIT_CLASSES)}")
-    least, most = steps or (SHIFTED_STEPS if shifted else DEFAULT_STEPS)
-    if not 1 <= least <= most <= MAX_STEPS:
-        raise ValueError(f"steps={steps!r} must lie within 1 to {MAX_STEPS}, low first")
-    if largest < 12 or largest > 200:
-        raise ValueError(f"largest={largest!r} must lie within 12 to 200")
+    if steps is None:
+        steps = SHIFTED_STEPS if shifted else DEFAULT_STEPS
+    whole = isinstance(steps, (list, tuple)) and all(type(n) is int for n in steps)
+    if not whole or len(steps) != 2 or not 1 <= steps[0] <= steps[1] <= MAX_STEPS:
+        raise ValueError(
+            f"steps={steps!r} must be two whole numbers within 1 to {MAX_STEPS}, low "
+            "first"
+        )
+    least, most = steps
+    if type(largest) is not int or not 12 <= largest <= 200:
+        raise ValueError(f"largest={largest!r} must be a whole number, 12 to 200")
     if distractors is None:
         distractors = 1.0 if shifted else 0.15
-    if not 0 <= distractors <= 1:
+    if not isinstance(distractors, (int, float)) or not 0 <= distractors <= 1:
         raise ValueError(f"distractors={distractors!r} is a chance, 0 to 1")
     names = {t.name for t in TEMPLATES}
-    if templates is not None and not set(templates) <= names:
-        unknown = sorted(set(templates) - names)
+    if templates is not None and not set(map(str, templates)) <= names:
+        unknown = sorted(set(map(str, templates)) - names)
         raise ValueError(f"unknown templates {unknown}; there are {sorted(names)}")
     chosen = [
         t
