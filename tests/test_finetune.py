@@ -151,6 +151,15 @@ def forget_the_past(policy: Policy) -> Policy:
     return policy
 
 
+def test_an_example_that_the_model_cannot_read_is_refused():
+    """It was learned at places that no answer can have."""
+    policy = tiny_policy()
+    room = policy.model.config.max_position_embeddings
+    fits, longer = (Example((1,), (5,) * (n - 1)) for n in (room, room + 1))
+    with pytest.raises(ValueError, match=f"has {room + 1} tokens, and .* reads {room}"):
+        finetune(policy, [fits, longer], SHORT)
+
+
 def test_prompt_tokens_get_no_loss():
     policy = forget_the_past(tiny_policy())
     response = (70, 71, policy.eos_id)

@@ -44,7 +44,8 @@ def answers(name) -> list[Rollout]:
 def test_a_gguf_file_becomes_a_policy_by_its_name(gguf_file, shelf, capsys):
     cli.main(["models", "import", str(gguf_file)])
     digest = policy_digest("tiny")
-    assert capsys.readouterr().out == f"tiny is in {shelf / 'tiny'}, hash {digest}\n"
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"tiny is in {shelf / 'tiny'}, hash {digest}"
     assert digest == policy_digest(str(shelf / "tiny")) != policy_digest(str(gguf_file))
     assert (shelf / "tiny" / "model.safetensors").is_file()
     assert answers("tiny") == answers(gguf_file)
@@ -65,6 +66,21 @@ def test_a_folder_keeps_its_format_and_what_is_there_stays(tmp_path, shelf):
     tiny_policy(seed=1).model.save_pretrained(folder)
     models.import_model(str(folder))
     assert policy_digest("halved") == digest
+
+
+def test_what_is_there_says_where_it_came_from_and_the_packages_names_are_taken(
+    tmp_path, shelf, capsys
+):
+    """Of two models of one name the second was said to be there, by the hash of one."""
+    for name in ("one", "two"):
+        folder = tmp_path / name / "mine"
+        tiny_policy().model.save_pretrained(folder)
+        tiny_policy().tokenizer.save_pretrained(folder)
+        cli.main(["models", "import", str(folder)])
+        first = tmp_path / "one" / "mine"
+        assert f"Imported from {first} by" in capsys.readouterr().out
+    with pytest.raises(PolicyError, match="nano is a model of the package"):
+        models.import_model(str(tmp_path / "nano"))
 
 
 def test_what_cannot_be_loaded_leaves_nothing(gguf_file, shelf):

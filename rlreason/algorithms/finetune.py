@@ -41,7 +41,7 @@ from rlreason.algorithms.optim import (
 from rlreason.algorithms.recorder import Recorder, last_checkpoint
 from rlreason.policy.compiling import compiled_layers
 from rlreason.policy.layout import micro_batches
-from rlreason.policy.load import Policy
+from rlreason.policy.load import Policy, positions_of
 from rlreason.policy.logprobs import token_logprobs
 from rlreason.policy.lora import (
     LoraSettings,
@@ -106,11 +106,17 @@ def finetune(
     before the update), ``grad_norm`` (before clipping), ``lr``, ``response_tokens``.
 
     Raises:
-        ValueError: there are no examples.
+        ValueError: There are no examples, or one is longer than the model can read.
         DivergedError: A loss, a gradient or the weights are not finite.
     """
     if not examples:
         raise ValueError("nothing to fine-tune on: the list of examples is empty")
+    room, longest = positions_of(policy.model), max(map(len, examples))
+    if room is not None and longest > room:
+        raise ValueError(
+            f"an example has {longest} tokens, and the model reads {room}: leave out "
+            "what is longer, or take a model with more positions"
+        )
     learner = policy
     if settings.lora is not None:
         adapters = settings.lora.model_dump()

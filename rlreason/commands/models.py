@@ -76,6 +76,9 @@ def import_command(name: str) -> None:
 
     folder = import_model(name)
     click.echo(f"{folder.name} is in {folder}, hash {policy_digest(str(folder))}")
+    note = folder / "README.md"
+    if note.is_file():  # it may have been there, from elsewhere
+        click.echo(note.read_text(encoding="utf-8").strip().splitlines()[-1])
 
 
 def import_model(name: str) -> Path:
@@ -84,13 +87,20 @@ def import_model(name: str) -> Path:
     Raises:
         PolicyError: There is no such model, or the package is not what it was.
     """
-    from rlreason.policy.load import PolicyError, load_policy, models_folder
+    from rlreason.policy.load import (
+        BUNDLED,
+        PolicyError,
+        load_policy,
+        models_folder,
+    )
 
     path = os.path.abspath(Path(name).expanduser())  # "." and ".." are no names
     own = Path(path).name.removesuffix(".gguf")
     if not own:
         raise PolicyError(f"{name!r} names no model: give a GGUF, folder or hub name")
     folder = models_folder() / own
+    if own in BUNDLED:
+        raise PolicyError(f"{own} is a model of the package: rename {name!r} first")
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

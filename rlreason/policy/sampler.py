@@ -319,6 +319,11 @@ def _check_prompts(
             f"the model has {rows} rows. Encode it with the model's own tokenizer."
         )
     room = positions_of(model)
+    if room is not None and room <= longest:
+        raise ValueError(
+            f"A prompt has {longest} tokens, and the model reads {room}, answer "
+            "included. Leave out what is longer, or use fewer shots."
+        )
     if room is not None and room < longest + max_new_tokens:
         raise ValueError(
             f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed "
