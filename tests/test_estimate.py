@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from rlreason.cli import app
 from rlreason.policy.load import PolicyError
 from rlreason.policy.weightless import LiveBytes, bytes_of, config_of, weightless
+from rlreason.runs import estimate as estimates
 from rlreason.runs.estimate import (
     Machine,
     Models,
@@ -70,6 +71,18 @@ def test_models_of_the_profiles_are_known_without_a_network(name, parameters):
     model = weightless(config_of(name), torch.bfloat16).model
     assert sum(w.numel() for w in model.parameters()) == parameters
     assert bytes_of(model.parameters()) == 2 * parameters
+
+
+@pytest.mark.parametrize("name", ["smol", "paper"])
+def test_the_papers_tasks_are_known_without_their_files(name, monkeypatch):
+    """The command asked the hub for them, and failed without a network."""
+    recipe, data = load_recipe(name), os.environ.get("RLREASON_DATA")
+    monkeypatch.setenv("RLREASON_DATA", "nowhere")
+    known = Work.of(recipe)
+    if data:  # as counted where they are
+        monkeypatch.setenv("RLREASON_DATA", data)
+        monkeypatch.setattr(estimates, "KNOWN", {})
+        assert Work.of(recipe) == known
 
 
 def test_a_config_alone_is_enough_and_without_one_it_is_said_what_to_do(folder):

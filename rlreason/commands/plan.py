@@ -38,8 +38,8 @@ def plan(profile: str, changes, gpus: int, memory: float, rates, measure: bool) 
     """Say what PROFILE takes before it is run.
 
     Parameters, memory of one device in each phase of each step, tokens to sample and to
-    train, hours, and what to change where it does not fit. Nothing is downloaded and no
-    weights are loaded: the model's configuration is enough, which may be a folder with
+    train, hours, and what to change where it does not fit. No weights and no
+    data are downloaded: the model's configuration is enough, which may be a folder with
     its config.json (--set policy FOLDER).
 
     \b

@@ -62,6 +62,8 @@ CPU_BUDGET = 2**30  # bytes of the rows in flight; on a GPU, half of what is fre
 SLACK = 0.2
 STEPS_OF_A_SOLUTION = 4
 CHARACTERS = 3.0  # of a token, mean
+# Problems to train on and to test by, characters of a prompt and of a solution
+KNOWN = {"gsm8k": (7217, 1319, 240.7, 287.7), "svamp": (600, 300, 170.0, 36.7)}
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,19 @@ class Work:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Work:
-        """Of a recipe's task: responses as long as its reference solutions."""
+        """Of a recipe's task: responses as long as its reference solutions.
+
+        GSM8K and SVAMP are known; their files need not be here.
+        """
+        if known := KNOWN.get(recipe.task.name):
+            train, test, prompt, response = known
+            return cls(
+                solved=min(train, recipe.task.solutions or train),
+                asked=min(train, recipe.task.questions or train),
+                judged=min(test, recipe.evaluation.sampled_problems or test),
+                prompt=round(prompt / CHARACTERS),
+                response=round(response / CHARACTERS),
+            )
         asked = recipe.questions()
         prompt = sum(len(format_prompt(p)) for p in asked) / len(asked)
         response = sum(len(p.solution) for p in asked) / len(asked)
