@@ -85,7 +85,8 @@ def test_rows_are_read_as_written_one_a_line(path):
     write_rows(rows, path)
     assert read_rows(path) == sorted(rows, key=lambda row: row.key)
     assert len(path.read_bytes().split(b"\n")) == 4
-    assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]  # no draft
+    names = sorted(file.name for file in path.parent.iterdir())
+    assert names == [".rows.lock", "rows.jsonl"]  # no draft
     assert rows_path("tiny").is_relative_to(project_root())
 
 
@@ -373,7 +374,8 @@ def test_rows_come_from_an_archive_and_nothing_else_does(tmp_path, record):
     assert record("--from", str(good))[0] == 0
     results = tmp_path / "results"
     assert (results / "rows.jsonl").read_bytes() == content
-    assert [path.name for path in results.iterdir()] == ["rows.jsonl"]
+    names = sorted(path.name for path in results.iterdir())
+    assert names == [".rows.lock", "rows.jsonl"]
     plan = read_rows(tmp_path / "rows.jsonl")[0].plan.encode()
     stale = {"rows.jsonl": content.replace(plan, b"0" * len(plan))}
     code, said = record("--from", str(archive(tmp_path / "stale.tgz", stale)))
