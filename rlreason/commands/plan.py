@@ -38,9 +38,9 @@ def plan(profile: str, changes, gpus: int, memory: float, rates, measure: bool) 
     """Say what PROFILE takes before it is run.
 
     Parameters, memory of one device in each phase of each step, tokens to sample and to
-    train, hours, and what to change where it does not fit. No weights and no
-    data are downloaded: the model's configuration is enough, which may be a folder with
-    its config.json (--set policy FOLDER).
+    train, hours, and what to change where it does not fit. No weights and no data of
+    the paper's are needed: the model's configuration is enough, which may be a folder
+    with its config.json (--set policy FOLDER).
 
     \b
     rlreason plan paper --gpus 8 --memory 80 --rates 11700 9000

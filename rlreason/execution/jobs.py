@@ -71,7 +71,7 @@ class Outcome:
     Attributes:
         name: The job's.
         state: ``fresh`` (there was nothing to do), ``done``, ``failed`` (its exit code
-            was not 0) or ``blocked`` (what it needs failed).
+            was not 0, or its result is missing) or ``blocked`` (what it needs failed).
         told: What it wrote to its standard error, or which need failed.
         seconds: Of wall-clock time.
     """

@@ -137,11 +137,11 @@ class Process:
         code = self.popen.returncode
         if code < 0:  # it had no time to say so itself
             told = f"{told}\nended by signal {-code}, {_signal_name(-code)}".strip()
-        elif not code and not self.job.there():
+        lost = code == 0 and not self.job.there()
+        if lost:
             told = f"{told}\nended with 0, but its result is not there".strip()
-            code = -1
-        seconds = time.monotonic() - self.started
-        return Outcome(self.job.name, "failed" if code else "done", told, seconds)
+        state = "failed" if code or lost else "done"
+        return Outcome(self.job.name, state, told, time.monotonic() - self.started)
 
 
 def _end_with_parent() -> None:

@@ -164,8 +164,9 @@ class _Cluster:
         )
         environment = {**folders(), **job.environment}
         # What only this process can ask or hold stays here
-        bare = replace(job, fresh=bool, there=Job.there, lock=None)
-        bare = replace(bare, environment=environment)
+        bare = replace(
+            job, fresh=bool, there=Job.there, lock=None, environment=environment
+        )
         reads = () if self._shared else (path for path in job.reads if path.exists())
         here = {"python": sys.executable, "folder": Path.cwd()}
         reference = task.remote(bare, pack(reads), self._mark, **here)

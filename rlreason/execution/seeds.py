@@ -106,13 +106,17 @@ def training_job(plan: Plan, name: str, file: Path) -> Job:
         file: Holds the plan, once the job is started.
     """
     needs = missing(plan.needs.values())
+
+    def there() -> bool:
+        return folder_of(plan).done
+
     return Job(
         name=name,
         command=[sys.executable, "-m", "rlreason.cli", "train", str(file)],
         needs=tuple(needs),
         gpus=1,
-        fresh=lambda: folder_of(plan).done,
-        there=lambda: folder_of(plan).done,
+        fresh=there,
+        there=there,
         environment=QUIET,
         reads=(file, *(folder_of(need).path for need in plan.needs.values())),
         writes=(folder_of(plan).path,),

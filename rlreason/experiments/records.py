@@ -360,6 +360,16 @@ def compared(records: Records, one: str, other: str, metric: str = "maj@1") -> s
     return f"{in_points(found)} ({verdict(found, 'higher', 'lower')})"
 
 
+def over_the_vote(records: Records, *arms: str) -> str:
+    """Arms' samples chosen by the reward model, less by vote, as part of a sentence."""
+    gaps = {
+        arm: records.difference(Cell(arm, "rerank@K"), Cell(arm, "maj@K"))
+        for arm in arms
+    }
+    said = (f"`{arm}` {with_verdict(gap)}" for arm, gap in gaps.items() if gap)
+    return ", ".join(said) or UNKNOWN
+
+
 def phases_of(records: Records, arm: str, column: str) -> dict[str, dict[int, float]]:
     """A column of an arm's phases: line (a seed), phase, value; empty without."""
     lines = {

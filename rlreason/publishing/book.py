@@ -34,6 +34,7 @@ from base64 import b64decode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -234,13 +235,15 @@ class Shelf:
             cell_limit=self.cell_limit,
         )
         runs = (self.folder / source_digest()).resolve()
+        there = partial(is_executed, notebook.name, digest, self.outputs)
         return Job(
             name=notebook.name,
             command=command,
             needs=notebook.needs,
             cores=1 if self.jobs > 1 else cores(),
             gpus=1,
-            fresh=lambda: is_executed(notebook.name, digest, self.outputs),
+            fresh=there,
+            there=there,
             environment={"RLREASON_RUNS": str(runs)},
             writes=tuple(
                 self.outputs / f"{notebook.name}.{kind}" for kind in ("ipynb", "json")

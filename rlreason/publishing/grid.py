@@ -302,8 +302,11 @@ class _Maker:
         places = (folder, output_folder(profile), book)
 
         def result() -> Path | None:
-            there = (place for place in places if is_executed(name, digest, place))
-            return next((place / f"{name}.ipynb" for place in there), None)
+            done = (place for place in places if is_executed(name, digest, place))
+            return next((place / f"{name}.ipynb" for place in done), None)
+
+        def there() -> bool:
+            return result() is not None
 
         command = run_command(
             notebook, profile_name=profile, folder=folder, cell_limit=self.cell_limit
@@ -315,8 +318,8 @@ class _Maker:
         job = Job(
             folder.name,
             command,
-            fresh=lambda: result() is not None,
-            there=lambda: result() is not None,
+            fresh=there,
+            there=there,
             writes=(folder,),
         )
         return Item(

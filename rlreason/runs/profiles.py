@@ -103,7 +103,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _files_of(value: str) -> list[Path]:
     """The files that a text means, if it is a path: FILE, FOLDER, FILE.py:FUNCTION."""
-    file, _, function = value.rpartition(":")
+    file, _, function = value.rpartition(":")  # as rewards.own does, which needs torch
     path = Path(file if file.endswith(".py") and function else value).expanduser()
     if "{split}" in path.name:
         return sorted(path.parent.glob(path.name.replace("{split}", "*")))
@@ -116,12 +116,13 @@ def profile_path(name: str | Path) -> Path:
     """Return the file of a profile.
 
     Raises:
-        SettingsError: No such profile; lists those there are.
+        SettingsError: No such profile (lists those there are), or one of a name whose
+            results it would replace.
     """
-    path, ours = Path(name), Path(str(resources.files(__package__) / "profiles"))
-    if str(name) in BUILT_IN:
-        path = ours / f"{name}.yaml"
-    if path.stem in PUBLISHED and path.is_file() and path.resolve().parent != ours:
+    folder = Path(str(resources.files(__package__) / "profiles"))
+    path = folder / f"{name}.yaml" if str(name) in BUILT_IN else Path(name)
+    published = folder / f"{path.stem}.yaml"
+    if path.stem in PUBLISHED and path.is_file() and not path.samefile(published):
         raise SettingsError(
             f"the profile {name} has the name of a built-in one, whose results it "
             "would replace: give its file another name"
