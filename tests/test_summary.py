@@ -5,7 +5,7 @@ import pytest
 from rlreason.experiments.claims import NEAR, best_of
 from rlreason.experiments.records import Cell, Records, load_records
 from rlreason.publishing.front import ENDS
-from rlreason.publishing.summary import near_its_best, not_added, summary, taken
+from rlreason.publishing.summary import near_its_best, of_its_own, summary, taken
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_one_seed_that_is_early_does_not_end_the_rise_of_the_others(records):
 def test_what_is_not_recorded_is_not_told(records):
     assert summary(Records([], records.size)) == "Not recorded yet."
     sft = Records([row for row in records.rows if row.arm == "sft"], records.size)
-    for words in (summary(sft), not_added(sft), taken(sft)):
+    for words in (summary(sft), of_its_own(sft), taken(sft)):
         assert "not recorded yet" in words
         assert "nan" not in words
 
@@ -62,4 +62,4 @@ def test_both_counts_of_variety_and_the_control_are_told(records):
     """Variety was told in 96 samples alone, and shares without those of SFT itself."""
     assert "in 96 samples" in taken(records)
     assert "in 1,536" in taken(records)
-    assert "of SFT's own" in not_added(records)
+    assert "of SFT's own" in of_its_own(records)

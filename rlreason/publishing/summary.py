@@ -25,6 +25,7 @@ from rlreason.experiments.records import (
     ends,
     in_points,
     looks_of,
+    unbroken,
     with_verdict,
 )
 from rlreason.publishing.chapter import verdict
@@ -60,7 +61,7 @@ def summary(records: Records) -> str:
             "accuracy on validation, by seed. A run that gains little is there at "
             "once, and expert iteration is looked at once a round only.",
             f"- **What did RL add to SFT?** {_added(records)}",
-            f"- **What did it not add?** {not_added(records)}",
+            f"- **Did it add solutions of its own?** {of_its_own(records)}",
             f"- **What did it take away?** {taken(records)}",
         ]
     )
@@ -71,7 +72,7 @@ def _lines(records: Records) -> Iterator[str]:
         value = records.value(Cell(arm))
         if value is not None:
             seeds = len(records.of(arm, "greedy"))
-            maj_1 = f"{value.mean:.1%} {ends(value, '.1f', scale=100)}"
+            maj_1 = unbroken(f"{value.mean:.1%} {ends(value, '.1f', scale=100)}")
             rollouts = records.rollouts(arm) or 0
             cells = called, f"`{arm}`", seeds, maj_1, f"{rollouts:,}"
             yield f"| {' | '.join(map(str, cells))} | {near_its_best(records, arm)} |"
@@ -143,7 +144,7 @@ def _added(records: Records) -> str:
     return f"In points of greedy accuracy {'; '.join(parts) or UNKNOWN}."
 
 
-def not_added(records: Records) -> str:
+def of_its_own(records: Records) -> str:
     """How much of what is right SFT samples too, with the control, in words."""
     judged = {one.claim.id: one for one in judge_claims(records)}
     beyond = judged["little-beyond-sft"]
@@ -157,11 +158,10 @@ def not_added(records: Records) -> str:
     half = many[0].samples // 2
     again = own_coverage(many, [half], m=1)[half]
     return (
-        f"Solutions of its own, for the most part. Of right answers, {shares} are by "
-        f"solutions that SFT has among {half:,} samples too; of SFT's own, "
-        f"{again.mean:.1%} come up again. That RL explores little beyond what SFT "
-        f"produces, the paper's explanation, is **{beyond.said}** here ([chapter "
-        "17](17_what_rl_adds.ipynb))."
+        f"Of right answers, {shares} are by solutions that SFT has among {half:,} "
+        f"samples too; of SFT's own, {again.mean:.1%} come up again. That RL explores "
+        "little beyond what SFT produces, the paper's explanation, is "
+        f"**{beyond.said}** here ([chapter 17](17_what_rl_adds.ipynb))."
     )
 
 
