@@ -144,12 +144,12 @@ def test_all_faults_are_told_at_once_with_what_there_is(grid, tmp_path):
         [
             "runs[0]: notebooks: unknown '00_toor' (did you mean '00_tour'?); known",
             "runs[1]: steps: unknown 'pppo' (did you mean 'ppo'?); known are: sft",
-            "runs[2]: ch, parameters from -p: unknown 'kk' (did you mean 'k'?)",
+            "runs[2]: ch, parameters given: unknown 'kk' (did you mean 'k'?)",
             "runs[3]: ch: k is 'many', not of type int",
             "runs[4]: sft: unknown 'sft.epoch' (did you mean 'sft.epochs'?)",
             "runs[5]: Recipe: sft.epochs: Input should be a valid integer",
             "runs[6]: no profile 'tinny': give smoke, tiny",
-            "runs[7]: fixed.ipynb takes no seeds: leave them out",
+            "runs[7]: fixed.ipynb has no seed: leave out seeds",
             "runs[9]: ch: most is [4, 8], not of type int",
             "runs[10]: ch: k is True, not of type int",
         ],
@@ -157,6 +157,36 @@ def test_all_faults_are_told_at_once_with_what_there_is(grid, tmp_path):
     ):
         assert said in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"policy": "./nowhere"}, "there is no policy './nowhere'"),
+        ({"task": {"name": "nowhere-{split}.jsonl"}}, "nowhere-"),
+        ({"task.knobs": {"stepps": [1, 2]}}, "stepps"),
+        ({"reward.kind": "nowhere.py:pay"}, "there is no file nowhere.py"),
+        ({"reward.kind": "broken.py:pay"}, "broken.py failed with ZeroDivisionError"),
+        ({"start": "sft", "sft.epochs": 1, "orm.k": 7}, "orm.k changes no run of it"),
+        ({"shots": [0, 1, 2]}, "shots changes no run of it"),
+    ],
+)
+def test_what_would_end_every_job_or_do_nothing_is_told_before_any_starts(
+    grid, tmp_path, monkeypatch, parameters, said
+):
+    (tmp_path / "broken.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GridError) as caught:
+        grid({"steps": ["ppo"], "parameters": parameters, "seeds": [0, 1]})
+    assert said in str(caught.value)
+    assert str(caught.value).count("\n") == 1  # once, for all seeds and values
+
+
+def test_a_parameter_may_matter_to_one_step_or_with_one_value_alone(grid):
+    both = {"steps": ["expert-iteration", "ppo"], "parameters": {"ppo.kl.coef": 0.02}}
+    assert len(grid(both)) == 3  # with SFT
+    shots = {"start": ["sft", "base"], "shots": 1}
+    assert len(grid({"steps": ["ppo"], "parameters": shots})) == 3
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from rlreason.execution.jobs import Job, JobError
+from rlreason.execution.jobs import Job, JobError, Outcome
 from rlreason.execution.local import LocalExecutor, kill_tree, visible_gpus
+from rlreason.execution.schedule import run_jobs
 
 
 def python(name: str, program: str = "", **options) -> Job:
@@ -342,3 +343,52 @@ def test_an_odd_job_fails_alone(tmp_path):
     outcomes = LocalExecutor(cores=2, gpus=()).run(jobs)
     assert [outcomes[j.name].state for j in jobs] == ["failed"] * 3 + ["done"]
     assert outcomes["unreadable"].told == "status.json is damaged"
+
+
+class Elsewhere:
+    """A place where all goes well; its files are seen here after a while, or never."""
+
+    def __init__(self, lag: float) -> None:
+        self.lag = lag
+        self.jobs: list[Job] = []
+
+    def has_room(self, job: Job) -> bool:
+        return True
+
+    def start(self, job: Job) -> None:
+        self.jobs.append(job)
+
+    def ended(self) -> list[Outcome]:
+        ended, self.jobs = self.jobs, []
+        return [Outcome(job.name, "done") for job in ended]
+
+    def stop(self, grace: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("lag", "looks", "states"),
+    [
+        (600.0, [False, False, True], ["done", "done"]),
+        (0.0, [False, False, True], ["failed", "blocked"]),
+        (0.0, [OSError("stale"), True], ["failed", "blocked"]),
+    ],
+)
+def test_what_ended_well_elsewhere_has_left_its_result(lag, looks, states):
+    said = iter(looks)
+
+    def there() -> bool:
+        look = next(said)
+        if isinstance(look, OSError):
+            raise look
+        return look
+
+    jobs = [Job("a", (), there=there), Job("b", (), needs=("a",))]
+    noted: list[Outcome] = []
+    outcomes = run_jobs(
+        jobs, Elsewhere(lag), report=lambda job: None, finished=noted.append
+    )
+    assert [outcomes[name].state for name in "ab"] == states
+    assert list(outcomes.values()) == noted
+    if states[0] == "failed":
+        assert "its result is not there" in outcomes["a"].told

@@ -6,7 +6,7 @@ import pytest
 
 from rlreason.policy.rollout import Rollout
 from rlreason.rewards import load_reward, sparse_token_rewards
-from rlreason.rewards.own import RewardError, split_spec
+from rlreason.rewards.own import RewardError, lasting_spec, split_spec
 from rlreason.tasks.problem import Problem
 
 PROBLEMS = [Problem("p/0", "?", "#### 2", "2")]
@@ -41,6 +41,17 @@ def test_a_function_of_ones_own_file_rewards_as_the_librarys_do(own):
     ]
     assert load_reward(spec)(ROLLOUTS, PROBLEMS) == expected == [(0, 0, 2), (0,)]
     assert split_spec(spec)[0].name == "mine.py"
+
+
+def test_a_file_may_lie_in_the_home_folder(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own(
+        "def reward(rollouts, problems):\n"
+        "    return [(0.0,) * len(r.tokens) for r in rollouts]"
+    )
+    spec = "~/mine.py:reward"
+    assert load_reward(spec)(ROLLOUTS[:1], PROBLEMS) == [(0.0,) * 3]
+    assert lasting_spec(spec) == f"{tmp_path / 'mine.py'}:reward"
 
 
 @pytest.mark.parametrize(

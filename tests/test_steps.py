@@ -513,6 +513,17 @@ def test_a_run_is_named_after_what_its_inputs_hold_and_not_where_they_lie(
     assert named(**{"task.name": str(moved_data)}) != settings_hash(plan)
 
 
+@pytest.mark.parametrize("kind", ["dense", "shaped"])
+def test_a_reward_that_no_step_can_earn_is_refused(folder, tmp_path, kind):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"question": "a?", "answer": "3"}')
+    recipe = toy_recipe(folder, reward={"kind": kind})
+    plan_of("ppo", recipe).check()
+    bare = recipe.changed({"task.name": str(tmp_path)})
+    with pytest.raises(SettingsError, match=f"a {kind} reward pays what a reference"):
+        plan_of("ppo", bare).check()
+
+
 def test_a_plan_with_paths_from_here_is_carried_out_from_anywhere(
     folder, tmp_path, monkeypatch
 ):

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import click
 
-from rlreason.commands.options import count_option, profile_option
+from rlreason.commands.options import (
+    POSITIVE,
+    FiniteRange,
+    count_option,
+    profile_option,
+)
 
 
 @click.command()
@@ -98,7 +103,7 @@ def bench_train_command(
 @bench.command("trl")
 @click.option(
     "--points",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     default=5.0,
     show_default=True,
     help="Percentage points of maj@1 to gain.",
@@ -133,14 +138,14 @@ def bench_trl_command(points: float, phases: int | None, seeds: int) -> None:
 @click.option("--model", help="Folder of a policy of 135M. [default: random weights]")
 @click.option(
     "--size",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
     help="Less shrinks models and work, e.g. 0.01 on a CPU.",
 )
 @click.option(
     "--minutes",
-    type=click.FloatRange(0, min_open=True),
+    type=POSITIVE,
     default=8.0,
     show_default=True,
     help="After which nothing more is begun.",

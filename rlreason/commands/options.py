@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,20 @@ from rlreason.execution.executors import EXECUTORS
 
 if TYPE_CHECKING:  # the command line answers --help without waiting for torch
     from rlreason.runs.recipes import Recipe
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range, neither infinite nor NaN, which no bound refuses."""
+
+    def convert(self, value, param, ctx) -> float:
+        """Read it."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
+
+POSITIVE = FiniteRange(min=0, min_open=True)
 
 
 def _absolute(context: click.Context, option: click.Parameter, profile: str) -> str:
@@ -70,10 +85,15 @@ set_option = click.option(
 )
 
 
-def recipe_of(profile: str, changes, **fields) -> Recipe:
-    """The profile's recipe with the changes given on the command line."""
+def values_of(changes) -> dict[str, Any]:
+    """The changes given on the command line, path to value."""
     from rlreason.publishing.notebooks import parse_value
+
+    return {name: parse_value(value, None) for name, value in changes}
+
+
+def recipe_of(profile: str, changes) -> Recipe:
+    """The profile's recipe with the changes given on the command line."""
     from rlreason.runs.profiles import load_recipe
 
-    values = {name: parse_value(value, None) for name, value in changes}
-    return load_recipe(profile, values, **fields)
+    return load_recipe(profile, values_of(changes))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import click
 
-from rlreason.commands.options import recipe_of, set_option
+from rlreason.commands.options import POSITIVE, recipe_of, set_option
 
 
 @click.command()
@@ -23,13 +23,13 @@ from rlreason.commands.options import recipe_of, set_option
     "--memory",
     default=80.0,
     show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     help="GB of each GPU, or of the CPU.",
 )
 @click.option(
     "--rates",
     nargs=2,
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     metavar="SAMPLED TRAINED",
     help="Tokens a second of one device, for hours.",
 )

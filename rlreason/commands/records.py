@@ -7,7 +7,12 @@ from pathlib import Path
 
 import click
 
-from rlreason.commands.options import executor_option, jobs_option, profile_option
+from rlreason.commands.options import (
+    POSITIVE,
+    executor_option,
+    jobs_option,
+    profile_option,
+)
 from rlreason.experiments.catalogue import CATALOGUE
 
 TIME_IS_UP = 3  # the exit code of what its time limit stopped
@@ -43,7 +48,7 @@ TIME_IS_UP = 3  # the exit code of what its time limit stopped
 @click.option("--here", is_flag=True, help="Train and measure in this process.")
 @click.option(
     "--minutes",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     help="Stop after so many, with exit code 3; the same command goes on from there.",
 )
 def record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from rlreason.commands.options import (
     recipe_of,
     seed_option,
     set_option,
+    values_of,
 )
 
 
@@ -49,9 +51,16 @@ class TrainGroup(click.Group):
             help="Print the plan, which `rlreason train PLAN.json` carries out.",
         )
         def command(profile, seed, changes, start, only_plan) -> None:
-            from rlreason.settings import canonical_json
+            from rlreason.runs.plans import without_effect
+            from rlreason.runs.profiles import load_recipe
+            from rlreason.settings import SettingsError, canonical_json
 
-            plan = step.of(recipe_of(profile, changes, start=start), seed)
+            values = values_of(changes) | ({"start": start} if start else {})
+            plan = step.of(load_recipe(profile, values), seed)
+            if idle := without_effect([name], partial(load_recipe, profile), [values]):
+                raise SettingsError(
+                    f"{', '.join(idle)} changes nothing of {name}; leave it out"
+                )
             if only_plan:
                 click.echo(canonical_json(plan))
             else:
@@ -194,4 +203,7 @@ def evaluate(
         label=label,
         orm=load_reward_model(orm) if orm else None,
     )
+    how = f", prompted with {recipe.shots} examples" if prompted else ""
+    how += f", {label} before each step" if label else ""
+    click.echo(f"{policy}: {recipe.task.name}, {split} split, seed {seed}{how}")
     click.echo(str(report))

@@ -39,8 +39,8 @@ class Job:
         memory: Megabytes that it asks for where memory is given out; 0: not said.
         fresh: Whether what it makes is already there; asked when it would be started.
             JobError: it is not, and is not to be made.
-        there: The same, asked once it has ended well on this machine: a program may
-            end with 0 and leave nothing.
+        there: The same, asked once it has ended well: a program may end with 0 and
+            leave nothing.
         environment: Variables over those of this process.
         log: File that takes all that it prints; without one, only the end of its
             standard error is kept.

@@ -68,6 +68,8 @@ class LocalExecutor:
 class _Here:
     """This machine, as a ``Place``."""
 
+    lag = 0.0
+
     def __init__(self, cores: int, gpus: Sequence[str]) -> None:
         self._cores = cores
         self._gpus = gpus
@@ -137,10 +139,9 @@ class Process:
         code = self.popen.returncode
         if code < 0:  # it had no time to say so itself
             told = f"{told}\nended by signal {-code}, {_signal_name(-code)}".strip()
-        lost = code == 0 and not self.job.there()
-        if lost:
-            told = f"{told}\nended with 0, but its result is not there".strip()
-        state = "failed" if code or lost else "done"
+        if code and not told:
+            told = f"it ended with {code}, and its log is empty: is the disk full?"
+        state = "failed" if code else "done"
         return Outcome(self.job.name, state, told, time.monotonic() - self.started)
 
 

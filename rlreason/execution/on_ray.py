@@ -33,7 +33,7 @@ from typing import Any
 
 from rlreason.execution.jobs import Job, JobError, Outcome
 from rlreason.execution.local import Process, end_processes
-from rlreason.execution.schedule import GRACE, LOOK_EVERY, run_jobs
+from rlreason.execution.schedule import GRACE, LOOK_EVERY, SHARED_LAG, run_jobs
 from rlreason.runs.environment import (
     folders,
     make_folder,
@@ -105,6 +105,7 @@ class _Cluster:
         self._mark.touch()
         try:
             self._shared = self._look(jobs)
+            self.lag = SHARED_LAG if self._shared else 0.0
         except BaseException:
             self.stop(grace=0)
             raise
@@ -164,9 +165,7 @@ class _Cluster:
         )
         environment = {**folders(), **job.environment}
         # What only this process can ask or hold stays here
-        bare = replace(
-            job, fresh=bool, there=Job.there, lock=None, environment=environment
-        )
+        bare = replace(job, fresh=bool, there=bool, lock=None, environment=environment)
         reads = () if self._shared else (path for path in job.reads if path.exists())
         here = {"python": sys.executable, "folder": Path.cwd()}
         reference = task.remote(bare, pack(reads), self._mark, **here)

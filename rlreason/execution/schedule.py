@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from filelock import FileLock, Timeout
@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from rlreason.execution.jobs import Job, Outcome, check_jobs
 
 LOOK_EVERY = 0.05  # seconds
+SHARED_LAG = 60.0  # seconds for which NFS may keep what it knows of a folder
 GRACE = 20.0  # seconds, less than the 30 that Slurm gives by default
 
 
@@ -33,7 +34,13 @@ class AskedToEndError(KeyboardInterrupt):
 
 
 class Place(Protocol):
-    """Where jobs run."""
+    """Where jobs run.
+
+    Attributes:
+        lag: Seconds in which what a job wrote there is to be seen here.
+    """
+
+    lag: float
 
     def has_room(self, job: Job) -> bool:
         """Whether a job could be started now."""
@@ -70,7 +77,8 @@ def run_jobs(
         finished: Called with each outcome when it is there, before the job is let go.
     """
     check_jobs(jobs)
-    queue = _Queue(place, report, finished, list(jobs))
+    by_name = {job.name: job for job in jobs}
+    queue = _Queue(place, report, finished, by_name, list(jobs))
     grace = 0.0
     with _signals_interrupt():
         try:
@@ -92,14 +100,18 @@ class _Queue:
     """Jobs on their way.
 
     Attributes:
+        jobs: All, by name.
         held: Those that are running, each with its lock where it has one.
+        ended: Outcomes of those whose result is waited for, each with until when.
     """
 
     place: Place
     report: Callable[[Job], object]
     finished: Callable[[Outcome], object]
+    jobs: dict[str, Job]
     waiting: list[Job]
     held: dict[str, FileLock | None] = field(default_factory=dict)
+    ended: list[tuple[Outcome, float]] = field(default_factory=list)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def move(self) -> bool:
@@ -113,8 +125,9 @@ class _Queue:
                 self._note(Outcome(job.name, "blocked", told))
             elif None not in needed and self.place.has_room(job) and self._take(job):
                 self._start(job)
-        for outcome in self.place.ended():
-            self._note(outcome)
+        until = time.monotonic() + self.place.lag
+        ended = [*self.ended, *((outcome, until) for outcome in self.place.ended())]
+        self.ended = [(o, until) for o, until in ended if not self._judge(o, until)]
         return before != (len(self.waiting), len(self.outcomes))
 
     def _take(self, job: Job) -> bool:
@@ -142,6 +155,22 @@ class _Queue:
                 self.place.start(job)
         except (OSError, ValueError) as error:  # no other job's fault
             self._note(Outcome(job.name, "failed", str(error)))
+
+    def _judge(self, outcome: Outcome, until: float) -> bool:
+        """Note an outcome, unless the result of what ended well may yet be seen."""
+        if outcome.state == "done" and not self._is_there(self.jobs[outcome.name]):
+            if time.monotonic() < until:
+                return False
+            told = f"{outcome.told}\nended with 0, but its result is not there"
+            outcome = replace(outcome, state="failed", told=told.strip())
+        self._note(outcome)
+        return True
+
+    def _is_there(self, job: Job) -> bool:
+        try:
+            return job.there()
+        except (OSError, ValueError):  # what is there cannot be read
+            return False
 
     def _note(self, outcome: Outcome) -> None:
         self.outcomes[outcome.name] = outcome

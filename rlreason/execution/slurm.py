@@ -28,7 +28,7 @@ from pathlib import Path
 
 from rlreason.execution.jobs import Job, JobError, Outcome, check_jobs
 from rlreason.execution.local import TOLD
-from rlreason.execution.schedule import run_jobs
+from rlreason.execution.schedule import SHARED_LAG, run_jobs
 from rlreason.runs.environment import folders, make_folder
 from rlreason.runs.files import write_atomically, write_json
 
@@ -203,6 +203,7 @@ class _Queue:
 
     folder: Path
     every: float
+    lag: float = SHARED_LAG
     running: dict[str, tuple[Job, float]] = field(default_factory=dict)
     fresh: list[Job] = field(default_factory=list)
     looked: float = 0.0

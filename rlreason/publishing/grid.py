@@ -26,6 +26,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +52,13 @@ from rlreason.publishing.notebooks import (
 )
 from rlreason.runs.describe import setting_rows
 from rlreason.runs.environment import project_root, results_folder, runs_root
-from rlreason.runs.plans import Plan, folder_of, plan_of
+from rlreason.runs.plans import (
+    Plan,
+    check_inputs,
+    folder_of,
+    plan_of,
+    without_effect,
+)
 from rlreason.runs.profiles import (
     inputs_digest,
     load_profile,
@@ -152,6 +159,7 @@ def read_grid(path: Path, output: Path, *, cell_limit: int = 0) -> list[Item]:
         with _noted(faults, number):
             runs = load_settings(Runs, part)
             maker = _Maker(path, output.absolute(), grid, runs, cell_limit)
+            before = len(faults)
             for name, values in _choices(runs):
                 with _noted(faults, number):
                     for item in maker.items(name, values):
@@ -159,6 +167,8 @@ def read_grid(path: Path, output: Path, *, cell_limit: int = 0) -> list[Item]:
                         # That it is asked for says more than that it is needed
                         if old is None or old.label == old.job.name:
                             items[item.job.name] = item
+            if len(faults) == before:
+                maker.refuse_what_does_nothing()
     if faults:
         raise GridError("\n  ".join([f"{path} cannot be run:", *faults]))
     return [_with_needs(item, list(items.values())) for item in items.values()]
@@ -220,7 +230,9 @@ class _Maker:
         if name in self.runs.steps:
             _check_paths(name, values, load_recipe(self.profile))
             recipe = load_recipe(self.profile, values)
+            check_inputs(recipe)
             plans = {seed: plan_of(name, recipe, seed) for seed in seeds}
+            plans[seeds[0]].check()
             asked = {folder_of(plan).path.name: plan for plan in plans.values()}
             labels = {
                 folder_of(plan).path.name: self._label(name, values | {"seed": seed})
@@ -231,12 +243,26 @@ class _Maker:
                 for run, plan in (missing(asked.values()) | asked).items()
             ]
         notebook = self._notebook(name)
+        if _is_chapter(notebook):  # one's own may read no recipe
+            check_inputs(load_recipe(self.profile))
         if "seed" in notebook.parameters and "seed" not in values:
             given = [values | {"seed": seed} for seed in seeds]
             return [self._of_notebook(notebook, each) for each in given]
         if self.runs.seeds:
-            raise GridError(f"{name} takes no seeds: leave them out")
+            why = "has its seed as a parameter" if "seed" in values else "has no seed"
+            raise GridError(f"{name} {why}: leave out seeds")
         return [self._of_notebook(notebook, values)]
+
+    def refuse_what_does_nothing(self) -> None:
+        """A parameter has to matter to one of the steps."""
+        steps = self.runs.steps
+        choices = [values for name, values in _choices(self.runs) if name in steps[:1]]
+        make = partial(load_recipe, self.profile)
+        if idle := without_effect(steps, make, choices):
+            raise GridError(
+                f"{' and '.join(steps)}: {', '.join(idle)} changes no run of it; leave "
+                "it out"
+            )
 
     def _label(self, name: str, values: dict[str, Any]) -> str:
         words = [f"{n}={json.dumps(v).strip(chr(34))}" for n, v in values.items()]
@@ -294,7 +320,7 @@ class _Maker:
         inputs = inputs_digest(profile)
         digest = notebook_digest(notebook, scale, given, results=results, inputs=inputs)
         key = [profile, given]
-        if notebook.path.parent != project_root() / "notebooks":  # names may repeat
+        if not _is_chapter(notebook):  # names may repeat
             key.append(str(notebook.path))
         key = json.dumps(key, sort_keys=True).encode()
         folder = self.output / f"{name}-{hashlib.sha256(key).hexdigest()[:HASH_LENGTH]}"
@@ -331,6 +357,10 @@ class _Maker:
             result=result,
             given=(notebook, profile, asked),
         )
+
+
+def _is_chapter(notebook: Notebook) -> bool:
+    return notebook.path.parent == project_root() / "notebooks"
 
 
 def _check_paths(step: str, paths: Iterable[str], recipe: Recipe) -> None:

@@ -238,9 +238,9 @@ def choose_parameters(
             f"{notebook.name}: the profile is not set as a parameter; name it with "
             "--profile, or in a grid with profile:"
         )
-    for where, values in (("the profile", special), ("-p", given)):
+    for where, values in (("from the profile", special), ("given", given)):
         if unknown := [name for name in values if name not in notebook.parameters]:
-            label = f"{notebook.name}, parameters from {where}"
+            label = f"{notebook.name}, parameters {where}"
             known = list(notebook.parameters)
             raise NotebookError(unknown_key_message(label, unknown, known))
     common = {k: v for k, v in profile.common.items() if k in notebook.parameters}

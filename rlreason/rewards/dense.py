@@ -90,6 +90,11 @@ def share_stated(text: str, problem: Problem) -> float:
     return (reference & _results(text)).total() / reference.total()
 
 
+def states_results(problem: Problem) -> bool:
+    """Whether the reference states an intermediate result, which a step can match."""
+    return bool(_results(problem.solution))
+
+
 def stated_shares(
     policy: Policy,
     given: str,

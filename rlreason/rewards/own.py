@@ -35,7 +35,7 @@ def split_spec(spec: str) -> tuple[Path, str]:
     Raises:
         RewardError: It is not of this form, or there is no such file.
     """
-    file, _, function = spec.rpartition(":")
+    file, function = _parts(spec)
     if not file.endswith(".py") or not function.isidentifier():
         raise RewardError(
             f"the reward {spec!r} names no function of a file: write it as "
@@ -46,9 +46,14 @@ def split_spec(spec: str) -> tuple[Path, str]:
     return Path(file), function
 
 
+def _parts(spec: str) -> tuple[str, str]:
+    file, _, function = spec.rpartition(":")
+    return str(Path(file).expanduser()), function
+
+
 def lasting_spec(spec: str) -> str:
     """A function's place as another process takes it, from whichever folder."""
-    file, _, function = spec.rpartition(":")
+    file, function = _parts(spec)
     return f"{Path(file).absolute()}:{function}"
 
 

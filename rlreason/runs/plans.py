@@ -14,7 +14,7 @@ every setting that is neither placement nor neutral (see ``rlreason.settings``).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -240,6 +240,49 @@ def step_named(name: str) -> type[Plan]:
 def plan_of(step: str, recipe: Recipe, seed: int = 0) -> Plan:
     """The plan of a step for a recipe and a seed."""
     return step_named(step).of(recipe, seed)
+
+
+def without_effect(
+    names: Iterable[str],
+    make: Callable[[Mapping[str, Any]], Recipe],
+    choices: Iterable[Mapping[str, Any]],
+) -> list[str]:
+    """The changes of a recipe that change it, and no plan of these steps.
+
+    Args:
+        names: Of the steps.
+        make: The recipe with changes, dotted path to value.
+        choices: Changes that are made together; what matters in one of them does.
+    """
+    names, differs, matters = list(names), {}, set()
+    for changes in choices:
+        whole = make(changes)
+        for path in changes.keys() - matters:
+            try:
+                rest = make({p: v for p, v in changes.items() if p != path})
+            except SettingsError:  # the others cannot be without it
+                matters.add(path)
+                continue
+            if rest != whole:
+                differs[path] = None
+            if any(plan_of(n, rest) != plan_of(n, whole) for n in names):
+                matters.add(path)
+    return sorted(differs.keys() - matters)
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Refuse a recipe whose base or problems are not to be had, before any work.
+
+    Raises:
+        SettingsError: There is no such base.
+        DataError: There are no such problems.
+    """
+    if policy_digest(recipe.policy).endswith("@unknown"):
+        raise SettingsError(
+            f"there is no policy {recipe.policy!r}: neither is it bundled or imported, "
+            "nor a folder or file, nor to be had from the hub"
+        )
+    recipe.task.load("train", 1)
 
 
 def read_plan(values: Any) -> Plan:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +24,13 @@ from pydantic import Field
 
 from rlreason.runs.files import file_digest
 from rlreason.settings import Settings, SettingsError, load_settings
+from rlreason.tasks import DataError, task_digest
 
 if TYPE_CHECKING:
     from rlreason.runs.recipes import Recipe
 
 Value = bool | int | float | str | list[bool | int | float | str] | None
 BUILT_IN = ("smoke", "tiny", "smol", "paper")
-PUBLISHED = ("tiny",)  # whose results the book shows
 
 
 class Profile(Settings):
@@ -83,12 +85,18 @@ def load_recipe(
 def inputs_digest(name: str | Path) -> str:
     """Hash the files that a profile's recipe names: data, policies, own rewards.
 
-    Empty where it names none. Where they lie is not in it.
+    Those of GSM8K and SVAMP too, where RLREASON_DATA says where they lie. Empty where
+    it names none. Where they lie is not in it.
     """
     recipe = _from_folder(load_profile(name).recipe, profile_path(name).parent)
     digests = [
         file_digest(file) for value in _texts(recipe) for file in _files_of(value)
     ]
+    task = recipe.get("task")
+    if os.environ.get("RLREASON_DATA") and isinstance(task, dict):
+        with suppress(DataError):  # who reads it says what is wrong
+            if read := task_digest(task.get("name", "")):
+                digests.append(read)
     return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
 
 
@@ -122,7 +130,7 @@ def profile_path(name: str | Path) -> Path:
     folder = Path(str(resources.files(__package__) / "profiles"))
     path = folder / f"{name}.yaml" if str(name) in BUILT_IN else Path(name)
     published = folder / f"{path.stem}.yaml"
-    if path.stem in PUBLISHED and path.is_file() and not path.samefile(published):
+    if path.stem in BUILT_IN and path.is_file() and not path.samefile(published):
         raise SettingsError(
             f"the profile {name} has the name of a built-in one, whose results it "
             "would replace: give its file another name"

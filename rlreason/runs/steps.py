@@ -29,7 +29,7 @@ from rlreason.policy.load import Policy, load_policy
 from rlreason.policy.reference import set_aside
 from rlreason.policy.vocabulary import add_tokens
 from rlreason.rewards.base import RewardFunction
-from rlreason.rewards.dense import dense_reward
+from rlreason.rewards.dense import dense_reward, states_results
 from rlreason.rewards.novelty import NoveltyReward
 from rlreason.rewards.orm import (
     OutcomeRewardModel,
@@ -329,10 +329,18 @@ class PpoPlan(Plan):
         return contents_of(self.policy, self.task, self.reward.function)
 
     def check(self) -> None:
-        """Its reward is there before anything is trained for it."""
+        """Its reward is there, and can be earned, before anything is trained for it."""
         super().check()
         if self.reward.function is not None:
             load_reward(self.reward.function)
+        if self.reward.kind in ("dense", "shaped") and not any(
+            map(states_results, self.task.question_problems())
+        ):
+            raise SettingsError(
+                f"a {self.reward.kind} reward pays what a reference solution states, "
+                f"<<2*3=6>>, and none of {self.task.name} states anything: train with "
+                "reward.kind sparse"
+            )
 
     def make(self, base: Policy, needed: Mapping[str, Any], run: RunFolder) -> Policy:
         """See ``algorithms.ppo``; of the base a reward may need the tokenizer."""
