@@ -306,7 +306,10 @@ def test_return_conditioned_rl_is_trained_and_judged_by_its_labels(shown):
     assert labels.endswith("% good")
     run = last.partition(" took ")[0]
     for label in ("[GOOD]", "[BAD]"):
-        caption, *metrics = shown("evaluate", run, "--label", label, "--greedy")
+        command = ("evaluate", run, "--label", label, "--greedy")
+        what, caption, *metrics = shown(*command)
+        assert what.startswith(f"{run}: ")
+        assert what.endswith(f", validation split, seed 0, {label} before each step")
         assert "6 problems, greedy only" in caption
         assert [line.split()[0] for line in metrics] == ["maj@1"]
     settings = settings_of(shown("train", "rcrl", "--set", "rcrl_labels", "orm")[-1])
