@@ -43,19 +43,22 @@ def summary(records: Records) -> str:
     from_sft = dict.fromkeys([*ENDS, *CATALOGUE.table("table-1").arms])
     without = [name for name in CATALOGUE.arms if name.endswith("-base")]
     with_sft = [name for name in from_sft if name not in (*without, "base")]
+    filtered = CATALOGUE.arms["expert-iteration-orm"].changes
+    threshold = filtered["expert_iteration.orm_threshold"]
     return "\n".join(
         [
             "| method | run | seeds | maj@1 | rollouts | near its best after |",
             "|---|---|--:|---|--:|---|",
             *lines,
             "",
-            "*Filtered*: of what is right, kept is what an outcome reward model (ORM) "
-            "believes. With a value network PPO also has two epochs a phase "
-            "([chapter 8](08_ppo_in_practice.ipynb)).",
+            "*Filtered*: a right solution is kept only if an outcome reward model "
+            f"(ORM) scores it at {threshold:g} or more. PPO with a value network also "
+            "has two epochs a phase, twice the questions, a narrower clip, a higher "
+            "last rate and another lambda ([chapter 8](08_ppo_in_practice.ipynb)).",
             "",
             f"- **Which method ends best?** With SFT {_ranked(records, with_sft)}. "
-            f"Without SFT {_ranked(records, without)}. Ranked is what has {FEWEST} "
-            "seeds or more.",
+            f"Without SFT {_ranked(records, without)}. Only methods with {FEWEST} "
+            "seeds or more are ranked.",
             "- **After how many rollouts?** The table counts those of a run and of all "
             f"that it builds on. *Near its best* is {NEAR:.0%} of a run's best "
             "accuracy on validation, by seed. A run that gains little is there at "
@@ -182,12 +185,14 @@ def taken(records: Records) -> str:
             pair = [read_solutions({s: r[s] for s in seeds}) for r in (sft, found)]
             most = pair[1][0].samples
             many[arm] = distinct_differences(*pair, [most])[most]
-            gaps = pass_differences(*pair, powers_to(most))
+            ks = sorted({*powers_to(most), min(at, most)})
+            gaps = pass_differences(*pair, ks)
             if below := [f"{k:,}" for k, gap in gaps.items() if gap.high < 0]:
                 behind.append(f"{_called(arm)} at k = {', '.join(below)}")
     if many:
         parts.append(f"in {most:,}, of fewer problems, {_gaps(many)}")
-    lost = f" pass@k lies below SFT's: {'; '.join(behind)}." if behind else ""
+    where = "pass@k lies below SFT's with its whole interval"
+    lost = f" {where}: {'; '.join(behind)}." if behind else ""
     return (
         "Distinct right solutions a question, less those of SFT: "
         f"{'; '.join(parts) or UNKNOWN}.{lost}"
