@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Value = bool | int | float | str | list[bool | int | float | str] | None
 BUILT_IN = ("smoke", "tiny", "smol", "paper")
+PUBLISHED = ("tiny",)  # whose results the book shows
 
 
 class Profile(Settings):
@@ -130,7 +131,7 @@ def profile_path(name: str | Path) -> Path:
     folder = Path(str(resources.files(__package__) / "profiles"))
     path = folder / f"{name}.yaml" if str(name) in BUILT_IN else Path(name)
     published = folder / f"{path.stem}.yaml"
-    if path.stem in BUILT_IN and path.is_file() and not path.samefile(published):
+    if path.stem in PUBLISHED and path.is_file() and not path.samefile(published):
         raise SettingsError(
             f"the profile {name} has the name of a built-in one, whose results it "
             "would replace: give its file another name"
