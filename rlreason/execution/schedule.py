@@ -162,6 +162,7 @@ class _Queue:
             if time.monotonic() < until:
                 return False
             told = f"{outcome.told}\nended with 0, but its result is not there"
+            told += ", or what decides it has changed since it began"
             outcome = replace(outcome, state="failed", told=told.strip())
         self._note(outcome)
         return True
