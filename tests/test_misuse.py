@@ -187,8 +187,6 @@ WORDS = [
     ([*TRAIN, "--set", "policy", "file"], "file"),
     ([*TRAIN, "--start", "nope"], "give sft, base or the folder of a run"),
     (["train", "ppo", "--profile", "toy.yaml", "--start", "folder"], "folder"),
-    ([*TRAIN, "--start", "base"], "start changes nothing of sft"),
-    ([*TRAIN, "--set", "ppo.lr", "7e-3"], "ppo.lr changes nothing of sft"),
     (["train", "ppo", "--profile", "toy.yaml", "--start", "damaged-run"], "damaged"),
     (["settings", "nope"], "nope"),
     (["record", "sftt"], "did you mean 'sft'?"),

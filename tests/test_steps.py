@@ -64,13 +64,15 @@ from rlreason.runs.plans import (
     read_plan,
     register,
     steps,
+    without_effect,
 )
 from rlreason.runs.profiles import load_recipe
-from rlreason.runs.recipes import Recipe
+from rlreason.runs.recipes import Recipe, put
 from rlreason.settings import (
     SettingsError,
     canonical_json,
     identity,
+    load_settings,
     settings_hash,
 )
 from rlreason.tasks.prompts import NEXT_QUESTION
@@ -511,6 +513,22 @@ def test_a_run_is_named_after_what_its_inputs_hold_and_not_where_they_lie(
     for file in [moved_data] if moved_data.is_file() else moved_data.iterdir():
         file.write_text(file.read_text().replace("a?", "A?"))
     assert named(**{"task.name": str(moved_data)}) != settings_hash(plan)
+
+
+def test_a_setting_without_which_nothing_could_be_planned_matters(folder):
+    """The recipe without it is nobody's: its faults were told as the user's."""
+    gone = toy_recipe(folder).model_dump(mode="json")
+    gone["task"]["name"] = str(folder / "gone.jsonl")
+
+    def make(changes):
+        values = json.loads(json.dumps(gone))
+        for path, value in changes.items():
+            put(values, path, value)
+        return load_settings(Recipe, values)
+
+    given = {"task.name": str(folder / "toy"), "ppo.lr": 0.5}
+    assert without_effect(["sft"], make, [given]) == ["ppo.lr"]
+    assert without_effect(["sft", "ppo"], make, [given]) == []
 
 
 @pytest.mark.parametrize("kind", ["dense", "shaped"])

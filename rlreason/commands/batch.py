@@ -55,7 +55,12 @@ def batch(
     from rlreason.runs.environment import cores, make_folder, runs_root
 
     output = (output or runs_root() / "batch" / grid.stem).absolute()
-    items = read_grid(grid, output, cell_limit=cell_limit)
+    items = read_grid(
+        grid,
+        output,
+        cell_limit=cell_limit,
+        note=lambda line: click.echo(f"note: {line}", err=True),
+    )
     if dry_run:
         here = executor == "local"  # how large a cluster is, only it knows
         room = {"cores": jobs or cores(), "gpus": len(visible_gpus())} if here else {}

@@ -53,14 +53,12 @@ class TrainGroup(click.Group):
         def command(profile, seed, changes, start, only_plan) -> None:
             from rlreason.runs.plans import without_effect
             from rlreason.runs.profiles import load_recipe
-            from rlreason.settings import SettingsError, canonical_json
+            from rlreason.settings import canonical_json
 
             values = values_of(changes) | ({"start": start} if start else {})
             plan = step.of(load_recipe(profile, values), seed)
-            if idle := without_effect([name], partial(load_recipe, profile), [values]):
-                raise SettingsError(
-                    f"{', '.join(idle)} changes nothing of {name}; leave it out"
-                )
+            for path in without_effect([name], partial(load_recipe, profile), [values]):
+                click.echo(f"note: {path} changes nothing of {name}", err=True)
             if only_plan:
                 click.echo(canonical_json(plan))
             else:

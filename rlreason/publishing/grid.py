@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -140,12 +141,19 @@ class Item:
     given: tuple[Notebook, str, dict[str, Any]] | None = None
 
 
-def read_grid(path: Path, output: Path, *, cell_limit: int = 0) -> list[Item]:
+def read_grid(
+    path: Path,
+    output: Path,
+    *,
+    cell_limit: int = 0,
+    note: Callable[[str], object] = warnings.warn,
+) -> list[Item]:
     """Expand a grid's file; each job once. Writes nothing.
 
     Args:
         output: Folder that is to take a folder for each job.
         cell_limit: Seconds after which a notebook's cell is given up; 0: none is.
+        note: Told what changes no run of a part.
 
     Raises:
         SettingsError: The file is no grid.
@@ -168,7 +176,8 @@ def read_grid(path: Path, output: Path, *, cell_limit: int = 0) -> list[Item]:
                         if old is None or old.label == old.job.name:
                             items[item.job.name] = item
             if len(faults) == before:
-                maker.refuse_what_does_nothing()
+                for line in maker.in_vain():
+                    note(f"runs[{number}]: {line}")
     if faults:
         raise GridError("\n  ".join([f"{path} cannot be run:", *faults]))
     return [_with_needs(item, list(items.values())) for item in items.values()]
@@ -243,8 +252,6 @@ class _Maker:
                 for run, plan in (missing(asked.values()) | asked).items()
             ]
         notebook = self._notebook(name)
-        if _is_chapter(notebook):  # one's own may read no recipe
-            check_inputs(load_recipe(self.profile))
         if "seed" in notebook.parameters and "seed" not in values:
             given = [values | {"seed": seed} for seed in seeds]
             return [self._of_notebook(notebook, each) for each in given]
@@ -253,16 +260,12 @@ class _Maker:
             raise GridError(f"{name} {why}: leave out seeds")
         return [self._of_notebook(notebook, values)]
 
-    def refuse_what_does_nothing(self) -> None:
-        """A parameter has to matter to one of the steps."""
+    def in_vain(self) -> list[str]:
+        """Parameters that matter to none of the steps."""
         steps = self.runs.steps
         choices = [values for name, values in _choices(self.runs) if name in steps[:1]]
-        make = partial(load_recipe, self.profile)
-        if idle := without_effect(steps, make, choices):
-            raise GridError(
-                f"{' and '.join(steps)}: {', '.join(idle)} changes no run of it; leave "
-                "it out"
-            )
+        idle = without_effect(steps, partial(load_recipe, self.profile), choices)
+        return [f"{path} changes no run of {' and '.join(steps)}" for path in idle]
 
     def _label(self, name: str, values: dict[str, Any]) -> str:
         words = [f"{n}={json.dumps(v).strip(chr(34))}" for n, v in values.items()]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import runpy
 import traceback
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def split_spec(spec: str) -> tuple[Path, str]:
 
 def _parts(spec: str) -> tuple[str, str]:
     file, _, function = spec.rpartition(":")
-    return str(Path(file).expanduser()), function
+    return os.path.expanduser(file), function
 
 
 def lasting_spec(spec: str) -> str:

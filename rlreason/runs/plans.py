@@ -257,15 +257,17 @@ def without_effect(
     names, differs, matters = list(names), {}, set()
     for changes in choices:
         whole = make(changes)
+        plans = [plan_of(name, whole) for name in names]
         for path in changes.keys() - matters:
             try:
                 rest = make({p: v for p, v in changes.items() if p != path})
-            except SettingsError:  # the others cannot be without it
+                without = [plan_of(name, rest) for name in names]
+            except Exception:  # of whichever step: nobody asked for it without
                 matters.add(path)
                 continue
             if rest != whole:
                 differs[path] = None
-            if any(plan_of(n, rest) != plan_of(n, whole) for n in names):
+            if without != plans:
                 matters.add(path)
     return sorted(differs.keys() - matters)
 
@@ -277,7 +279,8 @@ def check_inputs(recipe: Recipe) -> None:
         SettingsError: There is no such base.
         DataError: There are no such problems.
     """
-    if policy_digest(recipe.policy).endswith("@unknown"):
+    file = recipe.policy.endswith(".gguf")  # of the hub, which has no revision here
+    if not file and policy_digest(recipe.policy).endswith("@unknown"):
         raise SettingsError(
             f"there is no policy {recipe.policy!r}: neither is it bundled or imported, "
             "nor a folder or file, nor to be had from the hub"

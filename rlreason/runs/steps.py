@@ -333,8 +333,9 @@ class PpoPlan(Plan):
         super().check()
         if self.reward.function is not None:
             load_reward(self.reward.function)
-        if self.reward.kind in ("dense", "shaped") and not any(
-            map(states_results, self.task.question_problems())
+        if self.reward.kind in ("dense", "shaped") and not (
+            any(map(states_results, self.task.load("train", 1)))
+            or any(map(states_results, self.task.question_problems()))
         ):
             raise SettingsError(
                 f"a {self.reward.kind} reward pays what a reference solution states, "
