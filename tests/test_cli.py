@@ -283,6 +283,13 @@ def test_ppo_is_trained_with_another_credit_and_reward(shown):
     assert settings["start"] is not None
 
 
+@pytest.mark.parametrize("start", ["base", "sft"])
+def test_what_changes_nothing_of_a_run_is_noted(shown, start, capsys):
+    call("train", "sft", "--plan", "--start", start)
+    noted = capsys.readouterr().err
+    assert ("note: start changes nothing of sft" in noted) == (start == "base")
+
+
 def test_ppo_can_start_from_the_prompted_base(shown):
     *_, last = shown("train", "ppo", "--start", "base", "--set", "ppo.phases", "1")
     settings = settings_of(last)

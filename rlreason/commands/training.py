@@ -201,7 +201,7 @@ def evaluate(
         label=label,
         orm=load_reward_model(orm) if orm else None,
     )
-    how = f", prompted with {recipe.shots} examples" if prompted else ""
+    how = f", {recipe.shots}-shot" if prompted else ""
     how += f", {label} before each step" if label else ""
     click.echo(f"{policy}: {recipe.task.name}, {split} split, seed {seed}{how}")
     click.echo(str(report))

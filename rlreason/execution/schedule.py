@@ -102,7 +102,7 @@ class _Queue:
     Attributes:
         jobs: All, by name.
         held: Those that are running, each with its lock where it has one.
-        ended: Outcomes of those whose result is waited for, each with until when.
+        arriving: Outcomes of those whose result is waited for, each with until when.
     """
 
     place: Place
@@ -111,7 +111,7 @@ class _Queue:
     jobs: dict[str, Job]
     waiting: list[Job]
     held: dict[str, FileLock | None] = field(default_factory=dict)
-    ended: list[tuple[Outcome, float]] = field(default_factory=list)
+    arriving: list[tuple[Outcome, float]] = field(default_factory=list)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def move(self) -> bool:
@@ -126,8 +126,10 @@ class _Queue:
             elif None not in needed and self.place.has_room(job) and self._take(job):
                 self._start(job)
         until = time.monotonic() + self.place.lag
-        ended = [*self.ended, *((outcome, until) for outcome in self.place.ended())]
-        self.ended = [(o, until) for o, until in ended if not self._judge(o, until)]
+        self.arriving += [(outcome, until) for outcome in self.place.ended()]
+        self.arriving = [
+            (o, end) for o, end in self.arriving if not self._judge(o, end)
+        ]
         return before != (len(self.waiting), len(self.outcomes))
 
     def _take(self, job: Job) -> bool:

@@ -323,7 +323,7 @@ class _Maker:
         inputs = inputs_digest(profile)
         digest = notebook_digest(notebook, scale, given, results=results, inputs=inputs)
         key = [profile, given]
-        if not _is_chapter(notebook):  # names may repeat
+        if notebook.path.parent != project_root() / "notebooks":  # names may repeat
             key.append(str(notebook.path))
         key = json.dumps(key, sort_keys=True).encode()
         folder = self.output / f"{name}-{hashlib.sha256(key).hexdigest()[:HASH_LENGTH]}"
@@ -360,10 +360,6 @@ class _Maker:
             result=result,
             given=(notebook, profile, asked),
         )
-
-
-def _is_chapter(notebook: Notebook) -> bool:
-    return notebook.path.parent == project_root() / "notebooks"
 
 
 def _check_paths(step: str, paths: Iterable[str], recipe: Recipe) -> None:

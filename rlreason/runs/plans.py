@@ -254,7 +254,7 @@ def without_effect(
         make: The recipe with changes, dotted path to value.
         choices: Changes that are made together; what matters in one of them does.
     """
-    names, differs, matters = list(names), {}, set()
+    names, differs, matters = list(names), set(), set()
     for changes in choices:
         whole = make(changes)
         plans = [plan_of(name, whole) for name in names]
@@ -266,10 +266,10 @@ def without_effect(
                 matters.add(path)
                 continue
             if rest != whole:
-                differs[path] = None
+                differs.add(path)
             if without != plans:
                 matters.add(path)
-    return sorted(differs.keys() - matters)
+    return sorted(differs - matters)
 
 
 def check_inputs(recipe: Recipe) -> None:

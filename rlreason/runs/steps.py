@@ -333,6 +333,7 @@ class PpoPlan(Plan):
         super().check()
         if self.reward.function is not None:
             load_reward(self.reward.function)
+        # One problem first: all of them take long to make
         if self.reward.kind in ("dense", "shaped") and not (
             any(map(states_results, self.task.load("train", 1)))
             or any(map(states_results, self.task.question_problems()))
