@@ -162,7 +162,12 @@ def test_all_faults_are_told_at_once_with_what_there_is(grid, tmp_path):
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
-        ({"policy": "./nowhere"}, "there is no policy './nowhere'"),
+        ({"policy": "./nowhere"}, "There is no folder './nowhere'"),
+        ({"policy": "~nobody-here/m"}, "There is no folder '~nobody-here/m'"),
+        ({"policy": ""}, "The folder '' has no config.json"),
+        ({"policy": "broken.py"}, "'broken.py' is a file: give the folder"),
+        ({"task.knobs": {"templates": 3}}, "templates=3 must be a list of names"),
+        ({"task.name": "own.jsonl"}, "(a profile's: task.knobs: {})"),
         ({"task": {"name": "nowhere-{split}.jsonl"}}, "nowhere-"),
         ({"task.knobs": {"stepps": [1, 2]}}, "stepps"),
         ({"reward.kind": "nowhere.py:pay"}, "there is no file nowhere.py"),
@@ -178,6 +183,40 @@ def test_what_would_end_every_job_is_told_before_any_starts(
         grid({"steps": ["ppo"], "parameters": parameters, "seeds": [0, 1]})
     assert said in str(caught.value)
     assert str(caught.value).count("\n") == 1  # once, for all seeds and values
+
+
+def test_of_many_choices_the_first_with_a_fault_is_named(grid):
+    choices = {"ppo.lr": [1e-3, 1e-4], "task.knobs": [{"steps": [1, 2]}, {"steps": 4}]}
+    with pytest.raises(GridError) as caught:
+        grid({"steps": ["ppo"], "parameters": choices})
+    (told,) = str(caught.value).splitlines()[1:]
+    assert told.startswith(
+        '  runs[0], ppo (smoke) ppo.lr=0.001 task.knobs={"steps": 4}: steps=4 must be'
+    )
+
+
+def test_a_reward_of_ones_own_is_tried_once_for_all_choices(
+    grid, tmp_path, monkeypatch
+):
+    """Its file was run for each of them."""
+    (tmp_path / "own.py").write_text(
+        "open('times', 'a').write('.')\ndef pay(rollouts, problems): return []"
+    )
+    monkeypatch.chdir(tmp_path)
+    choices = {
+        "reward.kind": "own.py:pay",
+        "ppo.lr": [1e-3, 1e-4],
+        "ppo.phases": [1, 2],
+    }
+    grid({"steps": ["ppo"], "parameters": choices, "seeds": [0, 1]})
+    assert (tmp_path / "times").read_text() == "."
+
+
+def test_a_grids_own_values_stay_as_they_stand_in_its_file(grid):
+    """What a path put into a mapping that another parameter had given stayed there."""
+    choices = {"task.knobs": {"steps": [1, 2]}, "task.knobs.largest": [12, 20]}
+    told = labels(grid({"steps": ["sft"], "parameters": choices}))
+    assert all('task.knobs={"steps": [1, 2]}' in label for label in told)
 
 
 @pytest.mark.parametrize(

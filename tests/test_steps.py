@@ -802,3 +802,20 @@ def test_a_hub_that_cannot_be_reached_is_told_by_loading_and_not_by_naming(
     monkeypatch.setattr("huggingface_hub.model_info", unreachable)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     assert policy_digest("somebody/something") == "somebody/something@unknown"
+
+
+def test_a_gguf_file_of_the_hub_is_named_by_the_revision_of_its_copy(
+    tmp_path, monkeypatch
+):
+    """Such repositories need have no config.json, so none had a revision."""
+    there = {("some/body", "q8.gguf"): str(tmp_path / "0123456789abcdef" / "q8.gguf")}
+
+    def unreachable(*_):
+        raise HfHubHTTPError.__bases__[0]("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda *asked: there.get(asked)
+    )
+    assert policy_digest("some/body/q8.gguf") == "some/body/q8.gguf@0123456789ab"
+    assert policy_digest("some/body/q4.gguf") == "some/body/q4.gguf@unknown"

@@ -217,7 +217,7 @@ def load_policy(
             number format is unknown.
     """
     name = str(name_or_path)
-    source, options = _locate(name)
+    source, options = locate(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         small = device.type != "cuda" or name in BUNDLED
@@ -384,20 +384,25 @@ def policy_path(name: str) -> Path:
     """The file or folder that a name means; one that is not there may be the hub's."""
     if name in BUNDLED:
         return ASSETS / name
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # of a user there is not, as it stands
     imported = models_folder() / name
     return imported if name == path.name and imported.is_dir() else path
 
 
 def lasting_name(name: str) -> str:
     """A policy's name as another process takes it: a path from whichever folder."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     is_path = policy_path(name) == path and path.exists()
     return str(path.absolute()) if is_path else name
 
 
-def _locate(name: str) -> tuple[str, dict[str, object]]:
-    """Where transformers shall load from, and with which options."""
+def locate(name: str) -> tuple[str, dict[str, object]]:
+    """Where transformers shall load from, and with which options.
+
+    Raises:
+        PolicyError: Nothing of that name can be loaded from this machine, and it is no
+            name of the hub's.
+    """
     path = policy_path(name)
     if path.suffix == ".gguf":
         if path.is_file():
@@ -409,6 +414,10 @@ def _locate(name: str) -> tuple[str, dict[str, object]]:
     if path.is_dir():
         _check_folder(path, name)
         return str(path), {"local_files_only": True}
+    if path.is_file():
+        raise PolicyError(
+            f"{name!r} is a file: give the folder that it lies in, or a .gguf file."
+        )
     if name in BUNDLED:
         raise PolicyError(
             f"The bundled weights of {name!r} are missing from {path.parent.name}/. "

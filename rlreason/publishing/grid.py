@@ -161,15 +161,18 @@ def read_grid(
             not fit; names all of them, with what there is.
     """
     grid = load_settings(Grid, read_yaml(path))
-    faults: dict[str, None] = {}
+    faults: dict[tuple[int, str], str] = {}
     items: dict[str, Item] = {}
+    checked: set[str] = set()
     for number, part in enumerate(grid.runs):
         with _noted(faults, number):
             runs = load_settings(Runs, part)
-            maker = _Maker(path, output.absolute(), grid, runs, cell_limit)
+            maker = _Maker(path, output.absolute(), grid, runs, cell_limit, checked)
             before = len(faults)
-            for name, values in _choices(runs):
-                with _noted(faults, number):
+            choices = list(_choices(runs))
+            for name, values in choices:
+                which = maker.choice(name, values) if len(choices) > 1 else ""
+                with _noted(faults, number, which):
                     for item in maker.items(name, values):
                         old = items.get(item.job.name)
                         # That it is asked for says more than that it is needed
@@ -179,17 +182,20 @@ def read_grid(
                 for line in maker.in_vain():
                     note(f"runs[{number}]: {line}")
     if faults:
-        raise GridError("\n  ".join([f"{path} cannot be run:", *faults]))
+        raise GridError("\n  ".join([f"{path} cannot be run:", *faults.values()]))
     return [_with_needs(item, list(items.values())) for item in items.values()]
 
 
 @contextmanager
-def _noted(faults: dict[str, None], number: int) -> Iterator[None]:
-    """Note what is wrong with a part of a grid, once, and go on."""
+def _noted(
+    faults: dict[tuple[int, str], str], number: int, choice: str = ""
+) -> Iterator[None]:
+    """Note what is wrong with a part of a grid, where it is first met, and go on."""
     try:
         yield
     except ValueError as error:  # ours, of whichever room
-        faults[f"runs[{number}]: {error}"] = None
+        where = f"runs[{number}]" + (f", {choice}" if choice else "")
+        faults.setdefault((number, str(error)), f"{where}: {error}")
 
 
 def _choices(runs: Runs) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -218,13 +224,18 @@ def _with_needs(item: Item, items: list[Item]) -> Item:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes items of one part of a grid."""
+    """Makes items of one part of a grid.
+
+    Attributes:
+        checked: What was looked at: most choices have the same problems and rewards.
+    """
 
     path: Path
     output: Path
     grid: Grid
     runs: Runs
     cell_limit: int
+    checked: set[str]
 
     @property
     def profile(self) -> str:
@@ -239,12 +250,17 @@ class _Maker:
         if name in self.runs.steps:
             _check_paths(name, values, load_recipe(self.profile))
             recipe = load_recipe(self.profile, values)
-            check_inputs(recipe)
+            inputs = repr((name, recipe.policy, recipe.task, recipe.reward))
+            new = inputs not in self.checked
+            self.checked.add(inputs)
+            if new:
+                check_inputs(recipe)
             plans = {seed: plan_of(name, recipe, seed) for seed in seeds}
-            plans[seeds[0]].check()
+            if new:
+                plans[seeds[0]].check()
             asked = {folder_of(plan).path.name: plan for plan in plans.values()}
             labels = {
-                folder_of(plan).path.name: self._label(name, values | {"seed": seed})
+                folder_of(plan).path.name: self.choice(name, values | {"seed": seed})
                 for seed, plan in plans.items()
             }
             return [
@@ -265,9 +281,12 @@ class _Maker:
         steps = self.runs.steps
         choices = [values for name, values in _choices(self.runs) if name in steps[:1]]
         idle = without_effect(steps, partial(load_recipe, self.profile), choices)
-        return [f"{path} changes no run of {' and '.join(steps)}" for path in idle]
+        why = {"seeds": ": the seeds of a part stand beside its parameters"}
+        of = " and ".join(steps)
+        return [f"{path} changes no run of {of}{why.get(path, '')}" for path in idle]
 
-    def _label(self, name: str, values: dict[str, Any]) -> str:
+    def choice(self, name: str, values: dict[str, Any]) -> str:
+        """What is run, for people."""
         words = [f"{n}={json.dumps(v).strip(chr(34))}" for n, v in values.items()]
         return " ".join([name, f"({Path(self.profile).stem})", *words])
 
@@ -314,7 +333,7 @@ class _Maker:
 
     def _of_notebook(self, notebook: Notebook, given: dict[str, Any]) -> Item:
         profile, name = self.profile, notebook.name
-        scale, label = load_profile(profile), self._label(name, given)
+        scale, label = load_profile(profile), self.choice(name, given)
         own = {**notebook.parameters, **choose_parameters(notebook, scale, {})}
         # What is given and changes nothing makes no other execution of it
         asked, chosen = given, choose_parameters(notebook, scale, given)

@@ -66,9 +66,11 @@ def _hub_revision(name: str) -> str:
 
     # The hub's error is one of its HTTP library, which has changed between versions
     unreachable = (*HfHubHTTPError.__bases__, HFValidationError)
-    repository = "/".join(name.split("/")[:2])
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    repository = f"{owner}/{repository}" if repository else owner
     try:
-        cached = try_to_load_from_cache(repository, "config.json")
+        cached = try_to_load_from_cache(repository, file or "config.json")
         if isinstance(cached, str):
             return Path(cached).parent.name[:HASH_LENGTH]
         return (model_info(repository).sha or "unknown")[:HASH_LENGTH]

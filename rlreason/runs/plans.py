@@ -26,7 +26,7 @@ from pydantic import AfterValidator, BeforeValidator, SerializeAsAny
 from torch import Tensor
 
 from rlreason.evaluation.evaluate import answer_groups, evaluate
-from rlreason.policy.load import Policy, lasting_name, load_policy
+from rlreason.policy.load import Policy, lasting_name, load_policy, locate
 from rlreason.policy.parallel import agreed, ranks
 from rlreason.policy.weights import load_model_tensors, model_tensors
 from rlreason.rewards.orm import OutcomeRewardModel
@@ -276,11 +276,12 @@ def check_inputs(recipe: Recipe) -> None:
     """Refuse a recipe whose base or problems are not to be had, before any work.
 
     Raises:
+        PolicyError: The base's folder or file cannot be loaded.
         SettingsError: There is no such base.
         DataError: There are no such problems.
     """
-    file = recipe.policy.endswith(".gguf")  # of the hub, which has no revision here
-    if not file and policy_digest(recipe.policy).endswith("@unknown"):
+    locate(recipe.policy)
+    if policy_digest(recipe.policy).endswith("@unknown"):
         raise SettingsError(
             f"there is no policy {recipe.policy!r}: neither is it bundled or imported, "
             "nor a folder or file, nor to be had from the hub"
@@ -318,7 +319,7 @@ def read_plan_file(path: Path) -> Plan:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} is no plan: {error}") from None
+        raise SettingsError(f"{path.absolute()} is no plan: {error}") from None
     return read_plan(values)
 
 

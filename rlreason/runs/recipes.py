@@ -7,6 +7,7 @@ train anything again, and two experiments that share a start share its run folde
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -294,4 +295,4 @@ def put(values: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(values[parent], dict):
             raise SettingsError(f"no field {path}: {parent} is {values[parent]!r}")
         values = values[parent]
-    values[last] = value
+    values[last] = copy.deepcopy(value)  # what is put in below it is not the caller's

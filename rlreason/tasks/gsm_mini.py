@@ -178,6 +178,8 @@ def _check_knobs(split, shifted, steps, largest, distractors, templates):
         distractors = 1.0 if shifted else 0.15
     if not isinstance(distractors, (int, float)) or not 0 <= distractors <= 1:
         raise ValueError(f"distractors={distractors!r} is a chance, 0 to 1")
+    if not (templates is None or isinstance(templates, (list, tuple))):
+        raise ValueError(f"templates={templates!r} must be a list of names")
     names = {t.name for t in TEMPLATES}
     if templates is not None and not set(map(str, templates)) <= names:
         unknown = sorted(set(map(str, templates)) - names)
