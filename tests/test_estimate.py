@@ -30,10 +30,10 @@ from rlreason.runs.profiles import load_recipe
 
 SHAPE = {
     "vocab_size": 262,
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
 WORK = Work(solved=16, asked=8, judged=4, prompt=64, response=64)
@@ -86,7 +86,7 @@ def test_the_papers_tasks_are_known_without_their_files(name, monkeypatch):
 
 
 def test_a_config_alone_is_enough_and_without_one_it_is_said_what_to_do(folder):
-    assert config_of(folder).hidden_size == 384
+    assert config_of(folder).hidden_size == 256
     with pytest.raises(PolicyError, match=r"not at hand.*config\.json into a folder"):
         config_of("nobody/has-this-model")
 

@@ -112,6 +112,7 @@ FEW = {
     "task.solutions": 16,
     "task.questions": 16,
     "evaluation.problems": 4,
+    "evaluation.sampled_problems": 4,
     "evaluation.validation_problems": 4,
     "ppo.credit.value.layers": 2,
 }

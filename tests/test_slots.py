@@ -125,9 +125,9 @@ def test_slots_are_filled_anew_and_places_too(monkeypatch):
     assert {*used} == {*range(rows)}
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_one_question_may_have_more_samples_than_there_are_slots(seed):
-    options = OPTIONS | {"k": 40, "seed": seed}
+    options = OPTIONS | {"k": 16, "seed": seed}
     whole = by_name(sample(policy_that_ends(), PROBLEMS, **options))
     few = sample(policy_that_ends(), PROBLEMS, byte_budget=250_000, **options)
     assert by_name(few) == whole
@@ -188,7 +188,7 @@ def test_few_that_are_left_move_together(monkeypatch):
     assert all(4 * after <= before for before, after in rows)
 
 
-@pytest.mark.parametrize("k", [6, 90])
+@pytest.mark.parametrize("k", [6, 40])
 def test_out_of_memory_goes_on_with_half_and_draws_the_same(k, monkeypatch, capsys):
     policy, options = policy_that_ends(), OPTIONS | {"k": k}
     whole = by_name(sample(policy, PROBLEMS, **options))
