@@ -147,12 +147,16 @@ def test_an_interruption_is_one_line_and_exit_code_130(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "reported"),
-    [(["book", "--jobs", "1"], "a ...\n"), (["run", "notebooks/a.ipynb"], "")],
-    ids=["book", "run"],
+    ("command", "reported", "number"),
+    [
+        (["book", "--jobs", "1"], "a ...\n", signal.SIGINT),
+        (["run", "notebooks/a.ipynb"], "", signal.SIGINT),
+        (["run", "notebooks/a.ipynb"], "", signal.SIGTERM),
+    ],
+    ids=["book", "run", "run-asked-to-end"],
 )
 def test_ctrl_c_ends_the_kernels_at_once_and_starts_no_more(
-    command, reported, tmp_path
+    command, reported, number, tmp_path
 ):
     # A checkout of its own: the package, and a book of three notebooks
     junk = shutil.ignore_patterns("__pycache__", "*.safetensors")
@@ -181,12 +185,14 @@ def test_ctrl_c_ends_the_kernels_at_once_and_starts_no_more(
     kernel = wait_for(tmp_path / "a.started")
     family = psutil.Process(process.pid).children(recursive=True)
     assert kernel in [member.pid for member in family]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, error = process.communicate()
     assert (process.returncode, error) == (130, "rlreason: interrupted\n")
     assert out == reported
     assert all(ends(member.pid) for member in family)
     assert [path.name for path in tmp_path.glob("*.started")] == ["a.started"]
+    if command[0] == "run":  # a book throws drafts away when it begins
+        assert not list(tmp_path.rglob("*.partial.ipynb"))
 
 
 # Doctor

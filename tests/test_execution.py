@@ -306,6 +306,33 @@ def test_a_job_whose_lock_another_process_holds_is_asked_for_again_later(tmp_pat
     FileLock(lock).acquire(timeout=0)  # and let go
 
 
+def test_no_more_jobs_are_held_than_there_may_be_open_files(tmp_path, monkeypatch):
+    """With a thousand jobs in Slurm's queue, their locks were more than that."""
+    held, most = [], []
+
+    class Queue:
+        lag = 0.0
+
+        def has_room(self, job):
+            return True
+
+        def start(self, job):
+            held.append(job.name)
+            most.append(len(held))
+
+        def ended(self):
+            return [Outcome(held.pop(), "done")] if held else []
+
+        def stop(self, grace):
+            assert not held
+
+    monkeypatch.setattr("rlreason.execution.schedule.most_held", lambda: 2)
+    jobs = [python(name, lock=tmp_path / name) for name in "abcde"]
+    outcomes = run_jobs(jobs, Queue(), report=most.count, finished=most.count)
+    assert {outcome.state for outcome in outcomes.values()} == {"done"}
+    assert max(most) == 2
+
+
 def test_all_that_a_job_prints_is_in_its_log_and_the_end_is_told(tmp_path):
     log = tmp_path / "log.txt"
     program = "import sys; print('out', flush=True); sys.exit('rlreason: mend it')"

@@ -182,6 +182,13 @@ def test_where_the_folder_of_runs_is_not_shared_files_travel_with_the_job(tmp_pa
     unpack(back, there.writes)
     assert (run / "result").read_text() == "the planthe weights"
     assert not (run / "lock").exists()
+    # What a session that was killed here had left is not taken for a part of it
+    later = run / "checkpoints" / "9" / "state.json"
+    later.parent.mkdir(parents=True)
+    later.touch()
+    (run / "lock").touch()  # whoever holds it goes on holding it
+    unpack(back, there.writes)
+    assert sorted(path.name for path in run.iterdir()) == ["lock", "result"]
 
 
 def test_a_job_whose_task_is_cancelled_may_take_its_checkpoint(tmp_path):

@@ -180,6 +180,17 @@ def test_a_job_that_still_runs_is_found_again_and_not_submitted_twice(slurm, tmp
     assert slurm.asked("scancel") == ["scancel 100_0"]
 
 
+@pytest.mark.parametrize("line", ["100_[0-1]", "100_[0,1%1]"])
+def test_an_array_that_is_cancelled_before_it_begins_is_one_line(slurm, tmp_path, line):
+    """None of its jobs was known by it, and the batch waited for ever."""
+    (slurm.folder / "sacct").unlink()
+    (slurm.folder / "sacct").write_text(f"#!/bin/sh\necho '{line}|CANCELLED by 0'")
+    (slurm.folder / "sacct").chmod(0o755)
+    outcomes = executor(tmp_path).run([python("a"), python("b")])
+    for name in "ab":
+        assert outcomes[name].told.endswith("ended by Slurm: CANCELLED")
+
+
 def test_a_job_that_slurm_refuses_fails_with_its_words(slurm, tmp_path):
     (slurm.folder / "sbatch").unlink()
     (slurm.folder / "sbatch").write_text("#!/bin/sh\necho no such account >&2; exit 1")

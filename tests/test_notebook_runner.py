@@ -28,7 +28,13 @@ from rlreason.publishing.notebooks import (
     unused_keys,
 )
 from rlreason.runs.environment import PACKAGE, ROOMS_OF_RESULTS, rooms_digest
-from rlreason.runs.profiles import BUILT_IN, Profile, load_profile, load_recipe
+from rlreason.runs.profiles import (
+    BUILT_IN,
+    Profile,
+    inputs_digest,
+    load_profile,
+    load_recipe,
+)
 from rlreason.settings import SettingsError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -139,6 +145,7 @@ def test_a_value_of_another_type_than_the_default_is_an_error(chapter, name, val
         ("7", "a name", "7"),  # text stays text where the default is text
         ("gsm-mini", None, "gsm-mini"),
         ("__import__('os')", 1, "__import__('os')"),  # read, never evaluated
+        ("{{'a': 1}}", None, "{{'a': 1}}"),  # a set of a dict is no value
     ],
 )
 def test_values_from_the_command_line(text, default, value):
@@ -217,6 +224,35 @@ def test_the_digest_changes_with_cells_parameters_recipe_and_needs(tmp_path):
     write_notebook(tmp_path, "ch", "3", parameters="k = 1", needs=("base",))
     changed.add(digest())
     assert len(changed | {before}) == 6
+
+
+def test_the_digest_is_of_a_profile_too_that_a_parameter_names(tmp_path):
+    """Demonstrations take their task from a profile other than the page's."""
+    path = write_notebook(tmp_path, "ch", "2", parameters="small = 'tiny'")
+    other, data = tmp_path / "other.yaml", tmp_path / "data.jsonl"
+
+    def digest(content: str, rows: str) -> str:
+        other.write_text(content)
+        data.write_text(rows)
+        return notebook_digest(read_notebook(path), profile(), {"small": str(other)})
+
+    two = "description: mine\nrecipe: {seeds: 2}"
+    with_data = "description: mine\nrecipe: {task: {name: ./data.jsonl}}"
+    assert digest(two, "1") == digest(two, "2") != digest(two.replace("2", "3"), "1")
+    assert digest(with_data, "1") != digest(with_data, "2")
+
+
+def test_an_imported_policy_of_the_recipe_is_an_input(tmp_path, monkeypatch):
+    """It is named by one word, and was not looked at."""
+    monkeypatch.setenv("RLREASON_MODELS", str(tmp_path))
+    weights = tmp_path / "mine" / "model.safetensors"
+    weights.parent.mkdir()
+    file = tmp_path / "p.yaml"
+    file.write_text("description: mine\nrecipe: {policy: mine}")
+    weights.write_bytes(b"one")
+    before = inputs_digest(file)
+    weights.write_bytes(b"three")
+    assert "" != before != inputs_digest(file)
 
 
 def test_the_digest_does_not_change_with_outputs(tmp_path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from toys import toy_recipe
 
 from rlreason.execution.jobs import JobError, Outcome, check_jobs
-from rlreason.execution.seeds import carry_out, train_seeds
+from rlreason.execution.seeds import carry_out, train_seeds, training_job
 from rlreason.runs.plans import folder_of, obtain, plan_of, read_plan_file
 
 
@@ -96,3 +97,13 @@ def test_a_run_that_fails_says_why_and_whose_fault_it_is(recipe):
     name = folder_of(plans[1]).path.name
     with pytest.raises(RuntimeError, match=f"{name} failed:\nTraceback: KeyError"):
         carry_out(plans, Broken(worded, "Traceback: KeyError"))
+
+
+def test_a_done_run_whose_start_is_gone_needs_nothing(recipe):
+    """A batch refused it: its start was no job of it."""
+    plan = plan_of("ppo", recipe, 0)
+    carry_out([plan], Here())
+    shutil.rmtree(folder_of(plan.start).path)
+    job = training_job(plan, folder_of(plan).path.name, Path("plan.json"))
+    assert job.fresh()
+    assert job.needs == ()

@@ -268,18 +268,21 @@ def _no_lock(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 def unpack(files: bytes, places: Sequence[Path]) -> None:
     """Put files where they came from, if that is one of some places or under it.
 
-    Written out by hand: the filters of ``tarfile`` came with Python 3.10.12 and 3.11.4.
+    What a place holds besides goes: checkpoints of a session that was killed here may
+    have higher numbers than those of the run that was finished elsewhere. Written out
+    by hand: the filters of ``tarfile`` came with Python 3.10.12 and 3.11.4.
 
     Raises:
         JobError: The archive holds something else.
     """
-    allowed = [path.absolute() for path in places]
+    allowed, brought = [path.absolute() for path in places], set()
     with tarfile.open(fileobj=io.BytesIO(files)) as archive:
         for member in archive:
             path = Path("/", member.name)
             named = any(place in (path, *path.parents) for place in allowed)
             if not named or ".." in path.parts:
                 raise JobError(f"a job brought back {path}, which it has not named")
+            brought.add(path)
             if member.isdir():
                 path.mkdir(parents=True, exist_ok=True)
             elif member.isfile():
@@ -287,3 +290,7 @@ def unpack(files: bytes, places: Sequence[Path]) -> None:
                 path.write_bytes(archive.extractfile(member).read())
             else:
                 raise JobError(f"a job brought back {path}, which is no plain file")
+    for place in brought.intersection(allowed):
+        for path in sorted(place.rglob("*"), reverse=True):  # what lies in one first
+            if path not in brought and path.name != "lock":
+                path.rmdir() if path.is_dir() else path.unlink()

@@ -16,7 +16,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -276,7 +276,7 @@ class Recorder:
         progress = Progress(kinds, cores or all_cores(), report)
         there = executor_named(
             executor,
-            folder=runs_root() / "record",
+            folder=runs_root() / "record" / self.path.parent.name,
             cores=cores,
             finished=progress.finished,
         )
@@ -299,7 +299,12 @@ class Recorder:
             name = f"{subject.arm.name} {subject.size} seed {subject.seed}"
             jobs[name] = self._measuring_job(subject, name, tuple(needed))
             kinds[name] = " ".join(["measure", *measures])
-        return list(jobs.values()), kinds
+        # Another process may have come to the end of a run meanwhile
+        there = [
+            replace(job, needs=tuple(need for need in job.needs if need in jobs))
+            for job in jobs.values()
+        ]
+        return there, kinds
 
     def _measuring_job(self, subject: Subject, name: str, needs: tuple) -> Job:
         return Job(

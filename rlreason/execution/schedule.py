@@ -33,6 +33,16 @@ class AskedToEndError(KeyboardInterrupt):
     """A SIGTERM or a hang-up: jobs may take a checkpoint, as at Ctrl-C they may not."""
 
 
+def most_held() -> int:
+    """How many locks this process may hold; a half of its files are for all else."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 256
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 10_000 if files == resource.RLIM_INFINITY else max(1, files // 2)
+
+
 class Place(Protocol):
     """Where jobs run.
 
@@ -80,7 +90,7 @@ def run_jobs(
     by_name = {job.name: job for job in jobs}
     queue = _Queue(place, report, finished, by_name, list(jobs))
     grace = 0.0
-    with _signals_interrupt():
+    with signals_interrupt():
         try:
             while queue.waiting or queue.held:
                 if not queue.move():
@@ -123,7 +133,7 @@ class _Queue:
                 self.waiting.remove(job)
                 told = f"it needs {' and '.join(failed)}"
                 self._note(Outcome(job.name, "blocked", told))
-            elif None not in needed and self.place.has_room(job) and self._take(job):
+            elif None not in needed and self._has_room(job) and self._take(job):
                 self._start(job)
         until = time.monotonic() + self.place.lag
         self.arriving += [(outcome, until) for outcome in self.place.ended()]
@@ -131,6 +141,10 @@ class _Queue:
             (o, end) for o, end in self.arriving if not self._judge(o, end)
         ]
         return before != (len(self.waiting), len(self.outcomes))
+
+    def _has_room(self, job: Job) -> bool:
+        """Each lock is an open file, of which a process may have so many."""
+        return len(self.held) < most_held() and self.place.has_room(job)
 
     def _take(self, job: Job) -> bool:
         """Hold a job; False where another process holds it."""
@@ -187,7 +201,7 @@ class _Queue:
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
+def signals_interrupt() -> Iterator[None]:
     """Let a request to end this process be an interruption: jobs would outlive it."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from rlreason.execution.jobs import Executor, Job, JobError, Outcome
 from rlreason.execution.local import LocalExecutor
@@ -91,10 +92,11 @@ def training_jobs(plans: Mapping[str, Plan]) -> dict[str, Job]:
     a job may begin when this process is no more.
     """
     folder, jobs = make_folder(runs_root().absolute() / "plans"), {}
-    for name, plan in plans.items():
-        file = folder / f"{name}.json"
-        write_atomically(file, canonical_json(plan).encode())
-        jobs[name] = training_job(plan, name, file)
+    with FileLock(folder / ".lock"):  # two processes may need the same run
+        for name, plan in plans.items():
+            file = folder / f"{name}.json"
+            write_atomically(file, canonical_json(plan).encode())
+            jobs[name] = training_job(plan, name, file)
     return jobs
 
 
@@ -105,7 +107,8 @@ def training_job(plan: Plan, name: str, file: Path) -> Job:
         name: Of the plan's run folder.
         file: Holds the plan, once the job is started.
     """
-    needs = missing(plan.needs.values())
+    done = folder_of(plan).done  # then what it began from may be gone
+    needs = {} if done else missing(plan.needs.values())
 
     def there() -> bool:
         return folder_of(plan).done

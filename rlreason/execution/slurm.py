@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from filelock import FileLock
+
 from rlreason.execution.jobs import Job, JobError, Outcome, check_jobs
 from rlreason.execution.local import TOLD
 from rlreason.execution.schedule import SHARED_LAG, run_jobs
@@ -111,8 +113,8 @@ class SlurmExecutor:
                 names.append(f"${name}")
             before = f"--dependency=afterany:{':'.join(names)} "
         raise JobError(
-            "there is no sbatch here; where it is, with the same folders, submit:\n"
-            + "\n".join(commands)
+            "there is no sbatch here; where it is, with the same folders, submit "
+            "(where it has no GPUs, without the lines --gpus):\n" + "\n".join(commands)
         )
 
     def _is_to_run(self, job: Job) -> bool:
@@ -227,7 +229,14 @@ class _Queue:
             return {}
 
     def _submit(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """Submit an array; what came of its jobs if that cannot be done."""
+        """Submit an array; what came of its jobs if that cannot be done.
+
+        One process at a time: scripts are numbered, and one file says what was sent.
+        """
+        with FileLock(self.folder / "slurm.lock"):
+            return self._submit_alone(jobs)
+
+    def _submit_alone(self, jobs: Sequence[Job]) -> list[Outcome]:
         gpus = "gpu" in (_ask("sinfo", "-h", "-o", "%G") or "")
         try:
             path, _ = write_script(self.folder, jobs, gpus=gpus)
@@ -287,8 +296,8 @@ class _Queue:
 def _states(numbers: Sequence[str]) -> dict[str, str]:
     """Number to state: empty where it waits or nothing was to be learned.
 
-    An array whose jobs wait is one line, which names none of them. ``GONE`` is what
-    squeue no longer lists.
+    Jobs of an array that wait, or never began, may be one line. ``GONE`` is what squeue
+    no longer lists.
     """
     arrays = ",".join(sorted({number.split("_")[0] for number in numbers}))
     told, found = _ask("sacct", "-XnP", "-j", arrays, "-o", "JobID,State"), ""
@@ -298,8 +307,23 @@ def _states(numbers: Sequence[str]) -> dict[str, str]:
     states = dict.fromkeys(numbers, found)
     for line in (told or "").splitlines():
         number, _, state = line.partition("|")
-        states[number] = state.split()[0].rstrip("+")
+        word = state.split()[0].rstrip("+")
+        states |= dict.fromkeys(_members(number), word)
     return states
+
+
+def _members(number: str) -> list[str]:
+    """The jobs that a line names: ``7_3``, or of an array ``7_[0-2,5%2]``."""
+    array, bracket, parts = number.partition("_[")
+    if not bracket:
+        return [number]
+    members = []
+    for part in parts.partition("%")[0].rstrip("]").split(","):
+        first, _, last = part.partition("-")
+        last = last or first
+        if first.isdecimal() and last.isdecimal():  # "..." where it is cut short
+            members += [f"{array}_{n}" for n in range(int(first), int(last) + 1)]
+    return members
 
 
 def _ask(*command: str) -> str | None:

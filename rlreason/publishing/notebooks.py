@@ -33,6 +33,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from rlreason.execution.schedule import signals_interrupt
 from rlreason.runs.environment import (
     PACKAGE,
     ROOMS_OF_RESULTS,
@@ -44,7 +45,7 @@ from rlreason.runs.environment import (
     rooms_digest,
     runs_root,
 )
-from rlreason.runs.profiles import Profile, inputs_digest, load_profile
+from rlreason.runs.profiles import Profile, inputs_digest, is_profile, load_profile
 from rlreason.settings import unknown_key_message
 
 REQUIRED = object()  # default of a parameter that is computed: any value may be given
@@ -196,7 +197,7 @@ def _assignments(source: str, path: Path) -> dict[str, tuple[Any, tuple]]:
 def _literal(value: ast.expr) -> Any:
     try:
         return ast.literal_eval(value)
-    except ValueError:
+    except (ValueError, TypeError):
         return REQUIRED
 
 
@@ -283,7 +284,7 @@ def parse_value(text: str, default: Any, kinds: tuple[type, ...] = ()) -> Any:
         return text
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None if text in ("null", "None") else text
 
 
@@ -312,8 +313,8 @@ def notebook_digest(
 
     That is its cells, its parameters, the profile's recipe with the files that it
     names, the source that results come from and that shows them, the lock file, the
-    recorded tables that it shows, and the same, less the tables, of the notebooks that
-    it needs.
+    recorded tables that it shows, the profiles that its parameters name, and the same,
+    less the tables, of the notebooks that it needs.
 
     Args:
         notebook: Which.
@@ -330,17 +331,20 @@ def notebook_digest(
         [cell["cell_type"], "".join(cell["source"]), cell["metadata"]]
         for cell in _read_json(notebook.path)["cells"]
     ]
+    chosen = choose_parameters(notebook, profile, given or {})
     parts = [
         json.dumps(cells, sort_keys=True).encode(),
-        json.dumps(
-            choose_parameters(notebook, profile, given or {}), sort_keys=True
-        ).encode(),
+        json.dumps(chosen, sort_keys=True).encode(),
         json.dumps(profile.recipe, sort_keys=True).encode(),
         package_digest().encode(),
         _bytes_of(project_root() / "requirements.lock"),
     ]
     if inputs:
         parts.append(inputs.encode())
+    for parameter, value in chosen.items():  # a demonstration's own profile
+        if parameter != "profile" and is_profile(value):
+            recipe = load_profile(value).recipe
+            parts.append(json.dumps([recipe, inputs_digest(value)]).encode())
     if results is not None:
         parts += [_bytes_of(results / f"{name}.jsonl") for name in notebook.records]
     for name in notebook.needs:
@@ -413,7 +417,8 @@ def run_notebook(
     draft = folder / f"{notebook.name}.{secrets.token_hex(4)}.partial.ipynb"
     where, started = machine(), time.monotonic()
     try:
-        _execute(notebook, _changed(notebook, parameters), draft, cell_limit)
+        with signals_interrupt():  # SIGTERM: neither kernel nor draft outlives it
+            _execute(notebook, _changed(notebook, parameters), draft, cell_limit)
         record = Record(
             notebook=notebook.name,
             profile=profile_name,

@@ -101,6 +101,13 @@ def inputs_digest(name: str | Path) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
 
 
+def is_profile(value: Any) -> bool:
+    """Whether a value names a profile: a built-in one, or a file that is there."""
+    if not isinstance(value, str) or value in BUILT_IN:
+        return value in BUILT_IN
+    return Path(value).suffix in (".yaml", ".yml") and Path(value).is_file()
+
+
 def _texts(value: Any) -> Iterator[str]:
     """All texts of a recipe, in its order."""
     if isinstance(value, (dict, list)):
@@ -116,7 +123,11 @@ def _files_of(value: str) -> list[Path]:
     path = Path(file if file.endswith(".py") and function else value).expanduser()
     if "{split}" in path.name:
         return sorted(path.parent.glob(path.name.replace("{split}", "*")))
-    if path.is_dir() and len(path.parts) > 1:  # one word is a name, of a policy say
+    if len(path.parts) == 1:  # a name, of a policy say: see policy.load, with torch
+        models = os.environ.get("RLREASON_MODELS") or "~/.cache/rlreason"
+        imported = Path(models).expanduser() / path
+        path = imported if imported.is_dir() else path
+    if path.is_dir() and len(path.parts) > 1:
         return sorted(each for each in path.iterdir() if each.is_file())
     return [path] if path.is_file() else []
 
