@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from margins import effect
 from pydantic import ValidationError
-from tiny_models import tiny_policy
+from tiny_models import spaced_tokenizer, tiny_policy
 from toys import (
     TOY_PROBLEMS,
     InterruptedRunError,
@@ -74,8 +74,14 @@ def rollout(problem: int, text: str, *, finished: bool = True, at: int = 0) -> R
     )
 
 
-def test_eos_is_learned_where_an_answer_ended_with_a_question_of_its_own():
-    policy, problem = toy_policy(), TOY_PROBLEMS[0]
+@pytest.mark.parametrize(
+    "policy",
+    [toy_policy(), replace(tiny_policy(), tokenizer=spaced_tokenizer())],
+    ids=["bytes", "spaced"],
+)
+def test_eos_is_learned_where_an_answer_ended_with_a_question_of_its_own(policy):
+    """As it was sampled, also by tokenizers whose texts lose a space when alone."""
+    problem = TOY_PROBLEMS[0]
     prompt, text = format_prompt(problem), f" {problem.solution}"
     right = policy.encode_response(prompt, text)
     asking = policy.encode_response(prompt, f"{text}\n\nQ:")[:-1]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from tiny_models import tiny_policy
 
 from rlreason.policy.rollout import Rollout
 from rlreason.rewards import load_reward, sparse_token_rewards
+from rlreason.rewards.base import RememberingReward
 from rlreason.rewards.own import RewardError, lasting_spec, split_spec
+from rlreason.rewards.shaping import shaped_reward
 from rlreason.tasks.problem import Problem
 
 PROBLEMS = [Problem("p/0", "?", "#### 2", "2")]
@@ -41,6 +44,20 @@ def test_a_function_of_ones_own_file_rewards_as_the_librarys_do(own):
     ]
     assert load_reward(spec)(ROLLOUTS, PROBLEMS) == expected == [(0, 0, 2), (0,)]
     assert split_spec(spec)[0].name == "mine.py"
+
+
+def test_what_a_reward_of_ones_own_remembers_is_kept_with_the_run(own):
+    spec = own(
+        "from rlreason.rewards.novelty import NoveltyReward\nreward = NoveltyReward()"
+    )
+    reward = load_reward(spec)
+    assert isinstance(reward, RememberingReward)
+    shaped = shaped_reward(tiny_policy(), gamma=1.0, reward=reward)
+    assert isinstance(shaped, RememberingReward)
+    assert shaped.state() == reward.state()
+    assert not isinstance(
+        load_reward(own("def reward(rollouts, problems): return []")), RememberingReward
+    )
 
 
 def test_a_file_may_lie_in_the_home_folder(own, tmp_path, monkeypatch):

@@ -58,6 +58,7 @@ from rlreason.algorithms.ppo_settings import (
 from rlreason.evaluation.metrics import pass_at_k
 from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import token_logprobs
+from rlreason.policy.lora import merge_adapters, with_lora
 from rlreason.policy.reference import Reference
 from rlreason.policy.rollout import Rollout
 from rlreason.policy.value import Scores, ValueSettings
@@ -251,6 +252,10 @@ def test_p22_credit_is_given_and_whitened_over_all_before_the_best_are_kept(kind
 def test_p22_equal_values_whiten_to_zero(count):
     mask = torch.arange(5) < count
     assert whiten(torch.full((1, 5), 3.3), mask[None]).tolist() == [[0.0] * 5]
+    # Of large values, the rounding of their mean is no spread
+    many = torch.full((1, 1000), 100.3)
+    assert not whiten(many, torch.ones(1, 1000)).any()
+    assert many.mean() != many[0, 0]
 
 
 def test_response_advantages_are_their_definitions():
@@ -286,6 +291,11 @@ def test_p29_a_group_of_equals_or_of_one_teaches_nothing(kind):
     totals = torch.tensor([1.0, 1.0, 1.0, 5.0])
     groups = torch.tensor([0, 0, 0, 1])
     assert not response_advantages(totals, groups, kind).any()
+    # Shares, such as dense rewards pay, have a mean that is rounded
+    for reward in (0.7, 2 / 3, 10.1):
+        equal = torch.full((7,), reward)
+        found = response_advantages(equal, torch.zeros(7, dtype=torch.int64), kind)
+        assert found.abs().max() < 1e-5
 
 
 def test_p29_grpo_does_not_blow_up_the_penalty_where_all_rewards_are_equal():
@@ -577,6 +587,24 @@ def scored():
     return learner, learner.credit(experience), paid
 
 
+def test_p17_what_goes_on_at_a_cut_keeps_what_it_was_paid_there(scored):
+    """Of shaping, the last change of the potential was taken away."""
+    rollouts = scored[1].rollouts
+    cut = [i for i, rollout in enumerate(rollouts) if not rollout.finished]
+    paid = [(0.0,) * (len(rollout.tokens) - 1) + (0.5,) for rollout in rollouts]
+
+    def shaped(rollouts, problems):
+        return paid
+
+    settings = quick(max_new_tokens=20, credit=BOOTSTRAPPED)
+    for goes_on, kept in ((False, 0.0), (True, 0.5)):
+        shaped.goes_on = goes_on
+        learner = Learner(toy_policy(), TOY_PROBLEMS, settings, reward=shaped)
+        rewards = learner.pay(learner.score(rollouts), paid).rewards
+        last = [rewards[i, len(rollouts[i].tokens) - 1].item() for i in cut]
+        assert last == [kept] * len(cut)
+
+
 def test_the_fixture_has_cut_and_ended_and_right_and_wrong_ones(scored):
     _, experience, paid = scored
     assert {r.finished for r in experience.rollouts} == {True, False}
@@ -850,6 +878,17 @@ def test_copy_and_swap_are_the_same_run():
     assert same_bits(weights(run(settings=swapped)), plain_run(copied)[0])
 
 
+def test_a_start_with_adapters_is_kept_as_the_weights_that_it_amounts_to():
+    start = with_lora(tiny_policy(), rank=2, alpha=4.0, seed=0)
+    plain = tiny_policy(seed=1)
+    for name, weight in start.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    merged = weights(merge_adapters(start.clone()))
+    with Reference(start, plain, "swap").lent() as lent:
+        assert same_bits(weights(lent), merged)
+
+
 def test_weights_that_are_swapped_come_back_after_an_error():
     start, policy = tiny_policy(), tiny_policy(seed=1)
     before = weights(policy)
@@ -897,6 +936,12 @@ def test_epochs_of_v_alone_bring_v_nearer_and_leave_the_policy_to_the_bit(kind, 
     learner.learn_values(experience, 1)
     assert same_bits(weights(learner.policy), before)
     assert error() < far
+    # A gradient that is none is told as the policy's is, and makes no step
+    kept = weights(learner.policy)
+    spoilt = replace(experience, returns=experience.returns * math.nan)
+    assert not math.isfinite(learner.learn_values(spoilt, 1))
+    assert same_bits(weights(learner.policy), kept)
+    learner.optimizer.zero_grad(set_to_none=True)
     # Wrong: a gradient of zero in place of none, and AdamW goes on by its moments
     for weight in learner.trained[0]:
         weight.grad = torch.zeros_like(weight)

@@ -228,6 +228,19 @@ def test_the_label_of_a_prefix_does_not_depend_on_the_others():
         assert alone[prefix] == together[prefix]
 
 
+def test_prefixes_are_asked_apart_where_the_model_has_no_room_for_all(monkeypatch):
+    """A short one's room behind a long one was refused, after all was sampled."""
+    policy, one = toy_policy(), TOY_SOLUTIONS[0]
+    tokens = one.rollout.tokens
+    prefixes = [(0, tokens[:n]) for n in (1, 2, 5, len(tokens) - 2)]
+    settings = QUICK.model_copy(update={"max_new_tokens": len(tokens) + 2})
+    free = prefix_success(policy, prefixes, TOY_PROBLEMS, settings)
+    longest = len(policy.encode_prompt(format_prompt(TOY_PROBLEMS[0])))
+    tight = longest + settings.max_new_tokens
+    monkeypatch.setattr(policy.model.config, "max_position_embeddings", tight)
+    assert prefix_success(policy, prefixes, TOY_PROBLEMS, settings) == free
+
+
 def test_prefix_and_continuation_together_keep_to_the_limit():
     policy, one = toy_policy(), TOY_SOLUTIONS[0]
     tokens, k = one.rollout.tokens, 8

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -45,6 +52,28 @@ def tiny_tokenizer(*, bos: bool = True, pad: bool = True) -> PreTrainedTokenizer
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>" if pad else None,
+    )
+
+
+def spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """One of characters that takes spaces as Llama 2 does.
+
+    A text gets a space before it, and one that is decoded alone loses it again.
+    """
+    letters = ["\u2581", "\n", *map(chr, range(33, 127))]
+    ids = {name: i for i, name in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
     )
 
 

@@ -119,7 +119,9 @@ def response_advantages(
         return (totals - means(totals)) * others
     centred = rewards - means(rewards)
     deviation = (means(centred.square()) * others).sqrt()
-    return centred / (deviation + 1e-6) - (penalties - means(penalties))
+    spread = deviation > 1e-5 * means(rewards.abs())  # else it is the mean's rounding
+    scaled = torch.where(spread, centred / (deviation + 1e-6), 0.0)
+    return scaled - (penalties - means(penalties))
 
 
 def best_of_k(rewards: Tensor, k: int) -> Tensor:
@@ -178,8 +180,9 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     mean = torch.where(mask, values, 0.0).sum() / count
     centred = torch.where(mask, values - mean, 0.0)
     variance = centred.square().sum() / count
+    rounding = 1e-12 * mean.square().clamp(min=1.0)  # of equal values, by their size
     scale = variance.clamp(min=1e-12).rsqrt()
-    return centred * torch.where(variance > 1e-12, scale, torch.zeros_like(scale))
+    return centred * torch.where(variance > rounding, scale, torch.zeros_like(scale))
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

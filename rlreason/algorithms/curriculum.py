@@ -119,9 +119,9 @@ class QuestionSampler:
     def next(self, n: int, *, progress: float) -> list[Prompt]:
         """The next ``n`` prompts.
 
-        A question can come twice in one call, so groups of samples are known by their
-        place in the batch and not by ``problem_id``. Each prompt has a ``stream``
-        of its own: without it two equal prompts would have equal samples.
+        A question can come twice in one call; for a baseline over a question's samples
+        (``credit.group_ids``) both then are one group. Each prompt has a ``stream`` of
+        its own: without it two equal prompts would have equal samples.
 
         Args:
             n: How many.

@@ -402,17 +402,19 @@ def _initial_data(base, problems, solved, settings) -> list[Solution]:
 def _examples(base, problems, dataset, tally, settings) -> list[Example]:
     """Training sees the zero-shot prompt, whatever the rollout was asked with.
 
-    Likewise it sees EOS behind a solution that ended with a question of its own.
+    Likewise it sees EOS behind a solution that ended with a question of its own. What
+    that said is read behind its prompt: the tokenizers of some families drop the space
+    before a text that stands alone, and would spell its beginning another way.
     """
 
     def response(solution: Solution) -> tuple[int, ...]:
         if solution.tokens[-1] in base.eos_ids:
             return solution.tokens
-        text, stop, _ = base.decode(solution.tokens).partition(NEXT_QUESTION)
-        if not stop:
-            return solution.tokens
         prompt = format_prompt(problems[solution.problem])
-        return tuple(base.encode_response(prompt, text))
+        asked = base.encode_prompt(prompt)
+        whole = base.decode([*asked, *solution.tokens])
+        text, stop, _ = whole[len(base.decode(asked)) :].partition(NEXT_QUESTION)
+        return tuple(base.encode_response(prompt, text)) if stop else solution.tokens
 
     rates = tally.rates()
     weights = rarity_weights([rates[s.problem] for s in dataset], settings.rarity)

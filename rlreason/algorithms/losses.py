@@ -21,7 +21,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     :math:`e^{-d} - 1 + d`, unbiased, never negative.
 
     As a reward each may be used. As a *loss*, differentiating k1 or k3 gives the wrong
-    gradient: that of KL(pi || ref) is the gradient of k2's expectation.
+    gradient: that of KL(pi || ref) is the expectation of k2's gradient.
     """
     d = logprobs - ref_logprobs
     if kind == "k1":

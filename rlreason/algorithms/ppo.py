@@ -83,7 +83,7 @@ from rlreason.policy.rollout import Rollout
 from rlreason.policy.sampler import sample_prompts
 from rlreason.policy.value import Scores, new_value_function, score, score_values
 from rlreason.policy.weights import load_tensors, trainable_tensors
-from rlreason.rewards.base import RememberingReward, RewardFunction
+from rlreason.rewards.base import RememberingReward, RewardFunction, goes_on
 from rlreason.rewards.sparse import sparse_rewards, sparse_token_rewards
 from rlreason.tasks.problem import Problem
 
@@ -229,7 +229,8 @@ class Learner:
         rewards, chosen = torch.zeros(experience.logprobs.shape), self.settings.gae
         for row, numbers in enumerate(token_rewards):
             rewards[row, : len(numbers)] = torch.tensor(numbers)
-            if not experience.rollouts[row].finished and chosen and chosen.bootstrap:
+            cut = not experience.rollouts[row].finished
+            if cut and chosen and chosen.bootstrap and not goes_on(self.reward):
                 # Paid as if it had ended *and* given V of going on, it would earn
                 # twice, and the policy would learn never to stop
                 rewards[row, len(numbers) - 1] = 0.0
@@ -299,22 +300,30 @@ class Learner:
             updates.append(metrics)
             if not good:
                 break
-        self.learn_values(experience, phase)
+        norm = self.learn_values(experience, phase)
         means = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
+        if not math.isfinite(norm):
+            means["grad_norm"] = norm
         return means | {"updates": made, "lr": lr}
 
-    def learn_values(self, experience: Experience, phase: int) -> None:
-        """Epochs of V alone: without a gradient AdamW leaves the policy as it is."""
-        settings, chosen = self.settings, self.settings.gae
+    def learn_values(self, experience: Experience, phase: int) -> float:
+        """Epochs of V alone: without a gradient AdamW leaves the policy as it is.
+
+        Returns the last norm of the gradient; one that is not finite ends them.
+        """
+        settings, chosen, norm = self.settings, self.settings.gae, 0.0
         if chosen is None or not chosen.value_epochs:
-            return
+            return norm
         rows = list(range(len(experience.rollouts)))
         epochs = range(settings.epochs, settings.epochs + chosen.value_epochs)
         for mb_rows in self._mini_batches(rows, phase, epochs):
             self.accumulate_values(experience, mb_rows)
-            if math.isfinite(self._clip_gradients()):
-                self.optimizer.step()
+            norm = self._clip_gradients()
+            if not math.isfinite(norm):
+                break
+            self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     @fewer_tokens_at_once
     def accumulate_values(self, experience: Experience, mb_rows: list[int]) -> None:

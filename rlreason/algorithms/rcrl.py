@@ -44,7 +44,7 @@ from rlreason.algorithms.recorder import (
 )
 from rlreason.mdp import Span, Tokens, step_spans
 from rlreason.policy.labels import BAD, GOOD
-from rlreason.policy.load import Policy
+from rlreason.policy.load import Policy, positions_of
 from rlreason.policy.progress import progress_bar
 from rlreason.policy.reference import set_aside
 from rlreason.policy.rollout import Prompt, Rollout
@@ -349,7 +349,8 @@ def prefix_success(
 
     Prefix and continuation together keep to ``max_new_tokens``, as a solution does, and
     are judged as one text. The random stream of a continuation follows from the prefix,
-    so that a label does not depend on what else is labelled.
+    so that a label does not depend on what else is labelled. Where the model has no
+    room for what a short prefix may still say behind a long one, they are asked apart.
     """
     if not prefixes:
         return {}
@@ -358,12 +359,21 @@ def prefix_success(
         start = tuple(expert.encode_prompt(format_prompt(problems[i])))
         stream = " after " + " ".join(map(str, tokens))
         prompts.append(Prompt(problems[i].id, start + tokens, stream))
+    most = settings.max_new_tokens - min(len(tokens) for _, tokens in prefixes)
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    positions = positions_of(expert.model)
+    if positions is not None and longest + most > positions and len(prefixes) > 1:
+        by_length = sorted(prefixes, key=lambda prefix: len(prefix[1]))
+        half = len(by_length) // 2
+        halves = by_length[:half], by_length[half:]
+        one, other = (prefix_success(expert, h, problems, settings) for h in halves)
+        return one | other
     rollouts = sample_prompts(
         expert,
         prompts,
         k=settings.k,
         temperature=settings.temperature,
-        max_new_tokens=settings.max_new_tokens - min(len(t) for _, t in prefixes),
+        max_new_tokens=most,
         seed=1000 * settings.seed + LABELLING_STREAM,
     )
     rates = {}

@@ -66,10 +66,10 @@ from rlreason.tasks.problem import Problem
 
 
 class OrmSettings(FinetuneSettings):
-    """How to train the reward model. The paper gives none of these."""
+    """How to train the reward model. What is known of the paper's says K alone."""
 
     k: int = paper(96, "Samples a question.", ge=2)
-    temperature: float = paper(1.0, "Sampling temperature.", gt=0)
+    temperature: float = ours(1.0, "Sampling temperature.", gt=0)
     max_new_tokens: int = precursor(256, "Length limit of a response.", ge=1)
     held_out: float = ours(
         0.1, "Share of questions that are not trained on.", gt=0, lt=1

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from rlreason.policy.load import Policy
-from rlreason.policy.lora import adapters_off
+from rlreason.policy.lora import adapters_off, merge_adapters
 
 
 class Reference:
@@ -37,7 +37,9 @@ class Reference:
             self.copy = start.clone()
             self.copy.model.requires_grad_(False)
         else:
-            state = start.model.state_dict()
+            adapted = isinstance(start.model, PeftModel)
+            plain = merge_adapters(start.clone()) if adapted else start
+            state = plain.model.state_dict()
             self.weights = {name: t.detach().cpu().clone() for name, t in state.items()}
 
     @contextmanager

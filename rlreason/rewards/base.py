@@ -42,6 +42,21 @@ class RememberingReward(RewardFunction, Protocol):
         """Remember that, and nothing else."""
 
 
+def goes_on(reward: RewardFunction) -> bool:
+    """Whether a reward pays nothing for an end where the length limit cut a response.
+
+    It says so by an attribute ``goes_on``. All else is paid as if the cut were an end.
+    """
+    return getattr(reward, "goes_on", False)
+
+
+def remembering(reward: RewardFunction, of: Any) -> RewardFunction:
+    """The reward, made of another one: it remembers what that one does."""
+    if isinstance(of, RememberingReward):
+        reward.state, reward.restore = of.state, of.restore
+    return reward
+
+
 def problems_of(
     rollouts: Sequence[Rollout], problems: Iterable[Problem]
 ) -> list[Problem]:

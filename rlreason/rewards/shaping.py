@@ -33,7 +33,7 @@ from itertools import pairwise
 
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
-from rlreason.rewards.base import RewardFunction, problems_of
+from rlreason.rewards.base import RewardFunction, problems_of, remembering
 from rlreason.rewards.dense import given_texts, stated_shares, token_pieces
 from rlreason.rewards.sparse import sparse_token_rewards
 from rlreason.tasks.problem import Problem
@@ -65,6 +65,7 @@ def shaped_reward(
         gamma: The learner's discount, a token.
         scale: The potential of a state that states all results of the reference.
         bootstrap: Whether the learner continues truncated responses with its value.
+            What ``reward`` pays where they were cut is then left out.
         reward: What is shaped.
 
     Raises:
@@ -84,10 +85,13 @@ def shaped_reward(
             potentials = [scale * p for p in phi[:-1]]
             potentials.append(scale * phi[-1] if goes_on else 0.0)
             terms = shaping_terms(potentials, gamma)
+            if goes_on:  # it has not ended: what an end earns is not paid
+                row = (*row[:-1], 0.0)
             rows.append(tuple(r + f for r, f in zip(row, terms, strict=True)))
         return rows
 
-    return shaped
+    shaped.goes_on = bootstrap
+    return remembering(shaped, reward)
 
 
 def state_potentials(
