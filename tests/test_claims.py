@@ -155,6 +155,8 @@ def test_speed_is_told_by_a_level_that_both_reach():
         pytest.approx(1.15, abs=0.01),
         pytest.approx(seed_interval([1.0, 1.30103]).low, abs=1e-4),
     )
+    # The grain of the looks decides there, and that is said
+    assert effect.name.endswith("(ppo-dense at its first look in 2 of 2 seeds)")
     (effect,) = sooner("ppo", "ppo-dense", BELOW_0)(Records(early, "nano"))
     assert (effect.interval, effect.verdict) == (None, "inconclusive")
 
@@ -183,6 +185,7 @@ def test_what_learns_nothing_is_not_fast():
     rows = [*rows_of("ppo", "curve", learns), *rows_of("ppo-dense", "curve", idle)]
     (effect,) = sooner("ppo-dense", "ppo", BELOW_0)(Records(rows, "nano"))
     assert effect.interval.mean == 0
+    assert effect.name.endswith("(ppo-dense at its first look in 2 of 2 seeds)")
     # Near its own best it is at once, and would count as three times as fast
     wrong = [rollouts_to(row, NEAR * best_of(row)) for row in rows[1:3]]
     assert wrong == [30, 10]

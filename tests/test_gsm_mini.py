@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections import Counter
 from itertools import islice, pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from rlreason.tasks.answers import is_correct, parse_solution
 from rlreason.tasks.gsm_mini import (
+    SHIFTED_SHAPES,
     SPLIT_CLASSES,
     TEMPLATES,
     load_gsm_mini,
@@ -208,6 +210,17 @@ def test_a_split_without_any_problem_is_an_error_not_a_hang():
     knobs = {"templates": ["doubling"], "steps": (3, 3), "largest": 12}
     with pytest.raises(ValueError, match="no more than 0 different problems"):
         load_gsm_mini("validation", limit=1, **knobs)
+
+
+def test_of_four_steps_two_stories_can_be_told_shifted_and_none_of_five():
+    """What chapter 16 says of the shifted task, whose steps are the profile's."""
+    shapes = [t for t in TEMPLATES if t.shape in SHIFTED_SHAPES]
+    most = sorted(t.most for t in shapes)
+    assert (len(shapes), sum(m >= 3 for m in most), most[-3:]) == (10, 8, [3, 4, 4])
+    problems = islice(make_problems(shifted=True, steps=(3, 5)), 200)
+    counts = Counter(p.solution.count("<<") for p in problems)
+    assert set(counts) == {3, 4}
+    assert 0.4 < counts[4] / 200 < 0.6
 
 
 def test_distractors_are_told_but_not_used():

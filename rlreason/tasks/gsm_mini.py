@@ -13,7 +13,9 @@ the graph into a solution, so every annotation is right and the answer follows f
 Knobs: ``steps`` (1 to 8), ``largest`` (size of the numbers), ``distractors`` (chance of
 a sentence that is not needed), ``templates`` (a subset by name). ``shifted=True`` gives
 ``svamp-mini``, which stands to ``gsm-mini`` as SVAMP stands to GSM8K: one to three
-steps, an unknown that is not the last quantity of the story, always a distractor.
+steps unless ``steps`` says otherwise, an unknown that is not the last quantity of the
+story, always a distractor. Ten stories can be told so, of three steps and more eight,
+and of four steps two.
 
 The stories are in ``stories``, what they are made with in ``story_kit``.
 
