@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from toys import TOY_PROBLEMS, toy_policy, toy_profile
 
 from rlreason import sample
+from rlreason.cli import main
 from rlreason.rewards.own import load_reward
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +58,7 @@ from rlreason.runs.steps import common_fields
 """
 
 
-def test_the_step_of_an_installed_package_is_known_to_every_process(tmp_path):
+def test_the_step_of_an_installed_package_is_known_to_every_process(tmp_path, capsys):
     (tmp_path / "wishes.py").write_text(IMPORTS + blocks()[2])
     about = tmp_path / "wishes-1.0.dist-info"
     about.mkdir()
@@ -64,17 +66,16 @@ def test_the_step_of_an_installed_package_is_known_to_every_process(tmp_path):
     (about / "entry_points.txt").write_text("[rlreason.steps]\nwish = wishes\n")
     profile = toy_profile(tmp_path, more={"wish": {"by": 0.5}})
 
-    def told(path: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "rlreason.cli", "settings", "wish"]
-        return subprocess.run(
-            [*command, "--profile", str(profile)],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
-
-    installed = told(os.pathsep.join([str(tmp_path), str(ROOT)]))
+    command = ["settings", "wish", "--profile", str(profile)]
+    installed = subprocess.run(
+        [sys.executable, "-m", "rlreason.cli", *command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+    )
     assert installed.stdout == (
         "more.wish.by: float = as the step has it, here 0.5  [its package]\n"
     )
-    assert "unknown 'wish'" in told(str(ROOT)).stderr
+    with pytest.raises(SystemExit):  # here it is not installed
+        main(command)
+    assert "unknown 'wish'" in capsys.readouterr().err

@@ -323,6 +323,7 @@ def every(*rules: Rule) -> Rule:
 DISTINCT = "distinct"
 EI, PPO, PASS, RERANK = "expert-iteration", "ppo", "pass@K", "rerank@K"
 GUIDED = ("ppo-dense", "ppo-sparse-orm", "ppo-dense-orm")
+# Not expert-iteration-orm, which is expert iteration too, nor rcrl-orm
 OTHERS = ("ppo", "rcrl", *GUIDED)
 
 CLAIMS = (
