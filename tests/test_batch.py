@@ -195,6 +195,14 @@ def test_of_many_choices_the_first_with_a_fault_is_named(grid):
     )
 
 
+def test_a_fault_of_two_parts_is_told_of_both(grid):
+    part = {"steps": ["ppo"], "parameters": {"policy": "./nowhere"}}
+    with pytest.raises(GridError) as caught:
+        grid(part, part)
+    told = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in told] == ["runs[0]", "runs[1]"]
+
+
 def test_a_reward_of_ones_own_is_tried_once_for_all_choices(
     grid, tmp_path, monkeypatch
 ):

@@ -177,9 +177,10 @@ def test_where_the_folder_of_runs_is_not_shared_files_travel_with_the_job(tmp_pa
     assert log == b"begun\n"
     shutil.rmtree(run)
     with pytest.raises(JobError, match="ppo-2, which it has not named"):
-        unpack(back, (tmp_path / "ppo",))  # the beginning of a name is not its folder
+        # The beginning of a name is not its folder
+        unpack(back, (tmp_path / "ppo",), whole=True)
     assert not run.exists()
-    unpack(back, there.writes)
+    unpack(back, there.writes, whole=True)
     assert (run / "result").read_text() == "the planthe weights"
     assert not (run / "lock").exists()
     # What a session that was killed here had left is not taken for a part of it
@@ -187,7 +188,9 @@ def test_where_the_folder_of_runs_is_not_shared_files_travel_with_the_job(tmp_pa
     later.parent.mkdir(parents=True)
     later.touch()
     (run / "lock").touch()  # whoever holds it goes on holding it
-    unpack(back, there.writes)
+    unpack(back, there.writes, whole=False)  # of a job that failed: it may go on
+    assert later.is_file()
+    unpack(back, there.writes, whole=True)
     assert sorted(path.name for path in run.iterdir()) == ["lock", "result"]
 
 
@@ -228,6 +231,6 @@ def test_an_archive_cannot_lead_out_of_what_a_job_has_named(tmp_path):
         with tarfile.open(fileobj=buffer, mode="w") as archive:
             archive.addfile(member, io.BytesIO())
         with pytest.raises(JobError, match=said):
-            unpack(buffer.getvalue(), (run,))
+            unpack(buffer.getvalue(), (run,), whole=True)
     assert not outside.exists()
     assert not list(run.iterdir())

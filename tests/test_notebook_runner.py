@@ -240,6 +240,15 @@ def test_the_digest_is_of_a_profile_too_that_a_parameter_names(tmp_path):
     with_data = "description: mine\nrecipe: {task: {name: ./data.jsonl}}"
     assert digest(two, "1") == digest(two, "2") != digest(two.replace("2", "3"), "1")
     assert digest(with_data, "1") != digest(with_data, "2")
+    # Also by its default; and a file that is none decides by its bytes
+    path = write_notebook(tmp_path, "by_default", "2", parameters=f"small = '{other}'")
+
+    def by_default(content: str) -> str:
+        other.write_text(content)
+        return notebook_digest(read_notebook(path), profile())
+
+    assert by_default(two) != by_default(two.replace("2", "3"))
+    assert by_default("runs: 1") != by_default("runs: 2")
 
 
 def test_an_imported_policy_of_the_recipe_is_an_input(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from tiny_models import tiny_policy
 
 from rlreason.policy.rollout import Rollout
 from rlreason.rewards import load_reward, sparse_token_rewards
-from rlreason.rewards.base import RememberingReward
+from rlreason.rewards.base import RememberingReward, goes_on
 from rlreason.rewards.own import RewardError, lasting_spec, split_spec
 from rlreason.rewards.shaping import shaped_reward
 from rlreason.tasks.problem import Problem
@@ -55,6 +55,14 @@ def test_what_a_reward_of_ones_own_remembers_is_kept_with_the_run(own):
     shaped = shaped_reward(tiny_policy(), gamma=1.0, reward=reward)
     assert isinstance(shaped, RememberingReward)
     assert shaped.state() == reward.state()
+    # And goes on where V does, as the one in the file
+    spec = own(
+        "from rlreason.rewards.shaping import shaped_reward\n"
+        "from tiny_models import tiny_policy\n"
+        "reward = shaped_reward(tiny_policy(), gamma=1.0, bootstrap=True)"
+    )
+    assert goes_on(load_reward(spec))
+    assert not goes_on(shaped)
     assert not isinstance(
         load_reward(own("def reward(rollouts, problems): return []")), RememberingReward
     )

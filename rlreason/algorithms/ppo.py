@@ -302,8 +302,7 @@ class Learner:
                 break
         norm = self.learn_values(experience, phase)
         means = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
-        if not math.isfinite(norm):
-            means["grad_norm"] = norm
+        means["grad_norm"] += 0.0 * norm  # not finite where that of V is not
         return means | {"updates": made, "lr": lr}
 
     def learn_values(self, experience: Experience, phase: int) -> float:
@@ -319,10 +318,11 @@ class Learner:
         for mb_rows in self._mini_batches(rows, phase, epochs):
             self.accumulate_values(experience, mb_rows)
             norm = self._clip_gradients()
+            if math.isfinite(norm):
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
             if not math.isfinite(norm):
                 break
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     @fewer_tokens_at_once
@@ -432,7 +432,7 @@ class Learner:
         self.kl_coef = saved.state["kl_coef"]
         self.micro_tokens = self.micro_tokens or saved.state.get("micro_tokens")
         self.questions.restore(saved.state["questions"])
-        if isinstance(self.reward, RememberingReward):
+        if "reward" in saved.state:
             self.reward.restore(saved.state["reward"])
         return saved.state["phase"]
 

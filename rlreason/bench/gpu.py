@@ -31,7 +31,7 @@ from rlreason.algorithms.batching import Example
 from rlreason.algorithms.finetune import FinetuneSettings, finetune
 from rlreason.algorithms.ppo import ppo
 from rlreason.policy.load import Policy, load_policy, make_policy, vocabulary_rows
-from rlreason.policy.lora import with_lora
+from rlreason.policy.lora import LoraSettings
 from rlreason.policy.sampler import sample
 from rlreason.runs.environment import environment
 from rlreason.runs.profiles import load_recipe
@@ -170,11 +170,10 @@ def decoding(check: Check, policy: Policy, *, rows: int, tokens: int, k: int) ->
 def fine_tuning(check: Check, policy: Policy, *, updates: int, lora: bool) -> float:
     """Percent of the card's arithmetic that SFT uses; examples as long as GSM8K's."""
     peak = matrix_products(check)
-    if lora:
-        policy = with_lora(policy, rank=16, alpha=16.0, targets="all-linear")
+    adapters = LoraSettings(rank=16, alpha=16.0, targets="all-linear") if lora else None
     batch = check.count(64)
     examples = made_up_examples(policy, batch * updates, length=check.count(110, 8))
-    settings = FinetuneSettings(epochs=1, batch_size=batch)
+    settings = FinetuneSettings(epochs=1, batch_size=batch, lora=adapters)
     seconds = check.timed(partial(finetune, policy, examples, settings))
     return 100 * operations(policy, examples, trained=not lora) / seconds / peak
 

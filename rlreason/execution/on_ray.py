@@ -26,7 +26,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ class _Cluster:
         try:
             outcome, files, log = self._ray.get(reference)
             if files is not None:
-                unpack(files, job.writes)
+                unpack(files, job.writes, whole=outcome.state == "done")
                 if job.log:
                     job.log.write_bytes(log)
         except (self._ray.exceptions.RayError, JobError, OSError) as error:
@@ -233,7 +233,7 @@ def carry_out_on_worker(
     """
     shared = mark.exists()
     if not shared:
-        unpack(files, job.reads)
+        unpack(files, job.reads, whole=True)
         for path in (job.log, *job.writes):
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,12 +265,15 @@ def _no_lock(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
     return None if Path(member.name).name == "lock" else member
 
 
-def unpack(files: bytes, places: Sequence[Path]) -> None:
+def unpack(files: bytes, places: Sequence[Path], *, whole: bool) -> None:
     """Put files where they came from, if that is one of some places or under it.
 
-    What a place holds besides goes: checkpoints of a session that was killed here may
-    have higher numbers than those of the run that was finished elsewhere. Written out
-    by hand: the filters of ``tarfile`` came with Python 3.10.12 and 3.11.4.
+    Written out by hand: the filters of ``tarfile`` came with Python 3.10.12 and 3.11.4.
+
+    Args:
+        whole: Whether they are all of a place, so that what it holds besides goes:
+            checkpoints of a session that was killed here may have higher numbers than
+            those of the run that was finished elsewhere.
 
     Raises:
         JobError: The archive holds something else.
@@ -290,7 +293,9 @@ def unpack(files: bytes, places: Sequence[Path]) -> None:
                 path.write_bytes(archive.extractfile(member).read())
             else:
                 raise JobError(f"a job brought back {path}, which is no plain file")
-    for place in brought.intersection(allowed):
+    for place in brought.intersection(allowed) if whole else ():
         for path in sorted(place.rglob("*"), reverse=True):  # what lies in one first
-            if path not in brought and path.name != "lock":
-                path.rmdir() if path.is_dir() else path.unlink()
+            if path not in brought and path != place / "lock":
+                with suppress(FileNotFoundError):  # another job wants the same
+                    is_folder = path.is_dir() and not path.is_symlink()
+                    path.rmdir() if is_folder else path.unlink()

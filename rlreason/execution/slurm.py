@@ -233,18 +233,18 @@ class _Queue:
 
         One process at a time: scripts are numbered, and one file says what was sent.
         """
-        with FileLock(self.folder / "slurm.lock"):
-            return self._submit_alone(jobs)
+        try:
+            with FileLock(self.folder / "slurm.lock"):
+                return self._submit_alone(jobs)
+        except OSError as error:  # no fault of those that run
+            return [Outcome(job.name, "failed", f"rlreason: {error}") for job in jobs]
 
     def _submit_alone(self, jobs: Sequence[Job]) -> list[Outcome]:
         gpus = "gpu" in (_ask("sinfo", "-h", "-o", "%G") or "")
-        try:
-            path, _ = write_script(self.folder, jobs, gpus=gpus)
-            for job in jobs:
-                log = log_of(job, self.folder)
-                log.with_name(f"{log.name}.exit").unlink(missing_ok=True)
-        except OSError as error:  # no fault of those that run
-            return [Outcome(job.name, "failed", f"rlreason: {error}") for job in jobs]
+        path, _ = write_script(self.folder, jobs, gpus=gpus)
+        for job in jobs:
+            log = log_of(job, self.folder)
+            log.with_name(f"{log.name}.exit").unlink(missing_ok=True)
         done = subprocess.run(
             ["sbatch", "--parsable", str(path)], capture_output=True, text=True
         )

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -43,7 +44,10 @@ def connected() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if int(os.environ["RANK"]):
         os.environ["RLREASON_QUIET"] = "1"
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # One may wait for hours: for a lock, or for what another draws or writes. Who
+    # started them ends the others where one dies
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=7))
     try:
         yield
     finally:

@@ -49,20 +49,21 @@ def add_tokens(policy: Policy, names: Sequence[str]) -> Policy:
             "one, each once, and none that is empty or in the vocabulary already "
             f"(at fault: {sorted(set(faults))})"
         )
-    old_size = len(policy.tokenizer)
     tokenizer = _extended(policy.tokenizer, names)
+    ids = [tokenizer.get_vocab()[name] for name in names]  # one behind another
+    old_size, new_size = min(ids), max(ids) + 1
     clone = replace(policy.clone(), tokenizer=tokenizer)
     # Some models have more rows than their tokenizer has tokens, and room to spare
     rows = clone.model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        _resize(clone.model, len(tokenizer))
+    if new_size > rows:
+        _resize(clone.model, new_size)
     for weights in _vocabulary_weights(clone.model):
-        weights[old_size : len(tokenizer)] = weights[:old_size].mean(0)
+        weights[old_size:new_size] = weights[:old_size].mean(0)
     table = clone.model.get_input_embeddings().weight.data  # (V, H)
     generator = torch.Generator().manual_seed(old_size)
     draw = torch.randn(len(names), table.shape[1], generator=generator)
     spread = table[:old_size].float().std(0)
-    table[old_size : len(tokenizer)] += (draw.to(table.device) * spread).to(table.dtype)
+    table[old_size:new_size] += (draw.to(table.device) * spread).to(table.dtype)
     return clone
 
 

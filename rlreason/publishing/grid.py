@@ -163,7 +163,7 @@ def read_grid(
     grid = load_settings(Grid, read_yaml(path))
     faults: dict[tuple[int, str], str] = {}
     items: dict[str, Item] = {}
-    checked: set[str] = set()
+    checked: dict[str, ValueError | None] = {}
     for number, part in enumerate(grid.runs):
         with _noted(faults, number):
             runs = load_settings(Runs, part)
@@ -227,7 +227,8 @@ class _Maker:
     """Makes items of one part of a grid.
 
     Attributes:
-        checked: What was looked at: most choices have the same problems and rewards.
+        checked: What was looked at, and its fault if it has one: most choices have the
+            same base, problems and reward.
     """
 
     path: Path
@@ -235,7 +236,7 @@ class _Maker:
     grid: Grid
     runs: Runs
     cell_limit: int
-    checked: set[str]
+    checked: dict[str, ValueError | None]
 
     @property
     def profile(self) -> str:
@@ -250,14 +251,9 @@ class _Maker:
         if name in self.runs.steps:
             _check_paths(name, values, load_recipe(self.profile))
             recipe = load_recipe(self.profile, values)
-            inputs = repr((name, recipe.policy, recipe.task, recipe.reward))
-            new = inputs not in self.checked
-            self.checked.add(inputs)
-            if new:
-                check_inputs(recipe)
+            self._check_inputs(recipe)
             plans = {seed: plan_of(name, recipe, seed) for seed in seeds}
-            if new:
-                plans[seeds[0]].check()
+            self._check(plans[seeds[0]])
             asked = {folder_of(plan).path.name: plan for plan in plans.values()}
             labels = {
                 folder_of(plan).path.name: self.choice(name, values | {"seed": seed})
@@ -275,6 +271,26 @@ class _Maker:
             why = "has its seed as a parameter" if "seed" in values else "has no seed"
             raise GridError(f"{name} {why}: leave out seeds")
         return [self._of_notebook(notebook, values)]
+
+    def _check_inputs(self, recipe: Recipe) -> None:
+        key = repr((recipe.policy, recipe.task))
+        self._once(key, partial(check_inputs, recipe))
+
+    def _check(self, plan: Plan) -> None:
+        """A plan's check, of settings other than those of its algorithm."""
+        whole = plan.model_dump(mode="json", exclude={"algorithm", "start", "expert"})
+        self._once(json.dumps(whole, sort_keys=True), plan.check)
+
+    def _once(self, key: str, check: Callable[[], object]) -> None:
+        """Check it, unless that was done; then its fault is told again."""
+        if key not in self.checked:
+            try:
+                check()
+                self.checked[key] = None
+            except ValueError as error:
+                self.checked[key] = error
+        if fault := self.checked[key]:
+            raise fault
 
     def in_vain(self) -> list[str]:
         """Parameters that matter to none of the steps."""

@@ -45,7 +45,7 @@ from rlreason.runs.environment import (
     rooms_digest,
     runs_root,
 )
-from rlreason.runs.profiles import Profile, inputs_digest, is_profile, load_profile
+from rlreason.runs.profiles import Profile, inputs_digest, load_profile, named_profile
 from rlreason.settings import unknown_key_message
 
 REQUIRED = object()  # default of a parameter that is computed: any value may be given
@@ -313,8 +313,8 @@ def notebook_digest(
 
     That is its cells, its parameters, the profile's recipe with the files that it
     names, the source that results come from and that shows them, the lock file, the
-    recorded tables that it shows, the profiles that its parameters name, and the same,
-    less the tables, of the notebooks that it needs.
+    recorded tables that it shows, the profiles and YAML files that its parameters name,
+    and the same, less the tables, of the notebooks that it needs.
 
     Args:
         notebook: Which.
@@ -341,10 +341,9 @@ def notebook_digest(
     ]
     if inputs:
         parts.append(inputs.encode())
-    for parameter, value in chosen.items():  # a demonstration's own profile
-        if parameter != "profile" and is_profile(value):
-            recipe = load_profile(value).recipe
-            parts.append(json.dumps([recipe, inputs_digest(value)]).encode())
+    for parameter, value in {**notebook.parameters, **chosen}.items():
+        if parameter != "profile":  # a demonstration's own, or another file
+            parts += named_profile(value)
     if results is not None:
         parts += [_bytes_of(results / f"{name}.jsonl") for name in notebook.records]
     for name in notebook.needs:

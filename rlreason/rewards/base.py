@@ -50,10 +50,11 @@ def goes_on(reward: RewardFunction) -> bool:
     return getattr(reward, "goes_on", False)
 
 
-def remembering(reward: RewardFunction, of: Any) -> RewardFunction:
-    """The reward, made of another one: it remembers what that one does."""
-    if isinstance(of, RememberingReward):
-        reward.state, reward.restore = of.state, of.restore
+def made_of(other: Any, reward: RewardFunction) -> RewardFunction:
+    """The reward, made of another one: it goes on and remembers as that one does."""
+    reward.goes_on = goes_on(other)
+    if isinstance(other, RememberingReward) and callable(other.state):
+        reward.state, reward.restore = other.state, other.restore
     return reward
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlreason.policy.rollout import Rollout
-from rlreason.rewards.base import RewardFunction, remembering
+from rlreason.rewards.base import RewardFunction, made_of
 from rlreason.tasks.problem import Problem
 
 
@@ -107,7 +107,7 @@ def load_reward(spec: str) -> RewardFunction:
         except RewardError as error:
             raise RewardError(f"the reward {spec!r} returned {error}") from None
 
-    return remembering(reward, function)
+    return made_of(function, reward)
 
 
 def _checked(rewards: Any, rollouts: Sequence[Rollout]) -> list[tuple[float, ...]]:

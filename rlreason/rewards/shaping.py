@@ -33,7 +33,7 @@ from itertools import pairwise
 
 from rlreason.policy.load import Policy
 from rlreason.policy.rollout import Rollout
-from rlreason.rewards.base import RewardFunction, problems_of, remembering
+from rlreason.rewards.base import RewardFunction, goes_on, made_of, problems_of
 from rlreason.rewards.dense import given_texts, stated_shares, token_pieces
 from rlreason.rewards.sparse import sparse_token_rewards
 from rlreason.tasks.problem import Problem
@@ -81,17 +81,18 @@ def shaped_reward(
         states = state_potentials(policy, rollouts, problems)
         rows = []
         for rollout, row, phi in zip(rollouts, given, states, strict=True):
-            goes_on = bootstrap and not rollout.finished
+            not_ended = bootstrap and not rollout.finished
             potentials = [scale * p for p in phi[:-1]]
-            potentials.append(scale * phi[-1] if goes_on else 0.0)
+            potentials.append(scale * phi[-1] if not_ended else 0.0)
             terms = shaping_terms(potentials, gamma)
-            if goes_on:  # it has not ended: what an end earns is not paid
+            if not_ended and not goes_on(reward):  # what an end earns is not paid
                 row = (*row[:-1], 0.0)
             rows.append(tuple(r + f for r, f in zip(row, terms, strict=True)))
         return rows
 
+    made_of(reward, shaped)
     shaped.goes_on = bootstrap
-    return remembering(shaped, reward)
+    return shaped
 
 
 def state_potentials(

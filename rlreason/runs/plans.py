@@ -359,6 +359,8 @@ def obtain(plan: Plan) -> Any:
             made = plan.make(load_policy(plan.policy), needed, run)
             plan.check()  # problems for validation are read again and again
             run.save(trained_tensors(made), {"finished": True})
+            del made  # before what was saved is loaded
+    needed.clear()
     _check_base(plan)
     return plan.load(run)
 

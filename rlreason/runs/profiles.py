@@ -101,11 +101,18 @@ def inputs_digest(name: str | Path) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
 
 
-def is_profile(value: Any) -> bool:
-    """Whether a value names a profile: a built-in one, or a file that is there."""
-    if not isinstance(value, str) or value in BUILT_IN:
-        return value in BUILT_IN
-    return Path(value).suffix in (".yaml", ".yml") and Path(value).is_file()
+def named_profile(value: Any) -> list[bytes]:
+    """What a profile says whose name, or file, a value is; of another YAML file too."""
+    if not isinstance(value, str):
+        return []
+    is_file = Path(value).suffix in (".yaml", ".yml") and Path(value).is_file()
+    if value not in BUILT_IN and not is_file:
+        return []
+    try:
+        recipe = load_profile(value).recipe
+        return [json.dumps([recipe, inputs_digest(value)], default=str).encode()]
+    except SettingsError:  # whoever reads it as one says what is wrong
+        return [Path(value).read_bytes()]
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -120,10 +127,11 @@ def _texts(value: Any) -> Iterator[str]:
 def _files_of(value: str) -> list[Path]:
     """The files that a text means, if it is a path: FILE, FOLDER, FILE.py:FUNCTION."""
     file, _, function = value.rpartition(":")  # as rewards.own does, which needs torch
-    path = Path(file if file.endswith(".py") and function else value).expanduser()
+    path = file if file.endswith(".py") and function else value
+    path = Path(os.path.expanduser(path))
     if "{split}" in path.name:
         return sorted(path.parent.glob(path.name.replace("{split}", "*")))
-    if len(path.parts) == 1:  # a name, of a policy say: see policy.load, with torch
+    if value == path.name:  # a name, of a policy say: see policy.load, with torch
         models = os.environ.get("RLREASON_MODELS") or "~/.cache/rlreason"
         imported = Path(models).expanduser() / path
         path = imported if imported.is_dir() else path

@@ -5,6 +5,7 @@ What each of them samples it keeps there itself.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from torch import Tensor
@@ -60,3 +61,4 @@ class SharedRun(RunFolder):
             super().save(tensors, state)
         self._stop.obey()
         wait()
+        self._saved_at = time.monotonic()  # of all of them
