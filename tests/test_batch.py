@@ -167,7 +167,7 @@ def test_all_faults_are_told_at_once_with_what_there_is(grid, tmp_path):
         ({"policy": ""}, "The folder '' has no config.json"),
         ({"policy": "broken.py"}, "'broken.py' is a file: give the folder"),
         ({"task.knobs": {"templates": 3}}, "templates=3 must be a list of names"),
-        ({"task.name": "own.jsonl"}, "(a profile's: task.knobs: {})"),
+        ({"task.name": "own.jsonl"}, "In a profile, say task.knobs: {}"),
         ({"task": {"name": "nowhere-{split}.jsonl"}}, "nowhere-"),
         ({"task.knobs": {"stepps": [1, 2]}}, "stepps"),
         ({"reward.kind": "nowhere.py:pay"}, "there is no file nowhere.py"),

@@ -941,7 +941,6 @@ def test_epochs_of_v_alone_bring_v_nearer_and_leave_the_policy_to_the_bit(kind, 
     spoilt = replace(experience, returns=experience.returns * math.nan)
     assert not math.isfinite(learner.learn_values(spoilt, 1))
     assert same_bits(weights(learner.policy), kept)
-    learner.optimizer.zero_grad(set_to_none=True)
     # Wrong: a gradient of zero in place of none, and AdamW goes on by its moments
     for weight in learner.trained[0]:
         weight.grad = torch.zeros_like(weight)

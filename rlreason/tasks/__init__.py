@@ -59,7 +59,7 @@ def load_problems(
     if knobs:
         raise DataError(
             f"the task {name!r} has no settings, so not {', '.join(knobs)}; "
-            "gsm-mini and svamp-mini have some (a profile's: task.knobs: {})"
+            "gsm-mini and svamp-mini have some. In a profile, say task.knobs: {}"
         )
     if name == "gsm8k":
         return load_gsm8k(split, limit=limit)
