@@ -28,7 +28,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file so that a reader sees the old content or the new, never half."""
+    """Replace a file so that a reader sees the old content or the new, never half.
+
+    By one process at a time: who shares a file with others holds a lock. The draft has
+    one name, so that what a kill leaves of it is written over and does not gather.
+    """
     draft = draft_of(path)
     try:
         draft.write_bytes(content)
