@@ -24,6 +24,8 @@ from rlreason.experiments.claims import (
     UNKNOWN,
     Effect,
     arms,
+    as_right,
+    beside,
     best_of,
     by_size,
     covered,
@@ -198,9 +200,9 @@ def test_sizes_are_compared_in_pairs_too():
         *greedy("ppo", GRADED, size="nano-xs"),
         *greedy("ppo-base", WORSE, size="nano-xs"),
     ]
-    rule = by_size(gap_to_sft("ppo"), "less lost")
+    rule = by_size(gap_to_sft("ppo"), "lost, {small} less {large}")
     (effect,) = rule(Records(rows, "nano"))
-    assert effect.name == "less lost, nano less nano-xs"
+    assert effect.name == "lost, nano-xs less nano"
     assert effect.interval == hierarchical_interval(GRADED - WORSE)
     (effect,) = rule(Records(rows[:6], "nano"))
     assert (effect.interval, effect.verdict) == (None, "inconclusive")
@@ -214,13 +216,40 @@ def test_what_rl_adds_is_judged_by_how_likely_it_is_and_not_by_rare_solutions():
     rule = covered("ppo", "sft", (0.9, inf))
     sft = rows("sft", {"a": 150, "b": 50}, 200)
     often = [*sft, *rows("ppo", {"a": 58, "b": 40, "new": 1, "newer": 1}, 100)]
-    (effect,) = rule(Records(often, "nano"))
+    effect, left, each_once = rule(Records(often, "nano"))
     assert effect.interval.mean == pytest.approx(0.98)  # Wrong: half of the solutions
     assert effect.verdict == "supported"
-    (effect,) = rule(Records([*sft, *rows("ppo", {"new": 80, "a": 20}, 100)], "nano"))
+    assert left.interval.mean == pytest.approx(0.02)  # SFT has all of its own
+    assert each_once.interval.mean < 0.98
+    effect, *_ = rule(Records([*sft, *rows("ppo", {"new": 80, "a": 20}, 100)], "nano"))
     assert effect.verdict == "contradicted"
-    (effect,) = rule(Records(sft, "nano"))
+    effect, *others = rule(Records(sft, "nano"))
     assert (effect.interval, effect.verdict) == (None, "inconclusive")
+    assert [other.verdict for other in others] == [None, None]
+
+
+def test_who_is_right_more_often_has_no_more_variety_for_that():
+    def rows(size: str, counts: dict):
+        values = {"samples": 64, "counts": {f"q{i}": counts for i in range(20)}}
+        return rows_of("sft", "solutions", [values] * 3, size=size)
+
+    rule = as_right("sft", right=8)
+    records = [*rows("nano-xs", {"a": 6, "b": 6}), *rows("nano", {"a": 24, "b": 24})]
+    (effect,) = rule(Records(records, "nano"))
+    assert effect.interval.mean == pytest.approx(0, abs=0.02)
+    assert (effect.verdict, effect.wanted) == (None, "not judged")
+    (effect,) = rule(Records(rows("nano", {"a": 24}), "nano"))
+    assert effect.interval is None
+
+
+def test_what_is_told_beside_a_claim_decides_nothing():
+    rule = every(arms("ppo", "sft"), beside(arms("rloo", "sft")))
+    claim = replace(CLAIMS[0], rule=rule)
+    rows = [*greedy("ppo", BETTER), *greedy("sft", GRADED), *greedy("rloo", WORSE)]
+    (judged,) = judge_claims(Records(rows, "nano"), [claim])
+    assert judged.verdict == "supported"
+    assert "(not judged)" in str(judged)
+    assert [line["expected"] for line in judged.lines()] == ["above 0", "not judged"]
 
 
 def test_every_claim_names_what_there_is_and_where_it_is_shown():
@@ -294,5 +323,5 @@ def test_a_claim_is_told_in_the_first_line_of_its_effects():
     )
     assert first["claim"].startswith("RL improves maj@1 and pass@96")
     assert first["shown in"] == "Figure 17.1"
-    assert len(others) == 5
+    assert len(others) == 9
     assert {*others[0]} == {"effect", "measured", "expected"}

@@ -24,9 +24,11 @@ from rlreason.evaluation.diversity import (
     shared_at_k,
 )
 from rlreason.experiments.coverage import (
+    beyond_own,
     coverage,
     crossing,
     distinct_curve,
+    distinct_differences,
     draw_solutions,
     novelty,
     own_coverage,
@@ -35,6 +37,7 @@ from rlreason.experiments.coverage import (
     powers_to,
     read_solutions,
     solutions,
+    variety,
 )
 from rlreason.experiments.measures import Context
 from rlreason.policy.rollout import Rollout
@@ -58,6 +61,18 @@ def found_in(samples, places):
 
 def counts_of(samples):
     return dict(Counter(sample for sample in samples if sample))
+
+
+@given(some_samples(6), st.integers(1, 4), st.data())
+def test_what_is_seen_often_is_the_mean_over_all_subsets(samples, times, data):
+    k = data.draw(st.integers(1, len(samples)))
+    truth = mean(
+        sum(n >= times for n in counts_of([samples[i] for i in some]).values())
+        for some in combinations(range(len(samples)), k)
+    )
+    counts = [*counts_of(samples).values()]
+    found = distinct_at_k(counts, len(samples), k, times=times)
+    assert found == pytest.approx(truth, abs=1e-12)
 
 
 @given(some_samples(5), some_samples(5), st.data())
@@ -190,6 +205,26 @@ def test_pass_at_k_from_few_samples_is_that_of_the_policy():
 # Novelty
 
 
+def test_being_right_more_often_is_nothing_new():
+    """Twice as often right, by the same solutions in the same shares."""
+    before = drawn([x / 2 for x in LONG_TAIL], 192, 1)
+    after = drawn(LONG_TAIL, 96, 2)
+    # The wrong version: more right answers hold more rare solutions
+    assert novelty([after], [before], m=96, k=96, as_right=False).low > 0
+    assert not novelty([after], [before], m=96, k=96).excludes(0)
+    assert not variety([after], [before], right=8).excludes(0)
+    gap = distinct_differences([before], [after], [96])[96]
+    assert gap.low > 0
+    assert not beyond_own([after], [before], m=1, k=96).excludes(0)
+
+
+def test_weight_on_fewer_solutions_is_less_variety_among_as_many_right_answers():
+    before, after = drawn([0.1] * 4, 96, 1), drawn([0.7, 0.1], 96, 2)
+    assert variety([after], [before], right=4).high < 0
+    never = Solutions(96, dict.fromkeys(before.counts, {}))
+    assert variety([never], [before], right=4) is None
+
+
 def test_a_policy_drawn_twice_has_no_more_news_than_chance_makes():
     first, second = drawn(LONG_TAIL, 192, 1), drawn(LONG_TAIL, 96, 2)
     assert not novelty([second], [first], m=96, k=96).excludes(0)
@@ -202,9 +237,11 @@ def test_a_policy_drawn_twice_has_no_more_news_than_chance_makes():
 def test_one_frequent_new_solution_a_question_is_found():
     before = drawn([*LONG_TAIL[:10], 0.0], 192, 1)
     after = drawn([*LONG_TAIL[:10], 0.3], 96, 2)
-    found = novelty([after], [before], m=96, k=96)
+    found = novelty([after], [before], m=96, k=96, as_right=False)
     assert found.excludes(0)
     assert not found.excludes(1)
+    # Of as many right answers fewer are by the old rare ones, which is taken off
+    assert 0 < novelty([after], [before], m=96, k=96).low
 
 
 def test_a_policy_that_knows_less_has_fewer_news_than_chance():

@@ -180,7 +180,7 @@ def test_a_job_that_still_runs_is_found_again_and_not_submitted_twice(slurm, tmp
     assert slurm.asked("scancel") == ["scancel 100_0"]
 
 
-@pytest.mark.parametrize("line", ["100_[0-1]", "100_[0,1%1]"])
+@pytest.mark.parametrize("line", ["100_[0-1]", "100_[0,1%1]", "100_[0-1:1]"])
 def test_an_array_that_is_cancelled_before_it_begins_is_one_line(slurm, tmp_path, line):
     """None of its jobs was known by it, and the batch waited for ever."""
     (slurm.folder / "sacct").unlink()

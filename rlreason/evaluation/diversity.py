@@ -29,6 +29,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from math import comb
 from typing import Any
 
 from rlreason.evaluation.metrics import pass_at_k
@@ -83,19 +85,33 @@ def solution_name(operations: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(operations)).encode()).hexdigest()[:12]
 
 
-def distinct_at_k(counts: Sequence[int], n: int, k: int) -> float:
+def distinct_at_k(counts: Sequence[int], n: int, k: int, *, times: int = 1) -> float:
     """Expected number of distinct sequences in a random k of n samples (rarefaction).
 
     A sequence that c of the samples have is seen with the chance ``pass_at_k(n, c, k)``
     (Hurlbert, 1971). ``counts`` are the c of correct samples; they may sum to less than
     n, the rest being wrong.
 
+    Args:
+        times: How often a sequence has to be seen among the k to be counted.
+
     >>> distinct_at_k([2, 1], n=4, k=4)
     2.0
+    >>> distinct_at_k([2, 1], n=4, k=4, times=2)
+    1.0
     """
     if sum(counts) > n:
         raise ValueError(f"{sum(counts)} correct samples of {n} are not possible")
+    if times > 1:
+        return sum(_seen(n, c, k, times) for c in counts)
     return float(sum(pass_at_k(n, c, k) for c in counts))
+
+
+@cache
+def _seen(n: int, c: int, k: int, times: int) -> float:
+    """Chance that k of n samples hold as many of c (hypergeometric)."""
+    fewer = (comb(c, i) * comb(n - c, k - i) for i in range(min(times, k + 1)))
+    return 1.0 - sum(fewer) / comb(n, k)
 
 
 def shared_at_k(

@@ -313,23 +313,26 @@ def _states(numbers: Sequence[str]) -> dict[str, str]:
 
 
 def _members(number: str) -> list[str]:
-    """The jobs that a line names: ``7_3``, or of an array ``7_[0-2,5%2]``."""
+    """The jobs that a line names: ``7_3``, or of an array ``7_[0-2,5,8-12:2%2]``."""
     array, bracket, parts = number.partition("_[")
     if not bracket:
         return [number]
     members = []
     for part in parts.partition("%")[0].rstrip("]").split(","):
-        first, _, last = part.partition("-")
-        last = last or first
-        if first.isdecimal() and last.isdecimal():  # "..." where it is cut short
-            members += [f"{array}_{n}" for n in range(int(first), int(last) + 1)]
+        numbers, _, step = part.partition(":")
+        first, _, last = numbers.partition("-")
+        ends = (first, last or first, step or "1")
+        if all(map(str.isdecimal, ends)):  # "..." where it is cut short
+            first, last, step = map(int, ends)
+            members += [f"{array}_{n}" for n in range(first, last + 1, step)]
     return members
 
 
 def _ask(*command: str) -> str | None:
     """What a program of Slurm prints; None where it is not there, or refuses."""
+    whole = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # else lists end at 64 characters
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=whole)
     except FileNotFoundError:
         return None
     return None if done.returncode else done.stdout

@@ -1,19 +1,25 @@
 """Does RL find what SFT does not? The paper's own explanation, measured.
 
 Havrilla et al. (2024) conclude that RL explores little beyond what the supervised
-policy already produces. Four questions put that to the test, on the samples that
+policy already produces. Five questions put that to the test, on the samples that
 ``solutions`` counts:
 
 ======================  ==============================================================
 ``coverage``            what share of one policy's correct solutions k samples of
                         another one have; both ways round
-``own_coverage``        the same of a policy and itself: what chance leaves uncovered
+``own_coverage``        the same of a policy and itself: what chance leaves uncovered;
+                        ``beyond_own`` is the difference of what the two leave
 ``pass_curve``          pass@k, ``pass_differences`` between two policies, and the
                         ``crossing`` of two curves
 ``distinct_curve``      distinct correct solutions a question in k samples, and
                         ``distinct_differences`` between two policies
 ``novelty``             solutions that another policy lacks, less what chance does
+``variety``             distinct solutions among equally many *right* answers of two
 ======================  ==============================================================
+
+Who is right more often has more right answers among as many samples, and for that alone
+more solutions, rare ones too. ``novelty`` and ``variety`` therefore compare as many
+right answers of both.
 
 Every number comes with an interval: over problems where there is one seed of training,
 over seeds and problems where there are several. Policies are given as one ``Solutions``
@@ -169,12 +175,41 @@ def distinct_curve(each: Seeds, ks: Sequence[int]) -> dict[int, Interval]:
 
 
 def distinct_differences(
-    before: Seeds, after: Seeds, ks: Sequence[int]
+    before: Seeds, after: Seeds, ks: Sequence[int], *, times: int = 1
 ) -> dict[int, Interval]:
-    """``distinct_curve`` of ``after`` less that of ``before``, paired likewise."""
+    """``distinct_curve`` of ``after`` less that of ``before``, paired likewise.
+
+    Args:
+        times: How often a solution has to be seen among the k to be counted: what is
+            seen once may have been lucky.
+    """
     _check_pairs(before, after)
-    tables = {k: (_distinct_table(after, k), _distinct_table(before, k)) for k in ks}
-    return {k: _interval(a - b) for k, (a, b) in tables.items()}
+    pairs = {k: [_distinct_table(x, k, times) for x in (after, before)] for k in ks}
+    return {k: _interval(a - b) for k, (a, b) in pairs.items()}
+
+
+def variety(one: Seeds, other: Seeds, *, right: int) -> Interval | None:
+    """Distinct solutions of ``one`` among so many right answers, less ``other``'s.
+
+    Of the problems that both solve so often with every seed, paired by problem and
+    seed; None where there are fewer than two.
+    """
+    _check_pairs(one, other)
+    tables = []
+    for a, b in zip(one, other, strict=True):
+        pairs = [[[*s.counts[p].values()] for s in (a, b)] for p in a.counts]
+        tables.append([_of_right(*pair, right=right) for pair in pairs])
+    table = np.array(tables)
+    often = table[:, ~np.isnan(table).any(axis=0)]
+    return _interval(often) if often.shape[1] > 1 else None
+
+
+def _of_right(one: Sequence[int], other: Sequence[int], *, right: int) -> float:
+    """Distinct in so many right answers of one, less the other; NaN where too few."""
+    if min(sum(one), sum(other)) < right:
+        return math.nan
+    first, second = (distinct_at_k(c, sum(c), right) for c in (one, other))
+    return first - second
 
 
 def coverage(
@@ -198,16 +233,66 @@ def own_coverage(each: Seeds, ks: Sequence[int], *, m: int = 96) -> dict[int, In
     return {k: _share(_repeated_table(each, m, k), whole) for k in ks}
 
 
-def novelty(of: Seeds, by: Seeds, *, m: int, k: int) -> Interval:
+def beyond_own(of: Seeds, by: Seeds, *, m: int, k: int) -> Interval:
+    """What k of ``by`` leave uncovered of ``of``, less what they leave of ``by``.
+
+    ``own_coverage`` less ``coverage``, paired by problem and seed: above 0 where ``of``
+    has more of its own than chance leaves.
+    """
+    _check_pairs(of, by)
+    itself = _ratio(_repeated_table(by, m, k), _distinct_table(by, m))
+    return _interval(itself - _ratio(_shared_table(of, by, m, k), _distinct_table(of, m)))
+
+
+def novelty(of: Seeds, by: Seeds, *, m: int, k: int, as_right: bool = True) -> Interval:
     """Solutions a question, of m samples of ``of``, that are new to k of ``by``.
 
     Less those by chance, which m samples of ``by``, who has m + k, have beyond k of its
     own: paired by problem.
+
+    Args:
+        as_right: Whether to compare as many right answers: of a problem, who is right
+            more often has fewer of its m samples counted, so that both are expected to
+            hold as many right ones.
     """
     _check_pairs(of, by)
-    new = _distinct_table(of, m) - _shared_table(of, by, m, k)
-    by_chance = _distinct_table(by, m) - _repeated_table(by, m, k)
-    return _interval(new - by_chance)
+    options = {"m": m, "k": k, "as_right": as_right}
+    pairs = list(zip(of, by, strict=True))
+    return _interval(
+        np.array([[_novel(a, b, p, **options) for p in a.counts] for a, b in pairs])
+    )
+
+
+def _novel(
+    of: Solutions, by: Solutions, problem: str, *, m: int, k: int, as_right: bool
+) -> float:
+    """``novelty`` of a seed and a problem."""
+    counts, theirs = of.counts[problem], by.counts[problem]
+
+    def new(m: int) -> float:
+        sizes = {"n_of": of.samples, "m": m, "n_by": by.samples, "k": k}
+        whole = distinct_at_k([*counts.values()], of.samples, m)
+        return whole - shared_at_k(counts, theirs, **sizes)
+
+    def by_chance(m: int) -> float:
+        whole = distinct_at_k([*theirs.values()], by.samples, m)
+        return whole - repeated_at_k(theirs, n=by.samples, m=m, k=k)
+
+    rates = (sum(c.values()) / s.samples for c, s in ((counts, of), (theirs, by)))
+    ours, chance = _as_right(m, *rates) if as_right else (m, m)
+    return _between(new, ours) - _between(by_chance, chance)
+
+
+def _as_right(m: int, *rates: float) -> list[float]:
+    """How many of m samples of each policy are to hold as many right ones."""
+    return [m * min(rates) / rate if rate else 0.0 for rate in rates]
+
+
+def _between(curve: Callable[[int], float], at: float) -> float:
+    """A curve over whole numbers, straight between them; 0 at 0."""
+    low = math.floor(at)
+    ends = [curve(n) if n else 0.0 for n in ((low, low + 1) if at > low else (low,))]
+    return ends[0] + (ends[-1] - ends[0]) * (at - low)
 
 
 @dataclass(frozen=True)
@@ -287,8 +372,9 @@ def _pass_table(each: Seeds, k: int) -> Array:
     return _table(each, lambda s, c: pass_at_k(s.samples, sum(c.values()), k))
 
 
-def _distinct_table(each: Seeds, k: int) -> Array:
-    return _table(each, lambda s, c: distinct_at_k([*c.values()], s.samples, k))
+def _distinct_table(each: Seeds, k: int, times: int = 1) -> Array:
+    options = {"k": k, "times": times}
+    return _table(each, lambda s, c: distinct_at_k([*c.values()], s.samples, **options))
 
 
 def _repeated_table(each: Seeds, m: int, k: int) -> Array:
@@ -341,14 +427,24 @@ def _share(part: Array, whole: Array) -> Interval:
     Raises:
         ValueError: The whole is nothing.
     """
-    if not whole.any():
-        raise ValueError("no correct solution in any problem: there is no share of it")
-    ratio = float(part.mean() / whole.mean())
-    rest = (part - ratio * whole) / whole.mean()
-    if np.abs(rest).max() < 1e-12:
+    around = _ratio(part, whole)
+    ratio = float(around.mean())
+    if np.abs(around - ratio).max() < 1e-12:
         n = int(whole.any(axis=0).sum())
         return wilson_interval(min(ratio, 1.0) * n, n)
-    around = _interval(ratio + rest)
-    low, high = max(around.low, 0.0), min(around.high, 1.0)
-    method = f"ratio, {around.method}"
-    return Interval(ratio, low, high, around.n, method)
+    found = _interval(around)
+    low, high = max(found.low, 0.0), min(found.high, 1.0)
+    method = f"ratio, {found.method}"
+    return Interval(ratio, low, high, found.n, method)
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    """A table (seeds, problems) whose mean is the ratio, and which varies as that does.
+
+    Raises:
+        ValueError: The whole is nothing.
+    """
+    if not whole.any():
+        raise ValueError("no correct solution in any problem: there is no share of it")
+    ratio = part.mean() / whole.mean()
+    return ratio + (part - ratio * whole) / whole.mean()

@@ -10,7 +10,13 @@ from collections.abc import Iterable, Iterator
 from math import isfinite
 
 from rlreason.experiments.catalogue import CATALOGUE
-from rlreason.experiments.claims import NEAR, best_of, judge_claims, rollouts_to
+from rlreason.experiments.claims import (
+    CLAIMS,
+    NEAR,
+    best_of,
+    judge_claims,
+    rollouts_to,
+)
 from rlreason.experiments.coverage import (
     distinct_differences,
     own_coverage,
@@ -149,14 +155,15 @@ def _added(records: Records) -> str:
 
 def of_its_own(records: Records) -> str:
     """How much of what is right SFT samples too, with the control, in words."""
-    judged = {one.claim.id: one for one in judge_claims(records)}
-    beyond = judged["little-beyond-sft"]
+    claim = next(claim for claim in CLAIMS if claim.id == "little-beyond-sft")
+    (beyond,) = judge_claims(records, [claim])
     many = read_solutions(records.of("sft", "solutions"))
     if not many or beyond.said == UNKNOWN:
         return f"Shared solutions: {UNKNOWN}."
+    judged = [effect for effect in beyond.effects if effect.expected]
     shares = " and ".join(
         f"{each.measured} of those of {_called(arm)}"
-        for arm, each in zip(("expert-iteration", "ppo"), beyond.effects, strict=True)
+        for arm, each in zip(("expert-iteration", "ppo"), judged, strict=True)
     )
     half = many[0].samples // 2
     again = own_coverage(many, [half], m=1)[half]
