@@ -221,7 +221,7 @@ def test_being_right_more_often_is_nothing_new():
 def test_weight_on_fewer_solutions_is_less_variety_among_as_many_right_answers():
     before, after = drawn([0.1] * 4, 96, 1), drawn([0.7, 0.1], 96, 2)
     assert variety([after], [before], right=4).high < 0
-    never = Solutions(96, dict.fromkeys(before.counts, {}))
+    never = Solutions(96, {key: {} for key in before.counts})
     assert variety([never], [before], right=4) is None
 
 
@@ -241,7 +241,7 @@ def test_one_frequent_new_solution_a_question_is_found():
     assert found.excludes(0)
     assert not found.excludes(1)
     # Of as many right answers fewer are by the old rare ones, which is taken off
-    assert 0 < novelty([after], [before], m=96, k=96).low
+    assert novelty([after], [before], m=96, k=96).low > 0
 
 
 def test_a_policy_that_knows_less_has_fewer_news_than_chance():

@@ -241,7 +241,8 @@ def beyond_own(of: Seeds, by: Seeds, *, m: int, k: int) -> Interval:
     """
     _check_pairs(of, by)
     itself = _ratio(_repeated_table(by, m, k), _distinct_table(by, m))
-    return _interval(itself - _ratio(_shared_table(of, by, m, k), _distinct_table(of, m)))
+    covered = _ratio(_shared_table(of, by, m, k), _distinct_table(of, m))
+    return _interval(itself - covered)
 
 
 def novelty(of: Seeds, by: Seeds, *, m: int, k: int, as_right: bool = True) -> Interval:
