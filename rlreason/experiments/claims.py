@@ -322,9 +322,9 @@ def covered(arm: str, by: str, expected: Range) -> Rule:
     """
 
     def rule(records: Records) -> Iterator[Effect]:
-        one, two = _drawn(records, Cell(arm), Cell(by))
         share = rest = each_once = None
-        if one:
+        if pair := drawn(records, Cell(arm), Cell(by)):
+            one, two = pair
             k = one[0].samples
             ms = 1, max(1, k // 16)
             share, each_once = (coverage(one, two, [k], m=m)[k] for m in ms)
@@ -350,18 +350,19 @@ def as_right(arm: str, right: int = 16) -> Rule:
     def rule(records: Records) -> Iterator[Effect]:
         others = sorted({row.size for row in records.rows} - {records.size})
         small = others[0] if others else "another"
-        one, two = _drawn(records, Cell(arm), Cell(arm, size=small))
+        pair = drawn(records, Cell(arm), Cell(arm, size=small))
         name = f"{arm}, among {right} right answers, {records.size} less {small}"
-        interval = variety(one, two, right=right) if one else None
+        interval = variety(*pair, right=right) if pair else None
         yield Effect(name, interval, None, "number")
 
     return rule
 
 
-def _drawn(records: Records, *cells: Cell) -> list[list[Solutions]]:
-    """The solutions of two arms, of the seeds of both; empty where there are none."""
+def drawn(records: Records, *cells: Cell) -> list[list[Solutions]]:
+    """The ``solutions`` of arms, of the seeds that all have; empty without one."""
     rows = [records.of(cell.arm, "solutions", cell.size) for cell in cells]
-    seeds = set.intersection(*map(set, rows))
+    if not (seeds := set.intersection(*map(set, rows))):
+        return []
     return [read_solutions({seed: each[seed] for seed in seeds}) for each in rows]
 
 

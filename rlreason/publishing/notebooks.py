@@ -48,6 +48,7 @@ from rlreason.runs.environment import (
 from rlreason.runs.profiles import Profile, inputs_digest, load_profile, named_profile
 from rlreason.settings import unknown_key_message
 
+START_LIMIT = 600  # seconds for a kernel to begin, also where much else is running
 REQUIRED = object()  # default of a parameter that is computed: any value may be given
 # What an output comes from: what decides results, and what chapters show them by
 ROOMS_OF_OUTPUTS = (
@@ -475,6 +476,7 @@ def _execute(
             shutdown_kernel="immediate",  # at Ctrl-C too, without a word of its own
             cwd=str(notebook.path.parent),
             progress_bar=sys.stderr.isatty(),
+            start_timeout=START_LIMIT,
             execution_timeout=cell_limit or None,
             config=Config(KernelManager={"transport_encryption": "auto"}),
         )

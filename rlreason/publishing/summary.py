@@ -14,15 +14,18 @@ from rlreason.experiments.claims import (
     CLAIMS,
     NEAR,
     best_of,
+    drawn,
     judge_claims,
     rollouts_to,
 )
 from rlreason.experiments.coverage import (
     distinct_differences,
+    novelty,
     own_coverage,
     pass_differences,
     powers_to,
     read_solutions,
+    variety,
 )
 from rlreason.experiments.records import (
     UNKNOWN,
@@ -39,6 +42,7 @@ from rlreason.publishing.front import ENDS
 
 FEWEST = 3  # seeds: by two an interval says little
 ADDED = ("expert-iteration", "ppo", "ppo-network", "rcrl")
+RIGHT = 16  # answers of each, among which solutions are counted
 TAKEN = ("expert-iteration", "ppo", "rcrl")
 
 
@@ -167,9 +171,17 @@ def of_its_own(records: Records) -> str:
     )
     half = many[0].samples // 2
     again = own_coverage(many, [half], m=1)[half]
+    few = max(1, half // 16)
+    new = {
+        arm: novelty(*pair, m=few, k=half)
+        for arm in ("expert-iteration", "ppo")
+        if (pair := drawn(records, Cell(arm), Cell("sft")))
+    }
     return (
         f"Of right answers, {shares} are by solutions that SFT has among {half:,} "
-        f"samples too; of SFT's own, {again.mean:.1%} come up again. That RL explores "
+        f"samples too; of SFT's own, {again.mean:.1%} come up again. Solutions a "
+        f"question that SFT lacks, of as many right answers as both have in {few} "
+        f"samples, less those that chance leaves: {_gaps(new)}. That RL explores "
         "little beyond what SFT produces, the paper's explanation, is "
         f"**{beyond.said}** here ([chapter 17](17_what_rl_adds.ipynb))."
     )
@@ -184,18 +196,19 @@ def taken(records: Records) -> str:
     }
     at = records.samples()
     parts = [f"in {at} samples, {_gaps(few)}"] if few else []
-    sft = records.of("sft", "solutions")
-    drawn = {a: found for a in TAKEN if (found := records.of(a, "solutions"))}
-    many, behind = {}, []
-    for arm, found in drawn.items():
-        if seeds := sft.keys() & found.keys():
-            pair = [read_solutions({s: r[s] for s in seeds}) for r in (sft, found)]
+    varied, many, behind = {}, {}, []
+    for arm in TAKEN:
+        if pair := drawn(records, Cell("sft"), Cell(arm)):
             most = pair[1][0].samples
             many[arm] = distinct_differences(*pair, [most])[most]
+            if gap := variety(*reversed(pair), right=RIGHT):
+                varied[arm] = gap
             ks = sorted({*powers_to(most), min(at, most)})
             gaps = pass_differences(*pair, ks)
             if below := [f"{k:,}" for k, gap in gaps.items() if gap.high < 0]:
                 behind.append(f"{_called(arm)} at k = {', '.join(below)}")
+    if varied:
+        parts.insert(0, f"among {RIGHT} right answers of both, {_gaps(varied)}")
     if many:
         parts.append(f"in {most:,}, of fewer problems, {_gaps(many)}")
     where = "pass@k lies below SFT's with its whole interval"
