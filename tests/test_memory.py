@@ -25,12 +25,16 @@ def too_much(*_, **__) -> None:
     torch.empty(2**50, dtype=torch.uint8)
 
 
-def test_what_torch_raises_on_a_cpu_is_out_of_memory_and_other_faults_are_not():
+def test_whoever_says_that_memory_ended_is_understood_and_other_faults_are_not():
     with pytest.raises(RuntimeError) as caught:
         too_much()
     assert not isinstance(caught.value, torch.OutOfMemoryError)
     assert out_of_memory(caught.value)
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert out_of_memory(torch.AcceleratorError("CUDA error: out of memory\nSearch"))
+    refused = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(h)`"
+    assert out_of_memory(RuntimeError(refused))
+    assert not out_of_memory(torch.AcceleratorError("CUDA error: device-side assert"))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not out_of_memory(ValueError("DefaultCPUAllocator"))
 

@@ -14,10 +14,18 @@ from rlreason.policy.progress import tell
 T = TypeVar("T")
 
 
+# How it is said by a CPU, by a GPU outside of torch's own pool, and by cuBLAS
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ended: on a CPU torch has no class of its own for that."""
+    """Whether memory ended: only torch's own pool has a class of its own for that."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(s in str(error) for s in _NO_MEMORY)
     )
 
 
