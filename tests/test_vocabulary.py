@@ -11,8 +11,9 @@ from tokenizers import AddedToken
 from toys import same_bits, weights
 from transformers import AutoModelForCausalLM
 
-from rlreason.policy.load import Policy, load_policy, make_policy
+from rlreason.policy.load import Policy, PolicyError, load_policy, make_policy
 from rlreason.policy.logprobs import token_logprobs
+from rlreason.policy.lora import merge_adapters, with_lora
 from rlreason.policy.sampler import sample
 from rlreason.policy.vocabulary import add_tokens, token_id
 from rlreason.tasks.problem import Problem
@@ -162,6 +163,14 @@ def test_a_policy_with_new_tokens_can_be_sampled_and_scored(kind):
 def test_impossible_names_are_refused(names):
     with pytest.raises(ValueError, match="cannot add the tokens"):
         add_tokens(tiny_policy(), names)
+
+
+@pytest.mark.parametrize("trained", [(), (5,)])
+def test_adapters_are_merged_before_tokens_are_added(trained):
+    adapted = with_lora(tiny_policy(), rank=2, alpha=2, new_tokens=trained)
+    with pytest.raises(PolicyError, match="has adapters.*merge_adapters"):
+        add_tokens(adapted, LABELS)
+    assert token_id(add_tokens(merge_adapters(adapted), LABELS), "[GOOD]") == 260
 
 
 def test_a_token_that_is_not_there_is_a_clear_error():

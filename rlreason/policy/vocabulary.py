@@ -25,11 +25,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from peft import PeftModel
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlreason.policy.load import Policy
+from rlreason.policy.load import Policy, PolicyError
 
 
 def add_tokens(policy: Policy, names: Sequence[str]) -> Policy:
@@ -39,7 +40,14 @@ def add_tokens(policy: Policy, names: Sequence[str]) -> Policy:
 
     Raises:
         ValueError: No names, an empty one, one given twice or one that exists already.
+        PolicyError: The policy has adapters.
     """
+    if isinstance(policy.model, PeftModel):
+        raise PolicyError(
+            f"{policy.name!r} has adapters, and new tokens are rows of its own "
+            "embedding: merge them first (lora.merge_adapters), or add the tokens "
+            "before the adapters"
+        )
     known = policy.tokenizer.get_vocab()
     faults = [name for i, name in enumerate(names) if not name or name in names[:i]]
     faults += [name for name in names if name in known]
