@@ -558,6 +558,9 @@ def test_groups_come_as_they_finish():
         ({"max_new_tokens": 0}, "at least one token"),
         ({"max_new_tokens": 500}, "512 positions.*Lower max_new_tokens to at most"),
         ({"byte_budget": 1000}, "Raise byte_budget"),
+        ({"byte_budget": 0}, "Raise byte_budget"),
+        ({"temperature": 1e-39}, r"temperature=1e-39.* give 0 \(greedy\)"),
+        ({"max_new_tokens": 3.0}, r"max_new_tokens=3\.0: give a whole number"),
     ],
 )
 def test_impossible_settings_are_refused_with_the_remedy(options, message):
@@ -679,10 +682,12 @@ def test_no_pad_is_ever_looked_at_even_one_without_an_embedding():
     assert torch.equal(logprobs, score(plain, prompts, answers).logprobs)
 
 
-def test_tokens_that_the_model_has_no_embedding_for_are_refused():
-    policy = tiny_policy()
-    with pytest.raises(ValueError, match=r"token 260, but the embedding.* 260 rows"):
-        sample_prompts(policy, [Prompt("p", (1, 260))], max_new_tokens=2)
+@pytest.mark.parametrize("token", [260, -1])
+def test_tokens_that_the_model_has_no_embedding_for_are_refused(token):
+    policy, prompts = tiny_policy(), [Prompt("p", (1, token))]
+    told = f"token {token}, but the embedding.* 260 rows"
+    with pytest.raises(ValueError, match=told):
+        sample_prompts(policy, prompts, max_new_tokens=2)
 
 
 def test_a_problem_that_is_no_unicode_is_named():

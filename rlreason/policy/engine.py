@@ -89,7 +89,9 @@ class Engine(ABC):
         self.temperature = temperature
         self.limit, self.forced = limit, forced
         self.costs = costs
-        self.budget = byte_budget or default_budget(policy.device)
+        if byte_budget is None:
+            byte_budget = default_budget(policy.device)
+        self.budget = byte_budget
         self.prefill_tokens = PREFILL_TOKENS
         self.queue: deque[Request] = deque()
 

@@ -34,6 +34,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -53,6 +54,7 @@ from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import end_of_response, format_prompt
 
 ENGINES = {"cuda": SlotEngine}  # by type of device; others decode as a CPU does
+LOWEST_TEMPERATURE = 1e-6  # above 0; far above what overflows float32
 
 
 @dataclass(frozen=True)
@@ -300,9 +302,15 @@ def _check_settings(asked: Asked) -> None:
         raise ValueError(f"k={k}: draw at least one sample a problem.")
     if not 0 <= asked.temperature < float("inf"):
         raise ValueError(f"temperature={asked.temperature}: give 0 (greedy) or more.")
-    if asked.max_new_tokens < 1:
+    if 0 < asked.temperature < LOWEST_TEMPERATURE:
         raise ValueError(
-            f"max_new_tokens={asked.max_new_tokens}: allow at least one token."
+            f"temperature={asked.temperature}: logits that are divided by so little "
+            "are no numbers any more; give 0 (greedy)."
+        )
+    if not isinstance(asked.max_new_tokens, Integral) or asked.max_new_tokens < 1:
+        raise ValueError(
+            f"max_new_tokens={asked.max_new_tokens}: give a whole number, and allow at "
+            "least one token."
         )
 
 
@@ -313,11 +321,12 @@ def _check_prompts(
     if not all(prompts):
         raise ValueError("A prompt has no tokens, so there is nothing to condition on.")
     rows = vocabulary_rows(model)
-    if max(map(max, prompts)) >= rows:
-        raise ValueError(
-            f"A prompt has the token {max(map(max, prompts))}, but the embedding of "
-            f"the model has {rows} rows. Encode it with the model's own tokenizer."
-        )
+    for token in (min(map(min, prompts)), max(map(max, prompts))):
+        if not 0 <= token < rows:
+            raise ValueError(
+                f"A prompt has the token {token}, but the embedding of the model has "
+                f"{rows} rows. Encode it with the model's own tokenizer."
+            )
     room = positions_of(model)
     if room is not None and room <= longest:
         raise ValueError(
