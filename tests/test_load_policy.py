@@ -5,11 +5,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, PROBLEMS, tiny_policy, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from rlreason.policy import load
-from rlreason.policy.load import PolicyError, load_policy, make_policy
+from rlreason.policy.load import Policy, PolicyError, load_policy, make_policy
 from rlreason.policy.sampler import sample
 from rlreason.tasks.prompts import format_prompt, format_response
 
@@ -49,6 +50,21 @@ def test_a_folder_comes_back_as_it_was_saved(tmp_path, kind):
     assert sample(loaded, PROBLEMS, **options) == sample(policy, PROBLEMS, **options)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_on_the_hub_splits_text_as_the_folder_does(tmp_path, kind, monkeypatch):
+    """Of some architectures only the folder's tokenizer was the one that was saved."""
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / ("0" * 40)
+    policy = tiny_policy(kind)
+    policy.model.save_pretrained(snapshot)
+    policy.tokenizer.save_pretrained(snapshot)
+    (tmp_path / "models--me--tiny" / "refs").mkdir()
+    (tmp_path / "models--me--tiny" / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    text = format_prompt(PROBLEMS[0])
+    loaded = load_policy("me/tiny", device="cpu")
+    assert loaded.encode_prompt(text) == policy.encode_prompt(text)
+
+
 def test_weights_stored_in_half_precision_are_float32_on_a_cpu(folder):
     policy = tiny_policy()
     policy.model.half().save_pretrained(folder)
@@ -75,8 +91,11 @@ def test_bundled_names_lead_to_the_assets(folder, monkeypatch):
     assert load_policy().name == "nano"
 
 
-def write_gguf(path, model, words, *, quantised: bool) -> None:
-    """Write a Llama model as llama.cpp would, with matrices of eight bits or whole."""
+def write_gguf(path, model, words, *, quantised: bool, more=lambda writer: None):
+    """Write a Llama model as llama.cpp would, with matrices of eight bits or whole.
+
+    ``more`` writes what the file has beside that.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -111,6 +130,7 @@ def write_gguf(path, model, words, *, quantised: bool) -> None:
             data = gguf.quantize(data, kind)
         name = f"{names.get_name(base)}.{suffix}"
         writer.add_tensor(name, data, raw_dtype=kind)
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -139,6 +159,44 @@ def test_a_gguf_file_gives_the_same_policy(tmp_path, quantised, off):
     with torch.no_grad():
         assert torch.equal(again.model(ids).logits, loaded.model(ids).logits)
     assert again.encode_prompt(text) == loaded.encode_prompt(text)
+
+
+def gguf_with(path, more) -> Policy:
+    policy = tiny_policy()
+    vocabulary = policy.tokenizer.get_vocab()
+    words = sorted(vocabulary, key=vocabulary.get)
+    write_gguf(path, policy.model, words, quantised=False, more=more)
+    return load_policy(path, device="cpu")
+
+
+ONES = np.ones(32, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope: yarn"),
+        (lambda w: w.add_rope_scaling_factor(4.0), "rope: linear"),
+        (lambda w: w.add_float32("llama.rope.scale_linear", 2.0), "rope: linear"),
+        (lambda w: w.add_tensor("rope_freqs.weight", ONES[:4]), "rope: rope_freqs"),
+        (lambda w: w.add_tensor("blk.0.attn_q.bias", ONES), "32 weights without a pl"),
+        (lambda w: w.add_tensor("blk.0.other.weight", ONES), "32 weights without a p"),
+    ],
+)
+def test_what_is_not_read_of_a_gguf_file_is_refused_in_one_line(tmp_path, more, fault):
+    """It was left out, and the model computed something else."""
+    path = tmp_path / "tiny.gguf"
+    with pytest.raises(PolicyError, match=rf"tiny\.gguf.*{fault}.*safetens") as error:
+        gguf_with(path, more)
+    assert "\n" not in str(error.value)
+
+
+def test_a_gguf_file_may_say_that_its_positions_are_not_stretched(tmp_path):
+    def more(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_factor(1.0)
+
+    assert gguf_with(tmp_path / "tiny.gguf", more).eos_id == 2
 
 
 @pytest.mark.parametrize(
@@ -317,6 +375,21 @@ def test_p11_a_prompt_has_exactly_one_bos_or_none(bos):
     assert ids.count(1) == (1 if bos else 0)
     assert ids[:1] == [1] or not bos
     assert policy.encode_prompt("<s>Q: 2+2?\nA:").count(1) == ids.count(1)
+
+
+@pytest.mark.parametrize("opening", [[0, 1], [1, 0], [0], [1, 1]])
+def test_a_prompt_is_opened_by_all_that_its_tokenizer_opens_a_text_by(opening):
+    tokenizer = tiny_tokenizer()
+    names = {0: "<pad>", 1: "<s>"}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{' '.join(names[i] for i in opening)} $A </s>",
+        special_tokens=[("<pad>", 0), ("<s>", 1), ("</s>", 2)],
+    )
+    policy = make_policy(tiny_policy().model, tokenizer, name="mine")
+    text = format_prompt(PROBLEMS[0])
+    assert [*policy.encode_prompt(text), 2] == tokenizer(text).input_ids
+    ids = policy.encode_response(text, " 7")
+    assert [*policy.encode_prompt(text), *ids] == tokenizer(text + " 7").input_ids
 
 
 @pytest.mark.parametrize("pad", [True, False])

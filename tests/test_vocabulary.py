@@ -168,7 +168,7 @@ def test_impossible_names_are_refused(names):
 @pytest.mark.parametrize("trained", [(), (5,)])
 def test_adapters_are_merged_before_tokens_are_added(trained):
     adapted = with_lora(tiny_policy(), rank=2, alpha=2, new_tokens=trained)
-    with pytest.raises(PolicyError, match="has adapters.*merge_adapters"):
+    with pytest.raises(PolicyError, match=r"has adapters.*merge_adapters"):
         add_tokens(adapted, LABELS)
     assert token_id(add_tokens(merge_adapters(adapted), LABELS), "[GOOD]") == 260
 

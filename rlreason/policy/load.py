@@ -18,7 +18,6 @@ the probabilities of training to equal those of sampling.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import struct
 import threading
@@ -26,8 +25,10 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
+import gguf
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -39,6 +40,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from rlreason.policy.progress import is_watched
@@ -82,6 +85,8 @@ class Policy:
         bos_id: The token that opens each prompt, or None where the tokenizer adds none.
         more_eos_ids: Other tokens that end an answer when they are drawn, such as the
             end of a turn of a chat model.
+        more_bos_ids: What stands between ``bos_id`` and the text of a prompt, where the
+            tokenizer opens it by several tokens.
     """
 
     model: PreTrainedModel
@@ -92,6 +97,7 @@ class Policy:
     pad_id: int
     bos_id: int | None
     more_eos_ids: tuple[int, ...] = ()
+    more_bos_ids: tuple[int, ...] = ()
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -99,7 +105,7 @@ class Policy:
         return tuple(dict.fromkeys((self.eos_id, *self.more_eos_ids)))
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, with exactly one BOS where the model has one.
+        """Token ids of a prompt, opened once as the tokenizer opens texts.
 
         No part of the text becomes a special token, whatever it spells.
 
@@ -108,9 +114,10 @@ class Policy:
                 the model has no embedding for.
         """
         ids = self._encode(text)
-        if self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
-        return ids
+        if self.bos_id is None:
+            return ids
+        opening = [self.bos_id, *self.more_bos_ids]
+        return ids if ids[: len(opening)] == opening else opening + ids
 
     def encode_response(self, prompt: str, response: str) -> list[int]:
         """Token ids of a response to a prompt, with EOS at the end.
@@ -248,6 +255,7 @@ def load_policy(
         raise PolicyError(_diagnose(name, error)) from error
     _check_weights(name, found)
     if "gguf_file" in options:
+        _check_gguf(name, cached_file(source, options["gguf_file"]), model)
         _tell_ends(tokenizer, model)
         if getattr(model, "hf_quantizer", None) is not None:
             model.hf_quantizer.remove_quantization_config(model)  # it was expanded
@@ -264,8 +272,8 @@ def make_policy(
     configuration ends a text.
 
     Raises:
-        PolicyError: If the tokenizer has no end-of-sequence token, or one that the
-            model has no embedding for.
+        PolicyError: If the tokenizer has no end-of-sequence token, or puts a token
+            before or behind a text that the model has no embedding for.
     """
     eos_id = tokenizer.eos_token_id
     if eos_id is None:
@@ -273,7 +281,8 @@ def make_policy(
             f"The tokenizer of {name!r} has no end-of-sequence token, so an answer "
             "could not end. Set `eos_token` in its tokenizer_config.json."
         )
-    _check_rows(model, tokenizer, eos_id, name=name)
+    opening = _opening(tokenizer)
+    _check_rows(model, tokenizer, max(eos_id, *opening, 0), name=name)
     pad_id = tokenizer.pad_token_id
     if pad_id is None or pad_id >= vocabulary_rows(model):
         pad_id = eos_id  # what fills a batch up is looked at by nobody
@@ -285,8 +294,9 @@ def make_policy(
         name=name,
         eos_id=eos_id,
         pad_id=pad_id,
-        bos_id=_opening_token(tokenizer),
+        bos_id=opening[0] if opening else None,
         more_eos_ids=_more_ends(model, tokenizer),
+        more_bos_ids=opening[1:],
     )
 
 
@@ -355,11 +365,10 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _opening_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The BOS id, if the tokenizer puts it before a text of its own accord."""
-    ids = tokenizer("1").input_ids
-    bos_id = tokenizer.bos_token_id
-    return bos_id if bos_id is not None and ids[:1] == [bos_id] else None
+def _opening(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer puts before a text of its own accord, as a rule BOS."""
+    text = tokenizer("1", add_special_tokens=False).input_ids
+    return tuple(takewhile(lambda i: i not in text, tokenizer("1").input_ids))
 
 
 def _tell_ends(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -432,13 +441,12 @@ def _load_tokenizer(source: str, options: dict[str, object]) -> PreTrainedTokeni
     """The tokenizer that was saved, not the one usual for the architecture.
 
     For some architectures ``AutoTokenizer`` builds their own class from the vocabulary
-    even where the folder says that its tokenizer is of no special class, and then
+    even where it is said that its tokenizer is of no special class, and then
     splits text in other places than the model was trained with.
     """
-    config = Path(source, "tokenizer_config.json")
-    if "gguf_file" not in options and config.is_file():
-        name = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
-        if name in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+    if "gguf_file" not in options:
+        said = get_tokenizer_config(source, **options).get("tokenizer_class")
+        if said in ("TokenizersBackend", "PreTrainedTokenizerFast"):
             return PreTrainedTokenizerFast.from_pretrained(source, **options)
     return AutoTokenizer.from_pretrained(source, **options)
 
@@ -507,6 +515,37 @@ def _check_weights(name: str, found: dict[str, Collection]) -> None:
             f"{'; '.join(said)}. Save the whole model again with `save_pretrained`, or "
             "mend config.json, e.g. `tie_word_embeddings` if lm_head is missing."
         )
+
+
+def _check_gguf(name: str, file: str, model: PreTrainedModel) -> None:
+    """Refuse a GGUF file of which transformers has left something out."""
+    reader = gguf.GGUFReader(file)
+    if fault := _stretched(reader) or _without_place(reader, model):
+        raise PolicyError(
+            f"The GGUF file {name!r} {fault}, which transformers leaves out. Take the "
+            "model from where it has safetensors weights, e.g. a folder or the hub."
+        )
+
+
+def _stretched(reader: gguf.GGUFReader) -> str | None:
+    """Say it where positions turn a head's dimensions otherwise than by one base."""
+    # By their names without that of the architecture
+    said = {key.partition(".")[2]: x.contents() for key, x in reader.fields.items()}
+    factors = (said.get(key) for key in ("rope.scaling.factor", "rope.scale_linear"))
+    usual = "none" if {0, 1, None}.issuperset(factors) else "linear"
+    kinds = {said.get("rope.scaling.type", usual)} - {"none"}
+    kinds |= {t.name for t in reader.tensors if t.name.startswith("rope_")}
+    return f"stretches positions (rope: {', '.join(sorted(kinds))})" if kinds else None
+
+
+def _without_place(reader: gguf.GGUFReader, model: PreTrainedModel) -> str | None:
+    """Say it where a file holds more than the weights of the model made of it."""
+    held = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    own = model.state_dict().values()  # what is tied has two names
+    placed = sum(weight.numel() for weight in {w.data_ptr(): w for w in own}.values())
+    if held <= placed:
+        return None
+    return f"has {held - placed:,} weights without a place in {type(model).__name__}"
 
 
 def _diagnose(name: str, error: Exception) -> str:
