@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import KINDS, tiny_policy
+from tiny_models import KINDS, tiny_family, tiny_policy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -25,6 +25,7 @@ from rlreason.policy.layout import (
     lay_out,
     shares_of,
 )
+from rlreason.policy.load import PolicyError
 from rlreason.policy.logprobs import (
     pad_batch,
     response_logits,
@@ -105,6 +106,77 @@ def test_a_model_that_does_not_pack_gets_padded_rows(why, monkeypatch):
         assert trunk_of(model).config._attn_implementation == own
     assert accumulate_gradients(policy, BATCH, 10_000) == pytest.approx(loss, rel=1e-5)
     assert torch.allclose(gradients(policy), expected, atol=1e-5)
+
+
+def plain_logprobs(policy, prompt, response) -> Tensor:
+    """Of a response, by a plain pass of the model's own, alone."""
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([[*prompt, *response]])).logits[0]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)[range(len(response)), response]
+
+
+def gap_of(policy, prompts, responses) -> float:
+    """Largest error of the batch's log-probabilities."""
+    logprobs, _ = token_logprobs(policy.model, prompts, responses)
+    worst = 0.0
+    for row, prompt, response in zip(logprobs, prompts, responses, strict=True):
+        apart = row[: len(response)] - plain_logprobs(policy, prompt, response)
+        worst = max(worst, apart.abs().max().item())
+    return worst
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_that_is_changed_after_a_first_batch_is_seen(attention):
+    policy = tiny_policy()
+    for _ in range(2):
+        assert gap_of(policy, PROMPTS, RESPONSES) < 1e-5
+        policy.model.set_attn_implementation(attention)
+    packed = "packed" in pad_batch(PROMPTS, RESPONSES).inputs(policy.model).options
+    assert packed == (attention == "sdpa")
+
+
+ROWS = [[1, *range(20, n)] for n in (70, 60, 25)], [[80, 2], [81, 82, 2], [83, 2]]
+
+
+@pytest.mark.parametrize("longest", [70, 12])
+def test_what_a_model_does_past_any_number_of_its_configuration_is_seen(longest):
+    """Llama 4 scales queries past one, and counts positions in rows for that."""
+    policy = tiny_family("llama4_text", floor_scale=24, no_rope_layers=[1, 0])
+    few = pad_batch([[1, 5]], [[7]]).inputs(policy.model)
+    assert "packed" in few.options
+    assert gap_of(policy, [row[:longest] for row in ROWS[0]], ROWS[1]) < 1e-5
+
+
+STRETCHED = {
+    "longrope": {
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 40,
+    },
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", STRETCHED)
+def test_a_longer_sequence_beside_it_never_changes_how_another_is_read(kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, **STRETCHED[kind]}
+    more = {"original_max_position_embeddings": 40} if kind == "longrope" else {}
+    family = "phi3" if kind == "longrope" else "llama"
+    room = 512 if kind == "longrope" else 40
+    options = {"rope_parameters": rope, "max_position_embeddings": room, **more}
+    policy = tiny_family(family, **options)
+    prompts, responses = ROWS
+    with pytest.raises(PolicyError, match=f"{kind!r}.* up to 40|{kind!r}.* than 40"):
+        gap_of(policy, prompts, responses)
+    # Wrong: what came of it
+    alone = plain_logprobs(policy, prompts[2], responses[2])
+    batch = pad_batch(prompts, responses)
+    logits = response_logits(policy.model, batch, packing.pad(batch.input_ids))
+    beside = logits.log_softmax(-1).gather(1, batch.targets[:, None])[batch.rows == 2]
+    assert (beside[:, 0] - alone).abs().max() > 0.01
+    assert gap_of(policy, prompts[2:], responses[2:]) < 1e-5
+    if kind == "longrope":
+        assert gap_of(policy, prompts[:2], responses[:2]) < 1e-5
 
 
 # --- Common beginnings ----------------------------------------------------------------

@@ -14,7 +14,7 @@ from tiny_models import PROBLEMS, tiny_family, tiny_policy
 from rlreason.policy import fused_layers
 from rlreason.policy.kv_cache import AttentionError, CohortStore
 from rlreason.policy.load import Policy, PolicyError, load_policy
-from rlreason.policy.logprobs import causal_of
+from rlreason.policy.logprobs import causal_of, pad_batch
 from rlreason.policy.lora import with_lora
 from rlreason.policy.passes import borrowed, check_model, next_logits, prompt_logits
 from rlreason.policy.sampler import sample, sample_groups
@@ -183,6 +183,23 @@ def test_a_model_is_checked_once_and_again_past_another_limit(store):
     assert not passes
 
 
+def test_a_model_in_another_number_format_is_checked_anew():
+    policy = tiny_policy()
+    takes = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64, torch.bfloat16):
+        policy.model.to(dtype)
+        takes[dtype] = check_model(policy, 60, CohortStore).token_bytes
+    assert [*takes.values()] == [256, 512, 1024]
+
+
+def test_double_precision_is_rounded_where_layers_compute_in_single():
+    policy = tiny_policy()
+    policy.model.double()
+    error = error_of(policy, max_new_tokens=12)
+    assert torch.finfo(torch.float64).eps ** 0.5 < error < 1e-5
+    assert "packed" in pad_batch([[1, 5]], [[7]]).inputs(policy.model).options
+
+
 def bfloat16(name: str, **changes) -> Policy:
     policy = tiny_family(name, **changes)
     policy.model.to(torch.bfloat16)
@@ -206,6 +223,16 @@ def test_in_half_precision_rounding_is_told_from_another_computation(seed):
     ]:
         with pytest.raises(PolicyError, match=name):
             check_model(bfloat16(name, **changes), 60, SlotStore)
+
+
+@pytest.mark.parametrize("store", [CohortStore, SlotStore])
+def test_a_window_that_layers_do_not_tell_of_is_seen_in_half_precision(store):
+    """A check of ten tokens past the window took what they lack for rounding."""
+    policy = bfloat16("phimoe", sliding_window=400, max_position_embeddings=4096)
+    check_model(policy, 400, store)
+    with pytest.raises(PolicyError, match="Up to 400 tokens it can"):
+        check_model(policy, 420, store)
+    check_model(bfloat16("phimoe", max_position_embeddings=4096), 420, store)
 
 
 def fused_in(policy: Policy) -> list[bool]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import KINDS, tiny_policy, tiny_tokenizer
+from tiny_models import KINDS, tiny_family, tiny_policy, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, GraniteConfig
 
@@ -308,6 +308,30 @@ def test_an_architecture_that_a_branch_does_not_fit_is_refused():
         assert (
             score(policy, PROMPTS, RESPONSES, value_function=function).values == 0
         ).all()
+
+
+def test_layers_may_be_wider_than_what_a_trunk_gives_of_a_token():
+    """Of OPT-350m a branch would need what enters a layer to be narrow as well."""
+    policy = tiny_family("opt", word_embed_proj_dim=16)
+    for kind in ("head", "network"):
+        values = score(
+            policy, PROMPTS, RESPONSES, value_function=value_function(policy, kind)
+        ).values
+        assert values.abs().max() > 0.1
+    with pytest.raises(PolicyError, match="Use the kind 'head' or 'network'"):
+        value_function(policy)
+
+
+@pytest.mark.parametrize("kind", VALUE_KINDS)
+def test_a_trunk_is_found_where_a_model_looks_for_it_by_another_name(kind):
+    policy = tiny_family("llama4_text")
+    assert policy.model.get_decoder() is policy.model  # what would be wrong
+    function = value_function(policy, kind)
+    with torch.no_grad():
+        values = score(policy, PROMPTS, RESPONSES, value_function=function).values
+        hidden = policy.model.model(torch.tensor([PROMPTS[0]])).last_hidden_state
+    expected = hidden[0, -1] @ function.weight + function.bias
+    assert values[0, 0].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_a_look_at_a_call_is_over_after_it_and_after_an_error():

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from rlreason.policy.layout import Layout, lay_out
-from rlreason.policy.packing import Inputs, moved, pack, packs, pad
+from rlreason.policy.packing import Inputs, check_lengths, moved, pack, packs, pad
 
 # exp of it is 0 in float64 too, and it times 0 is 0, which minus infinity would not be.
 _LOWEST_LOGPROB = -1e4
@@ -65,8 +65,15 @@ class PaddedBatch:
     layout: Layout
 
     def inputs(self, model: PreTrainedModel) -> Inputs:
-        """The batch as the model takes it: packed, or padded where it cannot be."""
-        if packs(trunk_of(model), self.input_ids.shape[1]):
+        """The batch as the model takes it: packed, or padded where it cannot be.
+
+        Raises:
+            PolicyError: The model would make of a sequence what depends on another.
+        """
+        trunk = trunk_of(model)
+        check_lengths(trunk, self.layout.lengths)
+        longest, total = self.input_ids.shape[1], len(self.layout.tokens)
+        if packs(trunk, longest, total):
             return pack(self.layout, model.get_input_embeddings().weight)
         return pad(self.input_ids)
 
@@ -259,7 +266,16 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
     """The model without its output layer, also where it carries a peft adapter."""
-    return causal_of(model).get_decoder()
+    causal = causal_of(model)
+    trunk = causal.get_decoder()
+    if trunk is causal:  # which looked for it by a name that it does not have
+        trunk = next(m for m in causal.children() if isinstance(m, PreTrainedModel))
+    return trunk
+
+
+def hidden_width(model: PreTrainedModel) -> int:
+    """Numbers that the trunk gives of a token; within, its layers may have others."""
+    return causal_of(model).get_output_embeddings().weight.shape[1]
 
 
 def causal_of(model: PreTrainedModel) -> PreTrainedModel:

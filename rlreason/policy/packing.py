@@ -10,9 +10,11 @@ Where sequences begin alike a token may stand for several of them, see ``layout`
 it is the query of one sequence, and a key of all that hold it.
 
 transformers promises no family that it packs, so each model is compared once with
-itself on padded rows. One that differs, or whose attention is not ``sdpa``, gets
-padded rows: in a causal model nothing looks to the right, so padding on the right needs
-no mask.
+itself on padded rows, and once more past each number of its configuration that a batch
+comes past. One that differs, or whose attention is not ``sdpa``, gets padded rows: in a
+causal model nothing looks to the right, so padding on the right needs no mask. Where
+the longest sequence of a call decides how positions are stretched, what would be read
+differently for it is refused.
 
 Left out: sequences longer than a sliding window or a chunk of attention; those batches
 are padded too.
@@ -37,16 +39,18 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from rlreason.policy.layout import Layout, lay_out
+from rlreason.policy.limits import limits_of, rounding, telling_length
+from rlreason.policy.load import PolicyError
 from rlreason.policy.memory import out_of_memory
 
 PACKED = "rlreason_packed"
+_SHORTEST = 6  # tokens of the sequences by which a model is asked whether it packs
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 # Older versions of torch take fewer key heads than query heads without being asked
 _ASKED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
-# The longest sequence that each trunk packs, by device and format of its weights;
-# beside it, so that a copy is asked anew
-_longest: WeakKeyDictionary[nn.Module, dict[tuple, float]] = WeakKeyDictionary()
+# What each trunk was found to pack; beside it, so that a copy is asked anew
+_packs: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,38 @@ class Inputs:
     input_ids: Tensor
     options: dict[str, Any]
     places: Tensor
+
+
+def check_lengths(trunk: PreTrainedModel, lengths: np.ndarray) -> None:
+    """Refuse sequences whose length would change what a model makes of others.
+
+    Past a limit some ways of stretching positions look at the longest of a call.
+
+    Args:
+        lengths: Of all that goes through the trunk at once, (B,).
+
+    Raises:
+        PolicyError: Some are on the other side of such a limit.
+    """
+    config = trunk.config
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
+        kind, limit = rope.get("rope_type"), config.max_position_embeddings
+        if kind == "longrope":
+            limit = rope["original_max_position_embeddings"]
+        beyond = lengths > limit
+        # The frequencies of "dynamic" are those of the longest call that there was
+        if kind == "dynamic" and beyond.any():
+            remedy = f"Shorten what is longer than {limit}"
+        elif kind == "longrope" and beyond.any() and not beyond.all():
+            remedy = f"Score those of up to {limit} tokens and longer ones apart"
+        else:
+            continue
+        raise PolicyError(
+            f"Positions in {type(trunk).__name__} are stretched by {kind!r}, so what "
+            f"it makes of a sequence of {lengths.min()} tokens depends on the one of "
+            f"{lengths.max()} beside it. {remedy}."
+        )
 
 
 def pack(layout: Layout, weight: Tensor) -> Inputs:
@@ -188,20 +224,37 @@ def pad(input_ids: Tensor) -> Inputs:
     return Inputs(input_ids, options, places)
 
 
-def packs(trunk: PreTrainedModel, longest: int) -> bool:
+def packs(trunk: PreTrainedModel, longest: int, total: int = 0) -> bool:
     """Whether a trunk may be given packed sequences of up to so many tokens.
 
-    Costs two short passes at the first call, in which it also gets our attention.
+    Costs two short passes at the first call, in which it also gets our attention, and
+    two of about that size where it comes past a number of the configuration.
+
+    Args:
+        longest: Tokens of the longest sequence.
+        total: Of all of them; some layers count positions for themselves.
     """
-    known = _longest.setdefault(trunk, {})
-    weight = trunk.get_input_embeddings().weight
-    kind = weight.device.type, weight.dtype
-    if kind not in known:
-        config = trunk.config
-        windows = [getattr(config, name, None) for name in _WINDOWS]
-        limit = min(filter(None, windows), default=float("inf"))
-        known[kind] = limit if _agrees(trunk) else 0
-    return longest <= known[kind]
+    windows = [getattr(trunk.config, name, None) for name in _WINDOWS]
+    if longest > min(filter(None, windows), default=longest):
+        return False
+    limits = limits_of(trunk.config)
+    length = telling_length(longest, limits, least=_SHORTEST)
+    count = max(3, -(-telling_length(total, limits, least=0) // length))
+    return _known(trunk, 3, _SHORTEST) and _known(trunk, count, length)
+
+
+def _known(trunk: PreTrainedModel, count: int, length: int) -> bool:
+    """``_agrees``, asked once of a device, a number format and an attention."""
+    weight, known = trunk.get_input_embeddings().weight, _packs.setdefault(trunk, {})
+
+    def kind() -> tuple:  # the attention becomes ours where it agrees
+        attention = trunk.config._attn_implementation
+        return weight.device.type, weight.dtype, attention, count, length
+
+    if kind() not in known:
+        found = _agrees(trunk, count, length)
+        known[kind()] = found
+    return known[kind()]
 
 
 def allow_packing(trunk: PreTrainedModel) -> None:
@@ -211,16 +264,21 @@ def allow_packing(trunk: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _agrees(trunk: PreTrainedModel) -> bool:
-    """Whether a trunk makes of packed sequences what it makes of each alone."""
-    own = trunk.config._attn_implementation
-    if own not in ("sdpa", PACKED):
+def _agrees(trunk: PreTrainedModel, count: int, length: int) -> bool:
+    """Whether a trunk makes of packed sequences what it makes of padded ones.
+
+    Of so many that are about so long, of which two begin alike.
+    """
+    before = trunk.config._attn_implementation
+    if before not in ("sdpa", PACKED):
         return False
     weight = trunk.get_input_embeddings().weight
-    ids = torch.arange(1, 19, device=weight.device).view(3, 6) % len(weight)
+    ids = torch.arange(1, count * length + 1, device=weight.device) % len(weight)
+    ids = ids.view(count, length)
     ids[2, :3] = ids[1, :3]
-    sequences = [row[:n] for row, n in zip(ids.tolist(), (5, 6, 6), strict=True)]
-    real = [*range(5), *range(6, 18)]
+    first, *others = ids.tolist()
+    sequences = [first[:-1], *others]
+    real = [*range(length - 1), *range(length, count * length)]
     try:
         expected = _hidden(trunk, pad(ids)).flatten(0, 1)[real]
         allow_packing(trunk)
@@ -229,12 +287,15 @@ def _agrees(trunk: PreTrainedModel) -> bool:
     except Exception as error:  # an unknown family may raise anything
         if out_of_memory(error):
             raise
-        trunk.set_attn_implementation(own)
+        trunk.set_attn_implementation(before)
         return False
+    tolerance = rounding(expected.dtype)
     apart = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    if apart.max() <= torch.finfo(expected.dtype).eps ** 0.5:
+    # Where experts are nearly alike, rounding in half precision may choose another one
+    worst = apart.max() if tolerance < 1e-3 else apart.float().quantile(0.9)
+    if worst <= tolerance:
         return True
-    trunk.set_attn_implementation(own)
+    trunk.set_attn_implementation(before)
     return False
 
 

@@ -16,7 +16,6 @@ Left out: other uses of a model by another thread while it is borrowed.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,6 +38,7 @@ from rlreason.policy.kv_cache import (
     OpeningCache,
     PromptCache,
 )
+from rlreason.policy.limits import below, limits_of, rounding, telling_length
 from rlreason.policy.load import Policy, PolicyError, vocabulary_rows
 from rlreason.policy.logprobs import causal_of, output_layer_at
 from rlreason.policy.memory import out_of_memory
@@ -53,11 +53,6 @@ NOT_FINITE = (
 _STEPS = 4  # tokens that the check decodes after a prompt
 _SHORTEST = 16  # tokens of the plain pass, where the model has room for as many
 _LOWEST_LOGPROB = -30.0  # what is less likely than that is not drawn
-# Numbers of a configuration that are no number of tokens, for sure
-_NO_LENGTHS = re.compile(
-    r"num_.*|n_(embd|inner|head|layer)|.*_token_id|(vocab|hidden|intermediate)_size|"
-    r"head_dim|d_model"
-)
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ Store = CohortStore | SlotStore
 
 # A lock cannot be copied with its model, so both are kept beside it.
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_checked: WeakKeyDictionary[nn.Module, dict[type, Checked]] = WeakKeyDictionary()
+_checked: WeakKeyDictionary[nn.Module, dict[tuple, Checked]] = WeakKeyDictionary()
 _registry = threading.Lock()
 
 
@@ -182,20 +177,21 @@ def check_model(policy: Policy, tokens: int, store: type[Store]) -> Checked:
     """Refuse a model that would be sampled wrongly in sequences of so many tokens.
 
     How it is sampled depends on where keys and values are kept, so each kind of store
-    is checked for itself.
+    is checked for itself, and each number format and device.
 
-    Costs 16 forward passes, the longest as long as the largest number of the
+    Costs 16 forward passes, the longest twice as long as the largest number of the
     configuration that is below ``tokens``; nothing when that was checked before.
 
     Raises:
         PolicyError: The sampler does not compute what the model does.
         ValueError: The model's outputs are not finite.
     """
-    limits = _limits(policy.model)
+    limits = limits_of(policy.model.config)
+    kind = store, policy.model.dtype, policy.model.device
     with _turn(policy.model):
-        by_store = _checked.setdefault(policy.model, {})
-        known = by_store.get(store)
-        if known is None or known.crossed < max(_below(tokens, limits)):
+        by_kind = _checked.setdefault(policy.model, {})
+        known = by_kind.get(kind)
+        if known is None or known.crossed < max(below(tokens, limits)):
             try:
                 known = _compare(policy, tokens, limits, store)
             except AttentionError as error:
@@ -204,13 +200,13 @@ def check_model(policy: Policy, tokens: int, store: type[Store]) -> Checked:
                     f"cannot be sampled up to {tokens} tokens: {error}. "
                     f"{_remedy(policy, tokens, limits, store)}"
                 ) from error
-            by_store[store] = known
+            by_kind[kind] = known
     return known
 
 
 def _remedy(policy: Policy, tokens: int, limits: set[int], store: type[Store]) -> str:
     """What to do with a model that is not sampled as it should up to so many tokens."""
-    for limit in sorted(_below(tokens, limits), reverse=True):
+    for limit in sorted(below(tokens, limits), reverse=True):
         if limit < _SHORTEST:
             break
         try:
@@ -223,27 +219,6 @@ def _remedy(policy: Policy, tokens: int, limits: set[int], store: type[Store]) -
     return "Use a decoder such as Llama, GPT-2 or Qwen."
 
 
-def _below(tokens: int, limits: set[int]) -> list[int]:
-    return [0, *(limit for limit in limits if limit < tokens)]
-
-
-def _limits(model: PreTrainedModel) -> set[int]:
-    """All numbers of tokens at which the model may begin to compute something else."""
-
-    def numbers(value: object) -> Iterator[int]:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                if not _NO_LENGTHS.fullmatch(str(key)):
-                    yield from numbers(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                yield from numbers(item)
-        elif isinstance(value, int) and value > 1:
-            yield int(value)
-
-    return set(numbers(model.config.get_text_config().to_dict()))
-
-
 def _compare(
     policy: Policy, tokens: int, limits: set[int], store: type[Store]
 ) -> Checked:
@@ -254,15 +229,15 @@ def _compare(
         ValueError: The model's outputs are not finite.
     """
     model = policy.model
-    crossed = max(_below(tokens, limits))
-    beyond = min((limit for limit in limits if limit >= tokens), default=2**31)
-    length = min(max(_SHORTEST, crossed + 2 * _STEPS + 2), beyond)
+    crossed = max(below(tokens, limits))
+    length = telling_length(tokens, limits, least=_SHORTEST)
     steps = min(_STEPS, length - 1)
     last = length - steps
-    # Alone and short; across the limit, beside a shorter one; past the limit
-    cohorts = [[8], [last - 8, last - 11], [last]]
+    near = min(last, max(crossed + _STEPS + 2, _SHORTEST - _STEPS))
+    # Alone and short; across the limit, beside a shorter one; far past the limit
+    cohorts = [[8], [near - 8, near - 11], [last]]
     cohorts = [[min(max(n, 1), last) for n in starts] for starts in cohorts]
-    ids = _some_tokens(policy, length)
+    ids = _some_tokens(policy, length, far=(length - crossed) // 2)
     gaps = []
     with torch.no_grad(), _evaluating(model):
         with _named("its own forward pass fails"):
@@ -316,18 +291,23 @@ def _judged(gaps: Tensor, policy: Policy) -> tuple[float, float]:
     is the row's median: where two experts are nearly alike, rounding may choose the
     other one now and then.
     """
-    epsilon = torch.finfo(policy.model.dtype).eps
+    tolerance = rounding(policy.model.dtype)
     if policy.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        epsilon = max(epsilon, 2.0**-10)
-    rows = gaps.amax(0) if epsilon < 1e-6 else gaps.median(0).values
-    return float(rows.max()), epsilon**0.5
+        tolerance = max(tolerance, 2.0**-5)
+    rows = gaps.amax(0) if tolerance < 1e-3 else gaps.median(0).values
+    return float(rows.max()), tolerance
 
 
-def _some_tokens(policy: Policy, length: int) -> Tensor:
-    """(L,): any tokens but the pad, from which some models count positions."""
+def _some_tokens(policy: Policy, length: int, far: int) -> Tensor:
+    """(L,): any tokens but the pad, from which some models count positions.
+
+    What goes beyond a short prompt is one token again and again among the first
+    ``far``: who does not look so far back sees another mixture, in however many tokens.
+    """
     rows = vocabulary_rows(policy.model)
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(rows, (length,), generator=generator)
+    ids[_SHORTEST:far] = ids[0]
     ids[ids == policy.pad_id] = (policy.pad_id + 1) % rows
     return ids.to(policy.device)
 

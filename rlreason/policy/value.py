@@ -32,15 +32,18 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlreason.policy.limits import rounding
 from rlreason.policy.load import Policy, PolicyError
 from rlreason.policy.logprobs import (
     PaddedBatch,
     check_temperature,
     first_call,
+    hidden_width,
     pad_batch,
     response_logprobs,
     trunk_of,
 )
+from rlreason.policy.memory import out_of_memory
 from rlreason.policy.packing import Inputs, allow_packing, pad
 from rlreason.settings import Settings, paper
 
@@ -79,7 +82,7 @@ class ValueFunction(nn.Module):
         dtype = torch.promote_types(policy.model.dtype, torch.float32)
         options = {"dtype": dtype, "device": policy.device}
         # Made of zeros rather than by nn.Linear, which would draw random numbers.
-        width = trunk_of(policy.model).config.hidden_size
+        width = hidden_width(policy.model)
         self.weight = nn.Parameter(torch.zeros(width, **options))
         self.bias = nn.Parameter(torch.zeros((), **options))
 
@@ -297,11 +300,21 @@ def _check_branch(policy: Policy, function: ValueFunction) -> None:
     inputs = pad(ids)
     with first_call(function.source(policy.model)) as seen:
         expected = _run(trunk, inputs, input_ids=ids)
-    found = _run(function.body, inputs, inputs_embeds=_hidden_given(seen))
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    if not (found - expected).norm() <= tolerance * expected.norm():
+    fault = None
+    try:
+        found = _run(function.body, inputs, inputs_embeds=_hidden_given(seen))
+    except Exception as error:  # an unknown family may raise anything
+        if out_of_memory(error):
+            raise
+        fault = error
+    if fault or not _alike(found, expected):
         raise PolicyError(
             f"A value branch does not fit the policy {policy.name!r}: its "
             f"{type(trunk).__name__} does more to embeddings than to add positions. "
             "Use the kind 'head' or 'network'."
-        )
+        ) from fault
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    gap = (found - expected).norm()
+    return bool(gap <= rounding(expected.dtype) * expected.norm())
