@@ -138,9 +138,9 @@ def check_lengths(trunk: PreTrainedModel, lengths: np.ndarray) -> None:
         else:
             continue
         raise PolicyError(
-            f"Positions in {type(trunk).__name__} are stretched by {kind!r}, so what "
-            f"it makes of a sequence of {lengths.min()} tokens depends on the one of "
-            f"{lengths.max()} beside it. {remedy}."
+            f"Positions in {type(trunk).__name__} are stretched by {kind!r}, so beside "
+            f"a sequence of {lengths.max()} tokens it reads shorter ones in another "
+            f"way. {remedy}."
         )
 
 
