@@ -42,6 +42,7 @@ from rlreason.policy.load import Policy
 from rlreason.policy.logprobs import (
     PaddedBatch,
     first_call,
+    hidden_width,
     logprobs_of,
     pad_batch,
     response_logits,
@@ -73,7 +74,7 @@ class LikelihoodNetwork(nn.Module):
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.model = merge_adapters(policy.clone()).model
-        width = trunk_of(self.model).config.hidden_size
+        width = hidden_width(self.model)
         options = {
             "dtype": torch.promote_types(policy.model.dtype, torch.float32),
             "device": policy.device,
