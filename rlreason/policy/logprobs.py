@@ -265,11 +265,15 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
-    """The model without its output layer, also where it carries a peft adapter."""
+    """The model without its output layer, also where it carries a peft adapter.
+
+    A trunk is its own.
+    """
     causal = causal_of(model)
     trunk = causal.get_decoder()
-    if trunk is causal:  # which looked for it by a name that it does not have
-        trunk = next(m for m in causal.children() if isinstance(m, PreTrainedModel))
+    if trunk is causal:  # or it was looked for by a name that it does not have
+        parts = (m for m in causal.children() if isinstance(m, PreTrainedModel))
+        trunk = next(parts, causal)
     return trunk
 
 
