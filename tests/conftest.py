@@ -85,7 +85,7 @@ import os, socket
 
 def note_and_refuse(address):
     with open(os.environ["CUT_NETWORK_LOG"], "a") as file:
-        file.write(f"{address}\\\\n")
+        file.write(f"{address}\\n")
     raise OSError(f"the network is cut off: {address}")
 
 def is_here(host):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
+
+from forked import run_all
 
 
 def side_by_side(arguments: Sequence[str], **environment: str) -> list[str]:
@@ -20,16 +21,7 @@ def side_by_side(arguments: Sequence[str], **environment: str) -> list[str]:
         **{"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         **environment,
     }
-    started = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**whole, "RANK": str(i), "LOCAL_RANK": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    said = [each.communicate() for each in started]
-    assert [each.returncode for each in started] == [0, 0], said[0][1] + said[1][1]
-    return [out for out, _ in said]
+    environments = [{**whole, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+    # Each has a seed of hashes of its own, as under torchrun: what is gone through in
+    # the order of a set must not differ
+    return run_all([arguments] * 2, environments, fresh=[1])

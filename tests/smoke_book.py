@@ -8,17 +8,14 @@ long, which halves their time.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
-import signal
-from collections.abc import Mapping
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+from forked import INLINE, Forked
 from jupyter_client.provisioning import local_provisioner
 
 from rlreason.publishing.notebooks import (
@@ -33,64 +30,21 @@ from rlreason.runs.profiles import load_profile
 
 REPOSITORY = Path(__file__).parents[1]
 FRESH = "00_tour"
-IMPORTED = ["ipykernel.kernelapp", "rlreason.runs.steps", "rlreason.publishing.chapter"]
-IMPORTED += ["rlreason.publishing.figures", "smoke_book"]
-INLINE = "module://matplotlib_inline.backend_inline"  # as a kernel sets it, but sooner
 
 
-class ForkedKernel:
-    """The process of a kernel, in place of what ``subprocess.Popen`` would start.
-
-    A server forks it, which starts with the first one, in the same environment: a
-    network that is cut off is so for all.
-    """
-
-    stdin = stdout = stderr = None
+class ForkedKernel(Forked):
+    """The process of a kernel, in place of what ``subprocess.Popen`` would start."""
 
     def __init__(self, command: list[str], **options: Any) -> None:
-        fork = multiprocessing.get_context("forkserver")
-        fork.set_forkserver_preload(IMPORTED)
-        ready, tell = fork.Pipe(duplex=False)
-        given = (
-            command[3:],
-            dict(options["env"]),
-            options.get("cwd") or os.getcwd(),
-            tell,
-        )
-        self.process = fork.Process(target=be_a_kernel, args=given)
-        self.process.start()
-        tell.close()
-        ready.recv()  # only then is it the group of its own that will be killed
-        self.pid = self.process.pid
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    def wait(self) -> int | None:
-        self.process.join()
-        return self.process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        folder = options.get("cwd") or os.getcwd()
+        super().__init__(be_a_kernel, (command[3:],), options["env"], folder)
 
 
-def be_a_kernel(
-    arguments: list[str], environment: Mapping[str, str], cwd: str, tell: Connection
-) -> None:
+def be_a_kernel(arguments: list[str]) -> None:
     """What ``python -m ipykernel_launcher`` does."""
     from ipykernel import kernelapp
 
-    os.setsid()
-    tell.send(True)
-    os.environ.clear()
-    os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))
-    os.chdir(cwd)
+    os.environ["JPY_PARENT_PID"] = str(os.getppid())
     kernelapp.launch_new_instance(argv=arguments)
 
 

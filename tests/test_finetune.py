@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from hypothesis import given, settings
@@ -441,13 +442,16 @@ KILL_POINTS = {
 }
 
 
+LEFT = ("sft-after-a-checkpoint", "distilling-in-round-2")  # copied as they were left
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The toy on disk, and for every kill point the runs that were left there."""
     folder = tmp_path_factory.mktemp("toy")
     recipe = toy_recipe(folder)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RLREASON_QUIET": "1"}
-    subprocess.run([sys.executable, __file__, folder], check=True, env=environment)
+    forked.run([__file__, folder], environment)
     run_toy(train.train_expert_iteration, recipe, folder / "undisturbed")
     return folder
 
@@ -464,21 +468,20 @@ def test_a_killed_training_that_goes_on_equals_an_undisturbed_one(point, folder)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_killed_training_goes_on_and_does_not_start_again(folder):
     # Without this, starting over would pass the test above
-    (sft_run,) = (folder / "left-in-sft").glob("sft-*")
+    in_sft, in_round_2 = (folder / "left" / name for name in LEFT)
+    (sft_run,) = in_sft.glob("sft-*")
     assert read_checkpoint(sft_run).state == {"updates": 3}
-    (ei_run,) = (folder / "left-in-round-2").glob("expert-iteration-*")
+    (ei_run,) = in_round_2.glob("expert-iteration-*")
     state = read_checkpoint(ei_run).state
     assert state["round"] == 1
     assert state["updates"] > 0
 
 
 if __name__ == "__main__":
-    points = {
-        **KILL_POINTS,
-        "left-in-sft": KILL_POINTS["sft-after-a-checkpoint"],
-        "left-in-round-2": KILL_POINTS["distilling-in-round-2"],
-    }
-    recipe = toy_recipe(Path(sys.argv[1]))
-    for name, arm in points.items():
-        root = Path(sys.argv[1]) / name
+    here = Path(sys.argv[1])
+    recipe = toy_recipe(here)
+    for name, arm in KILL_POINTS.items():
+        root = here / name
         let_die(name, arm, partial(run_toy, train.train_expert_iteration, recipe, root))
+        if name in LEFT:
+            shutil.copytree(root, here / "left" / name)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
+import forked
 import pytest
 import torch
 from filelock import FileLock
@@ -149,7 +149,7 @@ def killed(tmp_path_factory) -> Path:
     """A folder with one killed run for every point, ``<point>/toy-<hash>/``."""
     root = tmp_path_factory.mktemp("killed")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, __file__, root], check=True, env=environment)
+    forked.run([__file__, root], environment)
     return root
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 from toys import (
     die_in,
@@ -111,7 +111,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     recipe = toy_recipe(folder)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RLREASON_QUIET": "1"}
-    subprocess.run([sys.executable, __file__, folder], check=True, env=environment)
+    forked.run([__file__, folder], environment)
     for name in TRAIN:
         run(name, recipe, folder / "undisturbed")
     return folder

@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from kills import SMALL, WRONG, left
@@ -76,13 +75,10 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKI
 @pytest.fixture(scope="module")
 def report() -> dict:
     """What ``kills.py`` finds: at each write, and at some random moments."""
-    command = [sys.executable, Path(__file__).with_name("kills.py")]
+    command = [Path(__file__).with_name("kills.py")]
     command += ["--writes", "--kills", str(SMALL), "--only", "ppo"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    told = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True
-    )
-    return json.loads(told.stdout)
+    return json.loads(forked.run(command, environment))
 
 
 @forks
