@@ -17,6 +17,7 @@ import pytest
 from filelock import FileLock
 from forked import INLINE, Forked
 from jupyter_client.provisioning import local_provisioner
+from toys import Here
 
 from rlreason.publishing.notebooks import (
     Notebook,
@@ -44,6 +45,11 @@ def be_a_kernel(arguments: list[str]) -> None:
     """What ``python -m ipykernel_launcher`` does."""
     from ipykernel import kernelapp
 
+    from rlreason.execution import seeds
+
+    # What a chapter trains on other seeds needs no processes that load torch; that a
+    # seed is trained by one is for test_seeds
+    seeds.LocalExecutor = Here
     os.environ["JPY_PARENT_PID"] = str(os.getppid())
     kernelapp.launch_new_instance(argv=arguments)
 

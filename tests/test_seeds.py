@@ -8,28 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from toys import toy_recipe
+from toys import Here, toy_recipe
 
-from rlreason.execution.jobs import JobError, Outcome, check_jobs
+from rlreason.execution.jobs import JobError, Outcome
 from rlreason.execution.seeds import carry_out, train_seeds, training_job
-from rlreason.runs.plans import folder_of, obtain, plan_of, read_plan_file
-
-
-class Here:
-    """An executor that carries out the plans of its jobs in this process."""
-
-    def __init__(self) -> None:
-        self.jobs = []
-
-    def run(self, jobs):
-        check_jobs(jobs)
-        self.jobs += jobs
-        for job in jobs:
-            assert job.command[-2] == "train"
-            assert not job.fresh()
-            obtain(read_plan_file(Path(job.command[-1])))
-            assert job.fresh()
-        return {job.name: Outcome(job.name, "done") for job in jobs}
+from rlreason.runs.plans import folder_of, plan_of
 
 
 @pytest.fixture
