@@ -27,6 +27,7 @@ from rlreason.runs import profiles
 from rlreason.runs.plans import folder_of, obtain, plan_of
 from rlreason.runs.profiles import load_recipe, profile_path, read_yaml
 from rlreason.runs.recipes import Recipe, put
+from rlreason.tasks import loaders
 
 REPOSITORY = Path(profiles.__file__).parents[2]
 
@@ -41,10 +42,14 @@ def question(i: int) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A folder of the released layout and sizes."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "gsm8k").mkdir()
+    return write_data(tmp_path_factory.mktemp("data"), train=7473, test=1319)
+
+
+def write_data(folder: Path, *, train: int, test: int) -> Path:
+    """A folder of the released layout, with so many problems of GSM8K."""
+    (folder / "gsm8k").mkdir(parents=True)
     (folder / "svamp").mkdir()
-    for split, numbers in (("train", range(7473)), ("test", range(8000, 9319))):
+    for split, numbers in (("train", range(train)), ("test", range(8000, 8000 + test))):
         rows = [
             dict(zip(("question", "answer"), question(i), strict=True)) for i in numbers
         ]
@@ -123,9 +128,11 @@ ARMS = (
 
 
 def test_a_dry_run_of_paper_goes_through_all_that_its_tables_need(
-    tmp_path, monkeypatch, data
+    tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("RLREASON_DATA", str(data))
+    few = {"train": 400, "test": 200}  # all of which the base answers 97 times
+    monkeypatch.setattr(loaders, "GSM8K_ROWS", few)
+    monkeypatch.setenv("RLREASON_DATA", str(write_data(tmp_path / "data", **few)))
     monkeypatch.setenv("RLREASON_QUIET", "1")
     random_model(tmp_path / "7b")
     small = {"policy": str(tmp_path / "7b"), "sizes": [], "ppo.phases": 1}
