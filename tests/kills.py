@@ -336,7 +336,7 @@ TRAIN = {
     "orm": train.train_reward_model,
 }
 WORKERS = 2
-SMALL = 10  # kills, in the suite
+SMALL = 5  # kills, in the suite
 MOST = 30  # kills of a batch
 
 

@@ -18,7 +18,14 @@ import pytest
 import torch
 from ranks import side_by_side
 from tiny_models import PROBLEMS, tiny_policy
-from toys import TOY_PROBLEMS, UPDATE, examples_of, toy_recipe, toy_solutions
+from toys import (
+    RECIPE,
+    TOY_PROBLEMS,
+    UPDATE,
+    examples_of,
+    toy_recipe,
+    toy_solutions,
+)
 
 from rlreason.algorithms.batching import Example, response_token_count
 from rlreason.algorithms.finetune import (
@@ -212,7 +219,8 @@ def runs() -> Any:
     update = {**UPDATE, "lora": {"rank": 4, "alpha": 8.0}}
     recipe = toy_recipe(
         Path(os.environ["TOY"]),
-        expert_iteration={"k": 4, "rounds": 2, "finetune": update},
+        expert_iteration={"k": 2, "rounds": 2, "finetune": update},
+        ppo={**RECIPE["ppo"], "phases": 2},
         rcrl={"samples": 3, "k": 2, "finetune": update},
     )
     found = {}
