@@ -369,13 +369,14 @@ def test_what_on_round_returns_is_logged():
 
 @pytest.mark.parametrize("save_every", [1, 3])
 def test_a_run_that_stops_anywhere_and_goes_on_equals_an_undisturbed_one(save_every):
+    short = {"k": 2, "finetune": QUICK.finetune.model_copy(update={"epochs": 2})}
     undisturbed = Memory(save_every=save_every)
-    expected = weights(run(undisturbed))
+    expected = weights(run(undisturbed, **short))
     for die_at in range(0, len(undisturbed.rows), 2):
         recorder = Memory(save_every=save_every, die_at=die_at)
         with pytest.raises(InterruptedRunError):
-            run(recorder)
-        assert same_bits(weights(run(recorder)), expected), die_at
+            run(recorder, **short)
+        assert same_bits(weights(run(recorder, **short)), expected), die_at
         assert recorder.rows == undisturbed.rows, die_at
 
 
