@@ -21,12 +21,18 @@ from rlreason.policy.compiling import compiled_layers
 from rlreason.policy.sampler import sample
 
 
+@pytest.fixture
+def backend() -> str:
+    """What is captured is carried out as it stands."""
+    return "eager"
+
+
 @pytest.fixture(autouse=True)
-def no_code_is_generated(monkeypatch):
-    """All of the compiler but its last part, which needs another compiler and time."""
+def no_code_is_generated(monkeypatch, backend):
+    """The compiler without its last part, which needs another compiler and time."""
     torch._dynamo.reset()
     counters.clear()
-    there = partial(torch.compile, backend="aot_eager")
+    there = partial(torch.compile, backend=backend)
     monkeypatch.setattr(compiling.torch, "compile", there)
 
 
@@ -82,12 +88,13 @@ def test_outside_nothing_is_compiled():
     )  # names of weights stay
 
 
-def test_fine_tuning_and_ppo_learn_the_same():
-    settings = FinetuneSettings(epochs=1, batch_size=4, lr=1e-3)
-    plain = sft(toy_policy(), TOY_PROBLEMS[:8], settings)
+@pytest.mark.parametrize("backend", ["aot_eager"])  # its graphs of gradients too
+def test_fine_tuning_learns_the_same():
+    settings = FinetuneSettings(epochs=1, batch_size=2, lr=1e-3)
+    plain = sft(toy_policy(), TOY_PROBLEMS[:4], settings)
     counters.clear()
     compiled = settings.model_copy(update={"compile": True})
-    found = sft(toy_policy(), TOY_PROBLEMS[:8], compiled)
+    found = sft(toy_policy(), TOY_PROBLEMS[:4], compiled)
     assert counters["stats"]["unique_graphs"] >= 1
     for right, weight in zip(
         plain.model.parameters(), found.model.parameters(), strict=True
