@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -12,6 +13,8 @@ HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 
 def barriers(html: str) -> list[str]:
     """What of a page some readers cannot find their way by."""
+    # Half of a page is code, in which nobody looks for a way
+    html = re.sub(r"<(pre|script|style)\b.*?</\1>", "", html, flags=re.DOTALL)
     page = BeautifulSoup(html, "html.parser")
     for hidden in page.select(".onlyprint"):  # the theme's second title, for paper
         hidden.decompose()
