@@ -283,12 +283,22 @@ def test_references_are_in_order():
 # Pages without MyST
 
 
+@cache
+def exporter() -> HTMLExporter:
+    return HTMLExporter(template_name="classic")
+
+
 def as_read(notebook) -> str:
-    """What nbconvert makes of a notebook, without the sources that are folded."""
+    """What nbconvert makes of a notebook, without the sources that are folded.
+
+    Pictures are there without their content, of which there is a lot.
+    """
     for cell in notebook.cells:
+        for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+            data |= {kind: "" for kind in data if kind == "image/png"}
         if cell.cell_type == "code" and is_hidden(cell):
             cell.source = ""
-    html, _ = HTMLExporter(template_name="classic").from_notebook_node(notebook)
+    html, _ = exporter().from_notebook_node(notebook)
     return html.partition("<body")[2]
 
 
