@@ -522,14 +522,14 @@ def test_a_grid_of_steps_and_a_notebook_from_the_command_line(tmp_path, capsys):
     profile = toy_profile(tmp_path)
     write_notebook(tmp_path, "ch", SHOWS, parameters=PARAMETERS)
     path, out = tmp_path / "grid.yaml", tmp_path / "out"
-    runs = [{"steps": ["ppo"], "profile": "toy.yaml"}, {"notebooks": ["ch.ipynb"]}]
+    runs = [{"steps": ["sft"], "profile": "toy.yaml"}, {"notebooks": ["ch.ipynb"]}]
     path.write_text(yaml.safe_dump({"profile": "smoke", "runs": runs, "seeds": [3]}))
     with pytest.raises(SystemExit) as caught:
         main(["batch", str(path), "--output", str(out), "--jobs", "2"])
     assert caught.value.code == 0
-    assert "3 of 3 jobs are done" in capsys.readouterr().out
+    assert "2 of 2 jobs are done" in capsys.readouterr().out
     assert set(states(out).values()) == {"done"}
-    assert folder_of(plan_of("ppo", load_recipe(profile), 3)).done
+    assert folder_of(plan_of("sft", load_recipe(profile), 3)).done
     (picture,) = out.glob("ch-*/picture.png")
     assert picture.read_bytes() == b64decode(PICTURE)
     page = (out / "index.html").read_text()
