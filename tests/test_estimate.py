@@ -39,7 +39,7 @@ SHAPE = {
 WORK = Work(solved=16, asked=8, judged=4, prompt=64, response=64)
 CPU = Machine(gpus=0, memory=8e9)
 QUESTIONS, K = 8, 16
-PPO = {"micro_tokens": 1024, "rollouts": 32, "n": 1, "epochs": 1, "batch_size": 32}
+PPO = {"micro_tokens": 512, "rollouts": 32, "n": 1, "epochs": 1, "batch_size": 16}
 PPO |= {"lora": None}
 PPO |= {"kl": {"coef": 0.1}, "credit": {"kind": "gae", "value": {"kind": "head"}}}
 
@@ -271,7 +271,7 @@ def _measure() -> None:
     finetune(policy, examples, settings)
     peaks["update"] = resident("VmHWM") - before
     forget_peak()
-    ppo(policy, problems, PpoSettings(phases=2, max_new_tokens=64, **PPO))
+    ppo(policy, problems, PpoSettings(phases=1, max_new_tokens=64, **PPO))
     peaks["ppo"] = resident("VmHWM") - before
     print(json.dumps(peaks))
 
