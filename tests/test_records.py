@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from test_rows import ROW
-from toys import toy_recipe
+from toys import toy_profile, toy_recipe
 
 from rlreason.evaluation.intervals import Interval, hierarchical_interval, seed_interval
 from rlreason.experiments import rows as store
 from rlreason.experiments.catalogue import CATALOGUE
+from rlreason.experiments.measures import Context, identity
 from rlreason.experiments.records import (
     ACCURACY,
     AUC,
@@ -32,6 +33,7 @@ from rlreason.experiments.records import (
 from rlreason.experiments.rows import RecordError, Row, Spent, rows_path, write_rows
 from rlreason.experiments.tables import measured_tables, recorded_table, table_page
 from rlreason.runs.plans import folder_of, plan_of
+from rlreason.runs.profiles import load_recipe
 from rlreason.settings import settings_hash
 
 SEEDS, PROBLEMS = 3, 40
@@ -150,9 +152,62 @@ def test_equal_values_leave_room_for_what_so_few_problems_cannot_show(problems, 
     table = np.ones((3, problems))
     records = Records(greedy("sft", table), "nano")
     found = records.value(Cell("sft"))
-    assert limits(found) == (1.0, 1 - half, 1 + half)
+    assert limits(found) == (1.0, 1 - half, 1.0)  # no share is above 1
+    below = records.difference(Cell("sft"), Cell("sft"))
+    assert limits(below) == (0.0, -half, half)
     wrong = hierarchical_interval(table)  # as if nothing could ever differ
     assert wrong.low == wrong.high
+
+
+def test_the_interval_of_a_share_ends_at_0_and_1_and_that_of_a_count_does_not():
+    areas = [{"auc": x} for x in (0.99, 0.999, 0.8)]
+    counts = [SAMPLES | {"distinct": [x] * 3} for x in (1, 3, 9)]
+    rows = [*rows_of("orm", "auc", areas), *rows_of("sft", "samples", counts)]
+    records = Records(rows, "nano")
+    mean, low, high = limits(records.value(Cell("orm", AUC)))
+    assert (low, high) == (seed_interval([0.99, 0.999, 0.8]).low, 1.0)
+    assert low < mean < seed_interval([0.99, 0.999, 0.8]).mean + 1e-9
+    assert records.value(Cell("sft", "distinct")).high > 1
+    assert limits(Records(rows[:1], "nano").value(Cell("orm", AUC)))[1] == -np.inf
+
+
+def test_rows_of_an_earlier_recipe_are_not_averaged_with_those_of_the_present_one(
+    tmp_path, monkeypatch, recwarn
+):
+    monkeypatch.setattr(store, "results_folder", lambda name: tmp_path / "results")
+
+    def record(profile, arm: str, *seeds: int) -> None:
+        context = Context(load_recipe(profile))
+        for seed in seeds:
+            subject = context.subject(arm, context.recipe.policy, seed)
+            *_, plan, how = identity(context, subject, "greedy")
+            hashes = {"plan": plan, "how": how}
+            of = greedy(arm, AFTER[:1], size="base", **hashes)[0]
+            write_rows([of.model_copy(update={"seed": seed})], rows_path(profile))
+
+    def seeds(profile, arm: str) -> list[int]:
+        return [*load_records(profile).of(arm, "greedy")]
+
+    profile = toy_profile(tmp_path)
+    record(profile, "sft", 0, 1, 2)
+    record(profile, "rloo", 0)
+    assert seeds(profile, "sft") == [0, 1, 2]
+    profile = toy_profile(tmp_path, max_new_tokens=20)
+    # Of one recipe still, if of an earlier one
+    assert seeds(profile, "sft") == [0, 1, 2]
+    assert not recwarn
+    record(profile, "sft", 0)
+    with pytest.warns(
+        UserWarning,
+        match=r"left out: rloo base greedy of seed 0; sft base greedy of seed 1, 2\. "
+        "Anew: `rlreason record rloo sft --profile .*toy.yaml`",
+    ):
+        assert seeds(profile, "sft") == [0]
+    with pytest.warns(UserWarning, match="rloo base greedy"):
+        assert seeds(profile, "rloo") == []
+    record(profile, "sft", 1, 2)
+    record(profile, "rloo", 0)
+    assert seeds(profile, "sft") == [0, 1, 2]
 
 
 @pytest.mark.parametrize("values", [{}, {"right": None}, {"right": "01x"}])
@@ -213,7 +268,8 @@ def test_arms_are_shown_beside_what_they_are_compared_with(write):
     )
     assert (score.interval.mean, accuracy.interval.mean) == (0.375, -0.5)
     area = by_name["ppo-weak-orm", AUC]
-    assert limits(area.interval) == limits(seed_interval([0.7, 0.8, 0.9]))
+    low = seed_interval([0.7, 0.8, 0.9]).low
+    assert limits(area.interval)[1:] == (low, 1.0)
     assert (area.before, area.problems) == (None, 0)
     assert [row.interval.mean for row in rows[-2:]] == [0.5, 0.5]
     assert BAD in METRICS

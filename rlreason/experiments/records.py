@@ -18,8 +18,11 @@ AUC                         of the reward model
 
 from __future__ import annotations
 
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +39,8 @@ from rlreason.evaluation.intervals import (
 from rlreason.evaluation.metrics import pass_at_k
 from rlreason.experiments.catalogue import CATALOGUE, Arm
 from rlreason.experiments.rows import RecordError, Row, read_rows, rows_path
-from rlreason.runs.profiles import load_profile
+from rlreason.runs.profiles import PUBLISHED, load_profile, named_profile
+from rlreason.tasks import DataError
 
 SCORE = "score by its reward model"
 ACCURACY = "accuracy of the same answers"
@@ -64,6 +68,8 @@ METRICS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "maj@K of SFT": ("reranking", lambda v: v["vote"]),
     "rerank@K by the likelihood": ("reranking", lambda v: v["likelihood"]),
 }
+
+NO_SHARES = ("distinct", SCORE, SCORE + BEFORE)  # all other values lie in [0, 1]
 
 
 def metric_of(name: str) -> tuple[str, Callable[[Mapping[str, Any]], Any]]:
@@ -142,7 +148,10 @@ class Records:
                 f"seeds of {cell.arm} are recorded on different numbers of problems; "
                 f"`rlreason record {cell.arm}` anew"
             )
-        return interval_of(np.stack(tables)) if tables else None
+        if not tables:
+            return None
+        found = interval_of(np.stack(tables))
+        return found if cell.metric in NO_SHARES else within_shares(found)
 
     def pairs(self, one: Cell, other: Cell) -> dict[int, np.ndarray]:
         """``one`` minus ``other`` of each problem, by seed.
@@ -197,15 +206,93 @@ def interval_of(table: np.ndarray) -> Interval:
     return replace(found, low=low, high=high, method="rule of three")
 
 
+def within_shares(interval: Interval) -> Interval:
+    """The part that a share can be in; one seed's interval has no ends to move."""
+    if not isfinite(interval.low):
+        return interval
+    return replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
+
+
 def load_records(profile: str | Path) -> Records:
-    """All that is recorded of a profile.
+    """All that is recorded of a profile's recipe.
 
     Raises:
         RecordError: The file is damaged.
         SettingsError: There is no such profile.
     """
     main = Path(str(load_profile(profile).recipe.get("policy", ""))).name
-    return Records(read_rows(rows_path(profile)), main)
+    return Records(of_one_recipe(read_rows(rows_path(profile)), profile), main)
+
+
+def of_one_recipe(rows: Sequence[Row], profile: str | Path) -> Sequence[Row]:
+    """Leave out rows of an earlier recipe, once a base has any of the present one.
+
+    Of means and pairs over both, no recipe would be said. Where none is of the present
+    one they are of one before, or its base is not here: then all are kept.
+    """
+    if not rows or str(profile) in PUBLISHED:  # test_rows holds these to their plans
+        return rows
+    (content,) = named_profile(str(profile))
+    present = _identities(str(profile), content, tuple(row.key for row in rows))
+    begun = {row.size for row in rows if present.get(row.key) == row.identity}
+    left = [
+        row
+        for row in rows
+        if row.size in begun and present.get(row.key, row.identity) != row.identity
+    ]
+    if left:
+        warnings.warn(_left_out(left, profile), stacklevel=3)
+    gone = {row.key for row in left}
+    return [row for row in rows if row.key not in gone]
+
+
+def _left_out(rows: Sequence[Row], profile: str | Path) -> str:
+    seeds = defaultdict(list)
+    for row in rows:
+        seeds[row.arm, row.size, row.measure].append(str(row.seed))
+    cells = [f"{' '.join(cell)} of seed {', '.join(s)}" for cell, s in seeds.items()]
+    more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
+    arms = " ".join(dict.fromkeys(row.arm for row in rows))
+    return (
+        f"recorded of another recipe than that of profile {profile} now, and left out: "
+        f"{'; '.join(cells[:3])}{more}. Anew: `rlreason record {arms} --profile "
+        f"{profile}`"
+    )
+
+
+@lru_cache(maxsize=4)
+def _identities(
+    profile: str, content: bytes, keys: tuple[tuple[str, str, int, str], ...]
+) -> dict[tuple, tuple[str, ...]]:
+    """The identity that each row would have now; none of bases that are not here.
+
+    Args:
+        content: Of the profile and its inputs, by which the answer is remembered.
+    """
+    # Imported here, since they wait for torch
+    from rlreason.experiments.measures import Context, identity
+    from rlreason.policy.load import PolicyError
+    from rlreason.runs.contents import is_at_hand
+    from rlreason.runs.profiles import load_recipe
+
+    context = Context(load_recipe(profile))
+    bases = (*context.recipe.sizes, context.recipe.policy)
+    paths = {Path(base).name: base for base in bases if is_at_hand(base)}
+    subjects: dict[tuple, Any] = {}
+    found = {}
+    for arm, size, seed, measure in keys:
+        if size not in paths:
+            continue
+        try:
+            if (arm, size, seed) not in subjects:
+                subjects[arm, size, seed] = context.subject(arm, paths[size], seed)
+            subject = subjects[arm, size, seed]
+            found[arm, size, seed, measure] = identity(context, subject, measure)
+        except (DataError, PolicyError):
+            return {}  # without data or base no plan has a name
+        except (ValueError, KeyError):  # no arm or measure of this recipe
+            continue
+    return found
 
 
 # --- Arms and what they are compared with ---------------------------------------------

@@ -16,6 +16,7 @@ from rlreason.tasks import task_digest
 
 __all__ = ["Contents", "file_digest", "policy_digest", "sha256_of", "task_digest"]
 
+UNKNOWN = "unknown"  # the revision of what cannot be had
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 
@@ -59,7 +60,12 @@ def reward_digest(function: str | None) -> str | None:
     return f"{file_digest(path)}:{name}"
 
 
-def _hub_revision(name: str) -> str:
+def is_at_hand(policy: str) -> bool:
+    """Whether a policy lies on this machine, so that no network is asked of it."""
+    return policy_path(policy).exists() or _hub_revision(policy, ask=False) != UNKNOWN
+
+
+def _hub_revision(name: str, *, ask: bool = True) -> str:
     """The commit of a model on the hub: of the copy in the cache, else today's."""
     from huggingface_hub import model_info, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -73,6 +79,6 @@ def _hub_revision(name: str) -> str:
         cached = try_to_load_from_cache(repository, file or "config.json")
         if isinstance(cached, str):
             return Path(cached).parent.name[:HASH_LENGTH]
-        return (model_info(repository).sha or "unknown")[:HASH_LENGTH]
+        return ((ask and model_info(repository).sha) or UNKNOWN)[:HASH_LENGTH]
     except unreachable:
-        return "unknown"  # loading it says what is wrong
+        return UNKNOWN  # loading it says what is wrong
