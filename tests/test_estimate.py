@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,12 @@ def test_attention_keeps_no_matrix_of_scores(folder):
     assert peak(1, 512) == pytest.approx(peak(8, 64), rel=0.01)
     # Wrong: what PyTorch chooses where tensors have no memory
     assert peak(1, 512, "sdpa") > 1.2 * peak(8, 64, "sdpa")
+
+
+def test_a_pass_over_one_prompt_costs_much_less_than_the_weights(folder):
+    models = Models(recipe_of(folder), Machine(1, 80e9), WORK)
+    (cost,) = models.by_depth(partial(estimates._prefill, width=64, rows=1))
+    assert 0 < cost < 0.2 * models.weights
 
 
 def test_what_grows_by_the_layer_is_measured_at_two_depths(folder):
@@ -310,6 +317,16 @@ def test_what_does_not_fit_fits_with_what_is_said(folder):
     then = estimate(recipe.changed(changes), machine, wide, ["sft"])
     assert then["sft"].peak <= machine.memory
     assert remedy("evaluation", recipe, Machine(0, 1e6), wide) is None
+
+
+@pytest.mark.parametrize("memory", ["1e-3", "1e-2"])
+def test_where_no_example_fits_the_row_says_no_and_the_remedy_follows(folder, memory):
+    arguments = ["plan", "tiny", "--gpus", "1", "--memory", memory]
+    for path in ("policy", "sft.micro_tokens", "orm.micro_tokens", "ppo.micro_tokens"):
+        arguments += ["--set", path, folder if path == "policy" else "null"]
+    said = CliRunner().invoke(app, arguments, catch_exceptions=False).output
+    assert re.search(r"sft .* NO", said)
+    assert re.search("sft (fits with --set|does not fit, whatever is set)", said)
 
 
 def test_the_command_says_it():

@@ -451,6 +451,8 @@ class Models:
     ) -> int:
         """Tokens of a micro-batch where it is measured, as ``tokens_that_fit`` does.
 
+        Those of one example at least: where they do not fit, its peak is to tell.
+
         Args:
             beside: Bytes of other models on the device.
         """
@@ -469,7 +471,8 @@ class Models:
 
         held, kept = self.by_depth(measure)
         free = GPU_SHARE * max(0, self.machine.memory - held - beside)
-        return int((free if self.machine.gpus else CPU_ROOM) * len(example) / kept)
+        room = free if self.machine.gpus else CPU_ROOM
+        return max(len(example), int(room * len(example) / kept))
 
     def ppo(self, beside: int = 0) -> tuple[int, int, int]:
         """Of a learner: itself with its optimiser, the peaks of scoring and update.
@@ -590,5 +593,7 @@ def _prefill(policy: WeightlessPolicy, *, width: int, rows: int) -> tuple[int]:
     """What a pass over prompts takes besides weights, keys and values."""
     ids = torch.ones((max(1, rows), width), dtype=torch.int64, device="meta")
     with LiveBytes() as live, torch.no_grad():
+        live.hold(policy.model.parameters())  # else views of them count as new
+        start = live.now
         policy.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    return (live.peak,)
+    return (live.peak - start,)
