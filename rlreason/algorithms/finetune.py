@@ -16,10 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from rlreason.algorithms.batching import (
@@ -56,6 +57,7 @@ from rlreason.policy.progress import progress_bar
 from rlreason.policy.weights import load_model_tensors, model_tensors
 from rlreason.settings import Settings, ours, paper, precursor
 
+Moment = Annotated[float, Field(ge=0, lt=1)]
 LossSum = Callable[[list[AnyExample]], Tensor]
 
 
@@ -67,7 +69,7 @@ class FinetuneSettings(Settings):
     lr: float = paper(2e-5, "Peak learning rate.", gt=0)
     lr_floor: float = paper(2e-7, "Learning rate that the schedule ends at.", ge=0)
     warmup: float = ours(0.05, "Share of updates of warm-up.", ge=0, le=1)
-    betas: tuple[float, float] = precursor((0.9, 0.95), "AdamW's moments.")
+    betas: tuple[Moment, Moment] = precursor((0.9, 0.95), "AdamW's moments.")
     weight_decay: float = ours(0.0, "AdamW's decay.", ge=0)
     max_grad_norm: float = ours(1.0, "Clip the gradient to this norm.", gt=0)
     micro_tokens: int | None = ours(

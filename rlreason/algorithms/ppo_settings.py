@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlreason.algorithms.curriculum import CurriculumSettings, UniformSettings
+from rlreason.algorithms.finetune import Moment
 from rlreason.policy.lora import LoraSettings
 from rlreason.policy.value import ValueSettings
 from rlreason.settings import Settings, ours, paper, precursor
@@ -109,7 +110,7 @@ class PpoSettings(Settings):
     lr: float = paper(1e-6, "Peak learning rate.", ge=0)
     lr_floor: float = ours(1e-6, "Learning rate at the end.", ge=0)
     warmup: float = ours(0.0, "Share of phases of warm-up.", neutral=0.0, ge=0, le=1)
-    betas: tuple[float, float] = precursor((0.9, 0.95), "AdamW's moments.")
+    betas: tuple[Moment, Moment] = precursor((0.9, 0.95), "AdamW's moments.")
     weight_decay: float = precursor(1e-6, "AdamW's decay.", ge=0)
     max_grad_norm: float = ours(1.0, "Clip each gradient's norm.", gt=0)
     clip: float = precursor(0.2, "Epsilon of the clipped surrogate.", gt=0)

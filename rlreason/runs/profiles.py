@@ -73,14 +73,17 @@ def load_recipe(
         SettingsError: No such profile, no such field, or a value out of range.
     """
     # Imported here: the command line reads profiles, and need not wait for torch
-    from rlreason.runs.recipes import Recipe, put
+    from rlreason.runs.recipes import Recipe, check_length, put
 
     values = _from_folder(load_profile(name).recipe, profile_path(name).parent)
     given = {path.replace("__", "."): value for path, value in fields.items()}
     given = {path: value for path, value in given.items() if value is not None}
-    for path, value in {**given, **(changes or {})}.items():
+    given |= changes or {}
+    for path, value in given.items():
         put(values, path, value)
-    return load_settings(Recipe, values)
+    recipe = load_settings(Recipe, values)
+    check_length(recipe, given)
+    return recipe
 
 
 def inputs_digest(name: str | Path) -> str:
@@ -150,7 +153,7 @@ def profile_path(name: str | Path) -> Path:
     folder = Path(str(resources.files(__package__) / "profiles"))
     path = folder / f"{name}.yaml" if str(name) in BUILT_IN else Path(name)
     published = folder / f"{path.stem}.yaml"
-    if path.stem in PUBLISHED and path.is_file() and not path.samefile(published):
+    if path.stem in BUILT_IN and path.is_file() and not path.samefile(published):
         raise SettingsError(
             f"the profile {name} has the name of a built-in one, whose results it "
             "would replace: give its file another name"

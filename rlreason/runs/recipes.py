@@ -161,7 +161,7 @@ class EvaluationSettings(Settings):
 class Recipe(Settings):
     """Everything a profile's experiments need. Defaults are the paper's."""
 
-    policy: str = ours(..., "The pretrained base, as in load_policy.")
+    policy: str = ours(..., "The pretrained base, as in load_policy.", min_length=1)
     sizes: list[str] = paper(
         list,
         "Further bases, smaller first, from which `rlreason record` trains the "
@@ -236,19 +236,19 @@ class Recipe(Settings):
                 default = type(part).model_fields.get(field)
                 if default is None or getattr(part, field) in (own, default.default):
                     continue
-                raise ValueError(
-                    f"{name}.{field} would be overwritten: "
-                    + (
-                        "give the seed to the command"
-                        if field == "seed"
-                        else f"set the recipe's {field}, which holds for all"
-                    )
-                )
+                raise ValueError(_overwritten(name, field))
+        if self.expert_iteration.first_round_shots:
+            raise ValueError(
+                "expert_iteration.first_round_shots would be overwritten: set the "
+                "recipe's shots, which stand in the first round's prompt from start "
+                "base; from SFT or another run none do"
+            )
         return self
 
     @model_validator(mode="after")
     def _starts_somewhere(self) -> Recipe:
-        if self.start not in ("sft", "base") and not Path(self.start).is_dir():
+        folder = self.start and Path(self.start).is_dir()  # that of "" is where we are
+        if self.start not in ("sft", "base") and not folder:
             raise ValueError(
                 f"start={self.start!r}: give sft, base or the folder of a run"
             )
@@ -280,6 +280,30 @@ class Recipe(Settings):
     def shot_problems(self) -> Sequence[Problem]:
         """The solved examples of the prompt."""
         return self.task.shot_problems(self.shots)
+
+
+def _overwritten(part: str, field: str) -> str:
+    remedy = f"set the recipe's {field}, which holds for all"
+    if field == "seed":
+        remedy = "give the seed to the command"
+    return f"{part}.{field} would be overwritten: {remedy}"
+
+
+def check_length(recipe: Recipe, changes: Mapping[str, Any]) -> None:
+    """Refuse a length that was asked for of a part, and is another than the recipe's.
+
+    The recipe cannot see one that is the part's default, as if nobody had asked for it.
+
+    Args:
+        changes: That were made of the recipe, dotted path to value.
+
+    Raises:
+        SettingsError: There is one.
+    """
+    for path, value in changes.items():
+        part, _, field = path.rpartition(".")
+        if part and field == "max_new_tokens" and value != recipe.max_new_tokens:
+            raise SettingsError(_overwritten(part, field))
 
 
 def put(values: dict[str, Any], path: str, value: Any) -> None:
