@@ -612,6 +612,14 @@ def test_no_right_solution_is_a_clear_error():
         run(start=tiny_policy(seed=1))
 
 
+def test_right_solutions_that_a_reward_model_throws_out_are_counted_in_the_error():
+    with pytest.raises(
+        ValueError,
+        match=r"\d right solutions, of which none reaches .*=0.9.*; lower it",
+    ):
+        run(orm=lambda rollouts: [0.1] * len(rollouts), orm_threshold=0.9)
+
+
 def test_no_right_solution_is_no_error_where_there_are_reference_solutions():
     recorder = Memory()
     run(recorder, start=tiny_policy(seed=1), rounds=1, solved=TOY_PROBLEMS[:2])

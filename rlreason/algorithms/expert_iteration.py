@@ -303,10 +303,17 @@ def _explore(
     tally = tally.after(problems, rollouts, rewards)
     metrics["rollouts"] = sum(tally.asked)
     if not grown:
+        right = len(_candidates(rollouts, rewards))
+        found = (
+            f"{right} right solutions, of which none reaches orm_threshold="
+            f"{settings.orm_threshold:g}, among"
+            if right
+            else "no right solution among"
+        )
+        remedy = "lower it" if right else "start from SFT, raise k or max_new_tokens"
         raise ValueError(
-            f"round {round_ + 1} found no right solution among "
-            f"{metrics['rollouts']} rollouts, so there is nothing to learn from; "
-            f"start from SFT, raise k or max_new_tokens, or set first_round_shots"
+            f"round {round_ + 1} found {found} {metrics['rollouts']} rollouts, so "
+            f"there is nothing to learn from; {remedy}"
         )
     return grown, tally, metrics
 
