@@ -18,6 +18,7 @@ from rlreason.tasks.loaders import (
     SPLITS,
     TASKS,
     DataError,
+    check_name,
     load_files,
     load_gsm8k,
     load_svamp,
@@ -50,6 +51,7 @@ def load_problems(
             It is a ValueError, and says what is allowed or what to do.
     """
     name = str(name)
+    check_name(name)  # first: what is said of knobs would be of no task
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
     if limit is not None and limit < 1:

@@ -204,6 +204,16 @@ def task_digest(name: str) -> str | None:
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
 
 
+def check_name(name: str) -> None:
+    """Refuse what can be no task, whatever lies where.
+
+    Raises:
+        DataError: It is neither a task nor the path of one's own.
+    """
+    if name not in TASKS:
+        _own_files(name, SPLITS)
+
+
 def lasting_name(name: str) -> str:
     """A task's name as another process takes it: a path from whichever folder."""
     return name if name in TASKS else str(_expanded(name).absolute())
