@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,6 +194,44 @@ def test_ppo_from_the_base_starts_from_the_base_with_the_shots(
         assert call.on_phase(recipe.validate_every - 1, call.start) == {}
         assert call.on_phase(recipe.validate_every, call.start) == {"maj": 1}
     assert [given["shots"] for given in seen] == [2, 0]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_one_question_that_the_model_cannot_read_ends_ppo_before_it_begins(
+    split, tmp_path, handed
+):
+    recipe = toy_recipe(tmp_path)
+    with (tmp_path / "toy" / f"{split}.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "long " * 600, "answer": "#### 2"}) + "\n")
+    with pytest.raises(SettingsError, match=f"the problem {split}/6 has a prompt of"):
+        make(plan_of("ppo", recipe))
+    assert handed == []
+
+
+def test_shots_that_are_all_validation_problems_are_told_before_training(folder):
+    recipe = toy_recipe(folder, shots=6, start="base")
+    with pytest.raises(SettingsError, match=r"raise evaluation\.validation_problems"):
+        plan_of("ppo", recipe).check()
+    plan_of("ppo", recipe.changed({"start": "sft"})).check()  # which shows none
+
+
+def test_solutions_without_steps_are_told(tmp_path, handed, monkeypatch):
+    recipe = toy_recipe(tmp_path)
+    plans = {
+        step: plan_of(step, recipe.changed({"ppo.curriculum": {"kind": kind}}))
+        for step, kind in (("sft", "uniform"), ("ppo", "backtracking"))
+    }
+    monkeypatch.setattr(module, "sft", lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for plan in plans.values():
+            make(plan)
+    rows = [{"question": p.question, "answer": p.answer} for p in TOY_PROBLEMS]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "toy" / "train.jsonl").write_text(lines)
+    for step, said in (("sft", "answers alone"), ("ppo", "nothing to start from")):
+        with pytest.warns(UserWarning, match=f"has a step before .*{said}"):
+            make(plans[step])
 
 
 def test_the_temperature_of_the_base_is_that_of_sft_where_none_is_given(folder):

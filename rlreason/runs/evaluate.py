@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
 from rlreason.evaluation.evaluate import Report, Sampler, Scorer, evaluate
 from rlreason.policy.load import Policy
+from rlreason.runs.folder import read_settings
 from rlreason.runs.kept_rollouts import kept_answers
-from rlreason.runs.plans import not_shown
+from rlreason.runs.plans import idle_changes, not_shown
 from rlreason.runs.recipes import Recipe
+from rlreason.tasks.loaders import lasting_name
 
 
 def evaluate_recipe(
@@ -33,10 +39,10 @@ def evaluate_recipe(
     """
     chosen = recipe.evaluation
     shots = recipe.shot_problems() if prompted else []
-    limit = chosen.problems if greedy_only else chosen.sampled_problems
+    limit = limit_of(greedy_only)
     return evaluate(
         policy,
-        not_shown(recipe.task.load(split, limit), shots),
+        not_shown(recipe.task.load(split, getattr(chosen, limit)), shots, limit),
         k=0 if greedy_only else chosen.k,
         temperature=chosen.temperature,
         max_new_tokens=recipe.max_new_tokens,
@@ -46,3 +52,61 @@ def evaluate_recipe(
         orm=orm,
         sampler=sampler,
     )
+
+
+def limit_of(greedy_only: bool) -> str:
+    """The field of ``evaluation`` that says how many problems are asked."""
+    return "problems" if greedy_only else "sampled_problems"
+
+
+def idle_settings(
+    make: Callable[[Mapping[str, Any]], Recipe],
+    changes: Mapping[str, Any],
+    *,
+    greedy: bool,
+    prompted: bool,
+) -> list[str]:
+    """The changes of a recipe that change nothing of what ``evaluate_recipe`` does."""
+
+    def taken(recipe: Recipe) -> tuple[Any, ...]:
+        task, chosen = recipe.task, recipe.evaluation
+        samples = () if greedy else (chosen.k, chosen.temperature)
+        return (
+            *(task.name, task.knobs, recipe.max_new_tokens),
+            *(getattr(chosen, limit_of(greedy)), recipe.shots if prompted else 0),
+            *samples,
+        )
+
+    return idle_changes(taken, make, [changes])
+
+
+def differences_from_run(
+    policy: str, recipe: Recipe, *, prompted: bool, label: str | None
+) -> Iterator[str]:
+    """What a policy is asked otherwise than its run was trained to be, in words.
+
+    Args:
+        policy: Nothing is said of one that is no run folder.
+    """
+    run = read_settings(Path(policy)) or {}
+    task = run.get("task", {})
+    asked = lasting_name(recipe.task.name), recipe.task.knobs
+    if task and (task["name"], task["knobs"]) != asked:
+        there, here = (
+            " ".join([name, *knobs_in_words(knobs)])
+            for name, knobs in ((task["name"], task["knobs"]), asked)
+        )
+        yield f"the run was trained on {there}, and is asked of {here}"
+    shots = recipe.shots if prompted else 0
+    if run.get("step") == "ppo" and run["shots"] != shots:  # others learn without
+        yield (
+            f"the run was trained with {run['shots']} solved examples in its prompt, "
+            f"and is asked with {shots}; see --prompted, and shots"
+        )
+    if run.get("step") == "rcrl" and label is None:
+        yield "the run was trained to answer after a label: give --label '[GOOD]'"
+
+
+def knobs_in_words(knobs: Mapping[str, Any]) -> list[str]:
+    """Settings of a procedural task as ``steps=[1, 2]``."""
+    return [f"{name}={value}" for name, value in knobs.items()]

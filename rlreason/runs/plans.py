@@ -14,7 +14,7 @@ every setting that is neither placement nor neutral (see ``rlreason.settings``).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -26,8 +26,15 @@ from pydantic import AfterValidator, BeforeValidator, SerializeAsAny
 from torch import Tensor
 
 from rlreason.evaluation.evaluate import answer_groups, evaluate
-from rlreason.policy.load import Policy, lasting_name, load_policy, locate
+from rlreason.policy.load import (
+    Policy,
+    lasting_name,
+    load_policy,
+    locate,
+    positions_of,
+)
 from rlreason.policy.parallel import agreed, ranks
+from rlreason.policy.sampler import prompt_of
 from rlreason.policy.weights import load_model_tensors, model_tensors
 from rlreason.rewards.orm import OutcomeRewardModel
 from rlreason.runs.contents import Contents, policy_digest, reward_digest, task_digest
@@ -254,20 +261,30 @@ def without_effect(
         make: The recipe with changes, dotted path to value.
         choices: Changes that are made together; what matters in one of them does.
     """
-    names, differs, matters = list(names), set(), set()
+    names = list(names)
+    return idle_changes(lambda r: [plan_of(n, r) for n in names], make, choices)
+
+
+def idle_changes(
+    taken: Callable[[Recipe], Any],
+    make: Callable[[Mapping[str, Any]], Recipe],
+    choices: Iterable[Mapping[str, Any]],
+) -> list[str]:
+    """The changes of a recipe that change it, and nothing that is taken from it."""
+    differs, matters = set(), set()
     for changes in choices:
         whole = make(changes)
-        plans = [plan_of(name, whole) for name in names]
+        found = taken(whole)
         for path in changes.keys() - matters:
             try:
                 rest = make({p: v for p, v in changes.items() if p != path})
-                without = [plan_of(name, rest) for name in names]
+                without = taken(rest)
             except Exception:  # of whichever step: nobody asked for it without
                 matters.add(path)
                 continue
             if rest != whole:
                 differs.add(path)
-            if without != plans:
+            if without != found:
                 matters.add(path)
     return sorted(differs - matters)
 
@@ -416,23 +433,67 @@ def validate(
     shots: int = 0,
 ) -> dict[str, Any]:
     """What is looked at in between: greedy accuracy on the validation split."""
-    examples = plan.task.shot_problems(shots)
-    asked = not_shown(plan.task.load("validation", problems), examples)
     report = evaluate(
         policy,
-        asked,
+        validation_problems(plan.task, problems, shots),
         k=0,
         max_new_tokens=max_new_tokens,
-        shots=examples,
+        shots=plan.task.shot_problems(shots),
         sampler=answer_groups,  # a policy on its way is not asked again
     )
     return {"validation_maj_1": report.maj_1.mean}
 
 
-def not_shown(problems: list[Problem], examples: Any) -> list[Problem]:
-    """The problems whose solution does not stand in the prompt."""
+def validation_problems(
+    task: TaskSettings, problems: int | None, shots: int
+) -> list[Problem]:
+    """What is asked in between; see ``not_shown``."""
+    asked = task.load("validation", problems)
+    return not_shown(asked, task.shot_problems(shots), "validation_problems")
+
+
+def not_shown(
+    problems: list[Problem], examples: Sequence[Problem], limit: str
+) -> list[Problem]:
+    """The problems whose solution does not stand in the prompt.
+
+    Args:
+        limit: The field of ``evaluation`` that says how many problems there are.
+
+    Raises:
+        SettingsError: There is none.
+    """
     shown = {example.id for example in examples}
-    return [problem for problem in problems if problem.id not in shown]
+    left = [problem for problem in problems if problem.id not in shown]
+    if not left:
+        raise SettingsError(
+            f"all {len(problems)} problems to judge by are among the {len(shown)} "
+            f"solved examples of the prompt: raise evaluation.{limit}, or lower shots"
+        )
+    return left
+
+
+def check_room(
+    policy: Policy,
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int,
+    shots: Sequence[Problem] = (),
+) -> None:
+    """Refuse a problem that the model cannot read with its answer, before any work.
+
+    Raises:
+        SettingsError: There is one; names the longest.
+    """
+    room = positions_of(policy.model)
+    lengths = {p.id: len(prompt_of(policy, p, shots).tokens) for p in problems}
+    longest = max(lengths, key=lengths.__getitem__)
+    if room is not None and lengths[longest] + max_new_tokens > room:
+        raise SettingsError(
+            f"the problem {longest} has a prompt of {lengths[longest]} tokens, which "
+            f"with max_new_tokens={max_new_tokens} are more than the {room} positions "
+            "of the model: leave it out of the data, or lower max_new_tokens or shots"
+        )
 
 
 def _finished(run: RunFolder) -> bool:

@@ -8,7 +8,8 @@ the like: a run that is done is loaded, one that was killed goes on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -48,6 +49,7 @@ from rlreason.runs.plans import (
     Plan,
     Trained,
     TrainedRewardModel,
+    check_room,
     contents_of,
     folder_of,
     load_run,
@@ -56,11 +58,13 @@ from rlreason.runs.plans import (
     read_plan_file,
     register,
     validate,
+    validation_problems,
     weights_of,
     with_weights,
 )
 from rlreason.runs.recipes import Recipe, RewardSettings
 from rlreason.settings import SettingsError, ours
+from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import end_of_response
 
 
@@ -121,7 +125,9 @@ class SftPlan(Plan):
 
     def make(self, base: Policy, needed: Mapping[str, Any], run: RunFolder) -> Policy:
         """See ``algorithms.sft``."""
-        sft(base, self.task.solved_problems(), self.algorithm, run)
+        solved = self.task.solved_problems()
+        warn_without_steps(solved, "SFT can learn answers alone")
+        sft(base, solved, self.algorithm, run)
         return base
 
 
@@ -182,6 +188,8 @@ class ExpertIterationPlan(Plan):
     def make(self, base: Policy, needed: Mapping[str, Any], run: RunFolder) -> Policy:
         """See ``algorithms.expert_iteration``."""
         judged = needed.get("reward_model")
+        later = validation_problems(self.task, self.validation_problems, 0)
+        check_room(base, later, max_new_tokens=self.algorithm.max_new_tokens)
         look = partial(
             validate,
             self,
@@ -331,6 +339,8 @@ class PpoPlan(Plan):
     def check(self) -> None:
         """Its reward is there, and can be earned, before anything is trained for it."""
         super().check()
+        if self.shots:
+            validation_problems(self.task, self.validation_problems, self.shots)
         if self.reward.function is not None:
             load_reward(self.reward.function)
         # One problem first: all of them take long to make
@@ -348,6 +358,17 @@ class PpoPlan(Plan):
         """See ``algorithms.ppo``; of the base a reward may need the tokenizer."""
         model = needed.get("reward_model")
         start = needed["start"].policy if self.start else base
+        questions = self.task.question_problems()
+        shots = self.task.shot_problems(self.shots)
+        if self.algorithm.curriculum.kind == "backtracking":
+            warn_without_steps(questions, "backtracking has nothing to start from")
+        later = validation_problems(self.task, self.validation_problems, self.shots)
+        check_room(
+            start,
+            [*questions, *later],
+            max_new_tokens=self.algorithm.max_new_tokens,
+            shots=shots,
+        )
 
         def look(phase: int, policy: Policy) -> dict[str, Any]:
             last = phase == self.algorithm.phases
@@ -364,12 +385,12 @@ class PpoPlan(Plan):
         with set_aside(*([base] if self.start else [])):
             return ppo(
                 start,
-                self.task.question_problems(),
+                questions,
                 self.algorithm,
                 reward=reward_function(
                     self.reward, self.algorithm, base, orm=model and model.orm
                 ),
-                shots=self.task.shot_problems(self.shots),
+                shots=shots,
                 recorder=run,
                 on_phase=look,
             )
@@ -383,7 +404,8 @@ class PpoPlan(Plan):
         return (
             f"phase {row['phase']}: {row['rollouts']} rollouts, "
             f"reward {row['reward']:.3f}, entropy {row['entropy']:.3f}"
-            + (f", KL {row['kl']:.2f}" if "kl" in row else "")
+            # Rounded first: -0.001 is 0.00
+            + (f", KL {round(row['kl'], 2) + 0.0:.2f}" if "kl" in row else "")
             + (f", validation maj@1 {seen:.1%}" if seen is not None else "")
         )
 
@@ -443,6 +465,16 @@ class RcrlPlan(Plan):
         return (
             f"{row['questions']} questions: {row['rollouts']} rollouts, "
             f"{row['steps']} steps, {row['good_steps']:.1%} good"
+        )
+
+
+def warn_without_steps(problems: Sequence[Problem], then: str) -> None:
+    """Warn where no reference solution holds more than its final answer."""
+    if not any(p.solution.partition("####")[0].strip() for p in problems):
+        warnings.warn(
+            f"no solution of the {len(problems)} problems has a step before its final "
+            f"answer, so {then}: add a field 'solution' to the data",
+            stacklevel=2,
         )
 
 
