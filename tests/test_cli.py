@@ -310,7 +310,8 @@ def test_a_plan_is_printed_and_carried_out_from_its_file(shown, tmp_path, capsys
     assert [line.split(":")[0] for line in epochs] == ["epoch 1", "epoch 2"]
     assert all(", AUC 0." in line or ", AUC 1." in line for line in epochs)
     assert settings_of(last) == json.loads(text)
-    assert shown("train", "orm")[-1] == last  # the same run
+    # The same run, which nobody is told to have run again
+    assert shown("train", "orm")[-1] == f"{last} before: it was there already"
 
 
 def test_return_conditioned_rl_is_trained_and_judged_by_its_labels(shown):
@@ -327,6 +328,45 @@ def test_return_conditioned_rl_is_trained_and_judged_by_its_labels(shown):
         assert [line.split()[0] for line in metrics] == ["maj@1"]
     settings = settings_of(shown("train", "rcrl", "--set", "rcrl_labels", "orm")[-1])
     assert settings["policy"] in json.dumps(settings["reward_model"])
+
+
+def notes(capsys, *arguments: str) -> list[str]:
+    """What an evaluation notes on standard error."""
+    assert call("evaluate", *arguments) == 0
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if line.startswith("note: ")]
+
+
+def test_an_evaluation_notes_what_changes_nothing_of_it(shown, toy, capsys):
+    *_, last = shown("train", "sft")
+    run = last.partition(" took ")[0]
+    ours = ["--profile", str(toy / "toy.yaml")]
+    idle = ["--set", "ppo.lr", "1e-4", "--set", "shots", "2"]
+    idle += ["--set", "evaluation.problems", "3"]
+    assert notes(capsys, run, *ours, *idle) == [
+        f"note: {path} changes nothing of this evaluation"
+        for path in ("evaluation.problems", "ppo.lr", "shots")
+    ]
+    busy = ["--greedy", "--prompted", *idle[3:], "--set", "max_new_tokens", "20"]
+    assert notes(capsys, run, *ours, *busy) == []
+
+
+def test_an_evaluation_notes_where_it_asks_otherwise_than_the_run_was_trained(
+    shown, toy, capsys, monkeypatch
+):
+    *_, last = shown("train", "ppo", "--start", "base", "--set", "ppo.phases", "1")
+    run = last.partition(" took ")[0]
+    ours = ["--profile", str(toy / "toy.yaml"), "--greedy"]
+    assert notes(capsys, run, *ours, "--prompted") == []
+    (shots,) = notes(capsys, run, *ours)
+    assert shots.startswith("note: the run was trained with 1 solved examples in its")
+    few = ["--set", "task.knobs", "{'steps': [1, 1]}"]
+    few += ["--set", "evaluation.problems", "2", "--prompted"]
+    (task,) = notes(capsys, run, *ours, *few, "--set", "task.name", "gsm-mini")
+    assert task.endswith("toy, and is asked of gsm-mini steps=[1, 1]")
+    *_, last = shown("train", "rcrl")
+    (label,) = notes(capsys, last.partition(" took ")[0], *ours)
+    assert label.endswith("after a label: give --label '[GOOD]'")
 
 
 def test_a_setting_within_what_a_profile_leaves_out_is_made(capsys):

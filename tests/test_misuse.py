@@ -66,7 +66,9 @@ def place(tmp_path_factory) -> Path:
         for name, content in files.items():
             (here / name).write_bytes(content)
     (here / "file").write_text("a file")
-    (here / "tiny.yaml").write_text("description: mine, by a name that is taken")
+    for taken in ("tiny", "smol"):
+        text = "description: mine, by a name that is taken"
+        (here / f"{taken}.yaml").write_text(text)
     (here / "model.gguf").write_bytes(b"GGUF and then nothing")
     for name in ("folder", "folder.yaml", "folder.ipynb", "folder.json"):
         (here / name).mkdir()
@@ -120,6 +122,7 @@ def told(arguments: list[str], capsys) -> tuple[int, str]:
 
 
 TRAIN = ["train", "sft", "--profile", "toy.yaml"]
+PPO = ["train", "ppo", "--profile", "toy.yaml"]
 EVALUATE = ["evaluate", "sft-run", "--profile", "toy.yaml"]
 SETTINGS = ["settings", "--profile"]
 
@@ -131,6 +134,7 @@ OPTIONS = [
     (["train", "ppo", "--seed", "one"], "--seed"),
     (["train", "ppo", "--seed", "9" * 20], "--seed"),
     (["train", "ppo", "--set", "ppo.phases"], "--set"),
+    ([*TRAIN, "--start", "base", "--set", "start", "sft"], "are two starts"),
     (["train", "nano", "--size", "huge"], "--size"),
     (["plan", "tiny", "--memory", "nan"], "--memory"),
     (["plan", "tiny", "--rates", "1", "inf"], "--rates"),
@@ -179,6 +183,14 @@ WORDS = [
     ([*TRAIN, "--set", "sft.lr", "-1.0"], "sft.lr"),
     ([*TRAIN, "--set", "sft.epochs", "0"], "sft.epochs"),
     ([*TRAIN, "--set", "sft.seed", "3"], "give the seed to the command"),
+    ([*TRAIN, "--set", "sft.betas", "[0.9, 1.5]"], "sft.betas.1: Input should be"),
+    ([*TRAIN, "--set", "ppo.betas", "[-0.1, 0.9]"], "ppo.betas.0: Input should be"),
+    # Also where it is the default of its part
+    ([*TRAIN, "--set", "ppo.max_new_tokens", "256"], "ppo.max_new_tokens would be"),
+    ([*TRAIN, "--set", "expert_iteration.first_round_shots", "2"], "recipe's shots"),
+    ([*TRAIN, "--set", "policy", ""], "policy: String should have at least 1"),
+    ([*TRAIN, "--plan", "--set", "policy", "no/model"], "no/model"),
+    ([*TRAIN, "--plan", "--set", "task.name", "no.jsonl"], "no.jsonl"),
     ([*TRAIN, "--set", "", "1"], "unknown ''"),
     ([*TRAIN, "--set", "ppo.", "1"], "ppo."),
     ([*TRAIN, "--set", "policy", "3"], "policy: Input should be a valid string"),
@@ -186,8 +198,10 @@ WORDS = [
     ([*TRAIN, "--set", "policy", "folder"], "folder"),
     ([*TRAIN, "--set", "policy", "file"], "file"),
     ([*TRAIN, "--start", "nope"], "give sft, base or the folder of a run"),
-    (["train", "ppo", "--profile", "toy.yaml", "--start", "folder"], "folder"),
-    (["train", "ppo", "--profile", "toy.yaml", "--start", "damaged-run"], "damaged"),
+    ([*TRAIN, "--start", ""], "give sft, base or the folder of a run"),
+    ([*PPO, "--start", "base", "--set", "shots", "6"], "evaluation.validation_proble"),
+    ([*PPO, "--start", "folder"], "folder"),
+    ([*PPO, "--start", "damaged-run"], "damaged"),
     (["settings", "nope"], "nope"),
     (["record", "sftt"], "did you mean 'sft'?"),
     (["record", "--profile", "big"], "no profile 'big'"),
@@ -196,6 +210,7 @@ WORDS = [
     ([*TRAIN, "--set", "task.name", "no.jsonl"], "no.jsonl"),
     ([*TRAIN, "--set", "task.name", "folder"], "folder"),
     ([*TRAIN, "--set", "task.name", "gsm9k"], "gsm9k"),
+    (["plan", "smoke", "--set", "task.name", "gsm9k"], "unknown task 'gsm9k'"),
     ([*MINI, "{'steps': 'x'}"], "two whole numbers"),
     ([*MINI, "{'steps': [1.5, 2]}"], "two whole numbers"),
     ([*MINI, "{'steps': [1, 2, 3]}"], "two whole numbers"),
@@ -218,6 +233,7 @@ WORDS = [
     ([*SETTINGS, "big"], "no profile 'big'"),
     ([*SETTINGS, "no.yaml"], "no profile"),
     ([*SETTINGS, "tiny.yaml"], "has the name of a built-in one"),
+    ([*SETTINGS, "smol.yaml"], "has the name of a built-in one"),
     ([*SETTINGS, "folder.yaml"], "no profile"),
     ([*SETTINGS, "file"], "no profile"),
     ([*SETTINGS, "x" * 5000 + ".yaml"], "File name too long"),
@@ -268,6 +284,7 @@ WORDS = [
     ([*EVALUATE, "--label", "[GOOD]"], "has no token '[GOOD]'"),
     ([*EVALUATE, "--set", "max_new_tokens", "100000"], "positions"),
     ([*EVALUATE, "--set", "evaluation.k", "0"], "evaluation.k"),
+    ([*EVALUATE, "--prompted", "--set", "shots", "6"], "evaluation.sampled_problems"),
     (["bench", "train", "--policy", "no/model"], "no/model"),
     (["bench", "sample", "--policy", "folder"], "folder"),
 ]

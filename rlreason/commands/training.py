@@ -51,12 +51,19 @@ class TrainGroup(click.Group):
             help="Print the plan, which `rlreason train PLAN.json` carries out.",
         )
         def command(profile, seed, changes, start, only_plan) -> None:
-            from rlreason.runs.plans import without_effect
+            from rlreason.runs.plans import check_inputs, without_effect
             from rlreason.runs.profiles import load_recipe
             from rlreason.settings import canonical_json
 
-            values = values_of(changes) | ({"start": start} if start else {})
-            plan = step.of(load_recipe(profile, values), seed)
+            values = values_of(changes)
+            if start is not None and values.setdefault("start", start) != start:
+                raise click.UsageError(
+                    f"--start {start} and --set start {values['start']} are two "
+                    "starts: give one of them"
+                )
+            recipe = load_recipe(profile, values)
+            check_inputs(recipe)
+            plan = step.of(recipe, seed)
             for path in without_effect([name], partial(load_recipe, profile), [values]):
                 click.echo(f"note: {path} changes nothing of {name}", err=True)
             if only_plan:
@@ -96,15 +103,17 @@ def _train_plan(path: Path) -> None:
 
 def _carry_out(plan) -> None:
     from rlreason.policy.parallel import connected, rank
-    from rlreason.runs.plans import obtain
+    from rlreason.runs.plans import folder_of, obtain
 
     with connected():
+        there = folder_of(plan).done
         trained, first = obtain(plan), rank() == 0
     if first:
         for row in trained.run.metrics:
             if line := plan.lines(row):
                 click.echo(line)
-        click.echo(f"{trained.run.path} took {trained.seconds:.0f} s")
+        when = " before: it was there already" if there else ""
+        click.echo(f"{trained.run.path} took {trained.seconds:.0f} s{when}")
 
 
 @train.command("nano")
@@ -185,15 +194,27 @@ def evaluate(
     number of problems and K come from the profile's recipe. Answers are kept in run
     folders: the same evaluation is not sampled twice.
     """
-    from rlreason.runs.evaluate import evaluate_recipe
+    from rlreason.runs.evaluate import (
+        differences_from_run,
+        evaluate_recipe,
+        idle_settings,
+        knobs_in_words,
+    )
+    from rlreason.runs.profiles import load_recipe
     from rlreason.runs.steps import load_reward_model, load_trained
 
     if greedy and orm:
         raise click.UsageError("--orm chooses among samples, and --greedy draws none")
-    recipe = recipe_of(profile, changes)
+    make, values = partial(load_recipe, profile), values_of(changes)
+    recipe = make(values)
+    trained = load_trained(policy)
+    for path in idle_settings(make, values, greedy=greedy, prompted=prompted):
+        click.echo(f"note: {path} changes nothing of this evaluation", err=True)
+    for line in differences_from_run(policy, recipe, prompted=prompted, label=label):
+        click.echo(f"note: {line}", err=True)
     report = evaluate_recipe(
         recipe,
-        load_trained(policy),
+        trained,
         split=split,
         seed=seed,
         greedy_only=greedy,
@@ -203,5 +224,6 @@ def evaluate(
     )
     how = f", {recipe.shots}-shot" if prompted else ""
     how += f", {label} before each step" if label else ""
-    click.echo(f"{policy}: {recipe.task.name}, {split} split, seed {seed}{how}")
+    task = " ".join([recipe.task.name, *knobs_in_words(recipe.task.knobs)])
+    click.echo(f"{policy}: {task}, {split} split, seed {seed}{how}")
     click.echo(str(report))
