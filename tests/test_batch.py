@@ -20,7 +20,7 @@ from toys import toy_profile
 
 from rlreason.cli import main
 from rlreason.execution.jobs import Job
-from rlreason.publishing.batch import plan_lines, run_batch
+from rlreason.publishing.batch import claim, plan_lines, run_batch
 from rlreason.publishing.expected import expected_of_notebook, least_seconds
 from rlreason.publishing.grid import GridError, Item, read_grid
 from rlreason.publishing.notebooks import (
@@ -164,7 +164,7 @@ def test_all_faults_are_told_at_once_with_what_there_is(grid, tmp_path):
     [
         ({"policy": "./nowhere"}, "There is no folder './nowhere'"),
         ({"policy": "~nobody-here/m"}, "There is no folder '~nobody-here/m'"),
-        ({"policy": ""}, "The folder '' has no config.json"),
+        ({"policy": ""}, "policy: String should have at least 1"),
         ({"policy": "broken.py"}, "'broken.py' is a file: give the folder"),
         ({"task.knobs": {"templates": 3}}, "templates=3 must be a list of names"),
         ({"task.name": "own.jsonl"}, "In a profile, say task.knobs: {}"),
@@ -516,6 +516,32 @@ def test_an_interruption_leaves_no_job_running(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_batch(three(tmp_path, out), out, cores=1, report=interrupt)
     assert "running" not in states(out).values()
+    assert "waiting" in states(out).values()
+    # Nor does the page wait for one
+    page = (out / "index.html").read_text()
+    assert "http-equiv" not in page
+    assert "; stopped</p>" in page
+
+
+def test_links_of_the_page_lead_to_folders_of_whatever_name(tmp_path):
+    out = tmp_path / "out"
+    item = replace(three(tmp_path, out)[1], folder=out / "100% of #1?")
+    log = item.folder / "log.txt"
+    run_batch([replace(item, job=replace(item.job, log=log))], out, report=len)
+    assert 'href="100%25%20of%20%231%3F/log.txt"' in (out / "index.html").read_text()
+
+
+def test_two_grids_of_one_name_do_not_share_a_folder(tmp_path):
+    out, grids = tmp_path / "out", [tmp_path / n / "grid.yaml" for n in "ab"]
+    for path in grids:
+        path.parent.mkdir()
+        path.touch()
+    claim(out, grids[0])
+    claim(out, grids[0])
+    with pytest.raises(GridError, match=f"another grid, {grids[0]}: give --output"):
+        claim(out, grids[1])
+    grids[0].unlink()  # it has moved
+    claim(out, grids[1])
 
 
 def test_a_grid_of_steps_and_a_notebook_from_the_command_line(tmp_path, capsys):

@@ -50,11 +50,12 @@ def batch(
     could not be written.
     """
     from rlreason.execution.local import visible_gpus
-    from rlreason.publishing.batch import plan_lines, run_batch
+    from rlreason.publishing.batch import claim, plan_lines, run_batch
     from rlreason.publishing.grid import read_grid
     from rlreason.runs.environment import cores, make_folder, runs_root
 
-    output = (output or runs_root() / "batch" / grid.stem).absolute()
+    own = runs_root() / "batch" / grid.stem
+    given, output = output is not None, (output or own).absolute()
     items = read_grid(
         grid,
         output,
@@ -67,6 +68,8 @@ def batch(
         for line in plan_lines(items, **room):
             click.echo(line)
         return
+    if not given:
+        claim(output, grid)
     outcomes, unwritten = run_batch(
         items,
         make_folder(output),

@@ -3,6 +3,7 @@
 ::
 
     runs/batch/<grid>/
+        grid.json            whose folder it is
         status.json          every job: state, seconds, where its log and result lie
         index.html           the same to look at, with a picture of each notebook
         <job>/log.txt        all that it printed
@@ -30,6 +31,7 @@ from html import escape
 from os.path import relpath
 from pathlib import Path
 from typing import TextIO
+from urllib.parse import quote
 
 from filelock import FileLock
 
@@ -37,7 +39,7 @@ from rlreason.execution.executors import executor_named
 from rlreason.execution.jobs import Job, JobError, Outcome
 from rlreason.execution.recording import Progress, in_words
 from rlreason.publishing.expected import least_seconds
-from rlreason.publishing.grid import Item
+from rlreason.publishing.grid import GridError, Item
 from rlreason.runs.environment import cores as all_cores
 from rlreason.runs.environment import make_folder
 from rlreason.runs.files import read_json, write_atomically, write_json
@@ -89,6 +91,21 @@ def run_batch(
     except BaseException:
         board.stopped()
         raise
+
+
+def claim(output: Path, grid: Path) -> None:
+    """Write down whose a folder is, which has its name from the file of a grid.
+
+    Raises:
+        GridError: It is that of another grid of the same name.
+    """
+    note, own = make_folder(output) / "grid.json", str(grid.absolute())
+    other = read_json(note).get("grid", own)
+    if other != own and Path(other).exists():  # one that is gone has moved here
+        raise GridError(
+            f"{output} is the folder of another grid, {other}: give --output"
+        )
+    write_json(note, {"grid": own})
 
 
 def _is_done(item: Item, retry_failed: bool) -> bool:
@@ -182,6 +199,7 @@ class Board:
     terminal: TextIO | None
     states: dict[str, State] = field(init=False)
     drawn: int = 0  # lines of the table
+    over: bool = False  # stopped before all jobs had their turn
     unwritten: str = ""
 
     def __post_init__(self) -> None:
@@ -218,6 +236,7 @@ class Board:
 
     def stopped(self) -> None:
         """Nothing runs any more: what did, without an outcome, is to be done again."""
+        self.over = True
         running = (n for n, s in self.states.items() if s.state == "running")
         self.states |= {name: State() for name in running}
         self.show()
@@ -262,6 +281,8 @@ class Board:
 
     def _summary(self) -> str:
         counts = ", ".join(f"{n} {state}" for state, n in self._counts().items())
+        if self.over:
+            return f"{counts}; stopped"
         return f"{counts}; {in_words(self._progress.time_left())} left"
 
     def _draw(self, terminal: TextIO) -> None:
@@ -284,7 +305,8 @@ class Board:
             self._row(item, self.states[name]) for name, item in self._items.items()
         ]
         open_ = any(s.state in ("waiting", "running") for s in self.states.values())
-        again = '<meta http-equiv="refresh" content="10">' if open_ else ""
+        goes_on = open_ and not self.over
+        again = '<meta http-equiv="refresh" content="10">' if goes_on else ""
         return PAGE.format(
             title=escape(self.output.name),
             again=again,
@@ -313,7 +335,7 @@ class Board:
         )
 
     def _link(self, path: Path | str) -> str:
-        return escape(Path(relpath(path, self.output)).as_posix())
+        return escape(quote(Path(relpath(path, self.output)).as_posix()))
 
 
 def keep_picture(notebook: Path | None, picture: Path) -> None:
