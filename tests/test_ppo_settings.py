@@ -28,6 +28,8 @@ from rlreason.algorithms.curriculum import (
     UniformSettings,
     learning_scores,
 )
+from rlreason.algorithms.experience import check_phase
+from rlreason.algorithms.optim import DivergedError
 from rlreason.algorithms.ppo import Experience, Learner, ppo
 from rlreason.algorithms.ppo_settings import (
     BaselineSettings,
@@ -36,6 +38,7 @@ from rlreason.algorithms.ppo_settings import (
     LoraSettings,
     PpoSettings,
 )
+from rlreason.algorithms.recorder import Recorder
 from rlreason.policy.logprobs import pad_batch, token_logprobs, trunk_of
 from rlreason.policy.packing import packs
 from rlreason.policy.value import ValueSettings
@@ -805,3 +808,9 @@ def test_p49_no_setting_within_is_left_out():
         saving = {name for owner, name in SAVING if owner is cls}
         assert changes.keys() | saving == set(cls.model_fields), cls
         assert not changes.keys() & saving
+
+
+def test_a_small_limit_of_the_kl_is_told_with_what_passed_it():
+    settings = PpoSettings(max_kl=1e-9)
+    with pytest.raises(DivergedError, match=r"is 3\.4e-07 nats a token .*max_kl=1e-09"):
+        check_phase({"kl_token": 3.4e-7}, 1, settings, 0, Recorder())

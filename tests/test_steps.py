@@ -196,6 +196,12 @@ def test_ppo_from_the_base_starts_from_the_base_with_the_shots(
     assert [given["shots"] for given in seen] == [2, 0]
 
 
+def test_a_kl_that_rounds_to_nothing_has_no_sign():
+    row = {"kind": "phase", "phase": 1, "rollouts": 8, "reward": 0.5, "entropy": 1.0}
+    shown = [steps()["ppo"].lines(row | {"kl": kl}) for kl in (-0.004, -0.006)]
+    assert [line.partition("KL ")[2] for line in shown] == ["0.00", "-0.01"]
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_one_question_that_the_model_cannot_read_ends_ppo_before_it_begins(
     split, tmp_path, handed

@@ -133,7 +133,7 @@ def check_phase(
     check_finite(metrics, where=f"phase {phase + 1}", then=f"{last}. {remedy}")
     if settings.max_kl is not None and metrics["kl_token"] > settings.max_kl:
         raise DivergedError(
-            f"phase {phase + 1}: the policy is {metrics['kl_token']:.2f} nats a token "
+            f"phase {phase + 1}: the policy is {metrics['kl_token']:.2g} nats a token "
             f"from the reference, more than max_kl={settings.max_kl:g}; {last}. Raise "
             f"kl.coef (now {settings.kl.coef:g}), or lower lr (now {settings.lr:g})"
         )
