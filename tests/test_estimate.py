@@ -130,7 +130,7 @@ def test_attention_keeps_no_matrix_of_scores(folder):
 
 def test_a_pass_over_one_prompt_costs_much_less_than_the_weights(folder):
     models = Models(recipe_of(folder), Machine(1, 80e9), WORK)
-    (cost,) = models.by_depth(partial(estimates._prefill, width=64, rows=1))
+    (cost,) = models.by_depth(partial(estimates.prefill_cost, width=64, rows=1))
     assert 0 < cost < 0.2 * models.weights
 
 

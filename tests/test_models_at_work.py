@@ -100,11 +100,11 @@ def random_model(folder: Path) -> None:
 
 
 def smaller(name: str, folder: Path, changes: dict) -> Path:
-    """A built-in profile with some values changed, as a file of the same name."""
+    """A built-in profile with some values changed, as a file of a like name."""
     values = read_yaml(profile_path(name))
     for path, value in changes.items():
         put(values["recipe"], path, value)
-    file = folder / f"{name}.yaml"
+    file = folder / f"smaller-{name}.yaml"
     file.write_text(yaml.safe_dump(values))
     return file
 

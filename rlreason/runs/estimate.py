@@ -397,7 +397,7 @@ class Models:
         budget = free / 2 if self.machine.gpus else CPU_BUDGET
         groups = min(budget / group, -(-questions // self.machine.ranks))
         together = min(PREFILL_TOKENS // width, int(groups))
-        (prefill,) = self.by_depth(partial(_prefill, width=width, rows=together))
+        (prefill,) = self.by_depth(partial(prefill_cost, width=width, rows=together))
         most = max(groups * group, costs.token * width * groups + prefill)
         return held + int(most), max(1, int(groups * k))
 
@@ -589,7 +589,7 @@ def with_slack(held: int, peak: int) -> int:
     return held + round((peak - held) * (1 + SLACK))
 
 
-def _prefill(policy: WeightlessPolicy, *, width: int, rows: int) -> tuple[int]:
+def prefill_cost(policy: WeightlessPolicy, *, width: int, rows: int) -> tuple[int]:
     """What a pass over prompts takes besides weights, keys and values."""
     ids = torch.ones((max(1, rows), width), dtype=torch.int64, device="meta")
     with LiveBytes() as live, torch.no_grad():
