@@ -62,6 +62,9 @@ class Forked:
         fork.set_forkserver_preload(IMPORTED)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MPLBACKEND", INLINE)
+            # The server finds the tests' own modules by nothing else
+            here = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, here)))
             forkserver.ensure_running()
         ready, tell = fork.Pipe(duplex=False)
         all_given = (work, given, dict(environment), str(cwd), streams, tell)
@@ -162,7 +165,7 @@ def ended():
             # What a program has forked may be there when the program is no more
             end = os.killpg if isinstance(each, Forked) else os.kill
             if end is os.killpg or each.poll() is None:
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, PermissionError):  # gone already
                     end(each.pid, signal.SIGKILL)
             each.wait()
 

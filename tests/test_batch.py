@@ -537,7 +537,7 @@ def test_two_grids_of_one_name_do_not_share_a_folder(tmp_path):
         path.parent.mkdir()
         path.touch()
     claim(out, grids[0])
-    claim(out, grids[0])
+    claim(out, tmp_path / "b" / ".." / "a" / "grid.yaml")  # the same
     with pytest.raises(GridError, match=f"another grid, {grids[0]}: give --output"):
         claim(out, grids[1])
     grids[0].unlink()  # it has moved

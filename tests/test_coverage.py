@@ -218,6 +218,12 @@ def test_being_right_more_often_is_nothing_new():
     assert not beyond_own([after], [before], m=1, k=96).excludes(0)
 
 
+def test_as_many_right_answers_are_never_more_samples_than_there_are():
+    one = Solutions(10, {"q": {"a": 1}, "r": {"b": 1}})
+    assert 3 * 0.1 / 0.1 > 3  # which would ask for a fourth sample of three
+    assert novelty([one], [one], m=3, k=7).mean == pytest.approx(0.09 - 0.3)
+
+
 def test_weight_on_fewer_solutions_is_less_variety_among_as_many_right_answers():
     before, after = drawn([0.1] * 4, 96, 1), drawn([0.7, 0.1], 96, 2)
     assert variety([after], [before], right=4).high < 0

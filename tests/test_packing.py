@@ -179,6 +179,12 @@ def test_a_longer_sequence_beside_it_never_changes_how_another_is_read(kind):
         assert gap_of(policy, prompts[:2], responses[:2]) < 1e-5
 
 
+def test_a_family_without_a_number_of_positions_is_scored():
+    policy = tiny_family("bloom")
+    assert getattr(policy.model.config, "max_position_embeddings", None) is None
+    assert gap_of(policy, *ROWS) < 1e-5
+
+
 # --- Common beginnings ----------------------------------------------------------------
 
 EXAMPLES = [1, 40, 50, 60, 55, 44, 45, 46, 47, 48]

@@ -27,7 +27,7 @@ from rlreason.tasks import load_problems
 from rlreason.tasks.problem import Problem
 from rlreason.tasks.prompts import format_prompt
 
-GENERATE_ROWS = (64, 128, 256, 512)  # how many in a call are tried
+GENERATE_ROWS = (64, 128, 256, 512)  # about how many in a call are tried
 
 
 def run_sample_benchmark(

@@ -286,7 +286,7 @@ def _novel(
 
 def _as_right(m: int, *rates: float) -> list[float]:
     """How many of m samples of each policy are to hold as many right ones."""
-    return [m * min(rates) / rate if rate else 0.0 for rate in rates]
+    return [m * (min(rates) / rate) if rate else 0.0 for rate in rates]
 
 
 def _between(curve: Callable[[int], float], at: float) -> float:

@@ -40,7 +40,7 @@ from rlreason.evaluation.metrics import pass_at_k
 from rlreason.experiments.catalogue import CATALOGUE, Arm
 from rlreason.experiments.rows import RecordError, Row, read_rows, rows_path
 from rlreason.runs.profiles import PUBLISHED, load_profile, named_profile
-from rlreason.tasks import DataError
+from rlreason.tasks import DataError, is_here
 
 SCORE = "score by its reward model"
 ACCURACY = "accuracy of the same answers"
@@ -264,7 +264,7 @@ def _left_out(rows: Sequence[Row], profile: str | Path) -> str:
 def _identities(
     profile: str, content: bytes, keys: tuple[tuple[str, str, int, str], ...]
 ) -> dict[tuple, tuple[str, ...]]:
-    """The identity that each row would have now; none of bases that are not here.
+    """The identity that each row would have now; none where base or data are not here.
 
     Args:
         content: Of the profile and its inputs, by which the answer is remembered.
@@ -276,6 +276,8 @@ def _identities(
     from rlreason.runs.profiles import load_recipe
 
     context = Context(load_recipe(profile))
+    if not is_here(context.recipe.task.name):
+        return {}
     bases = (*context.recipe.sizes, context.recipe.policy)
     paths = {Path(base).name: base for base in bases if is_at_hand(base)}
     subjects: dict[tuple, Any] = {}

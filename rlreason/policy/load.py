@@ -368,6 +368,8 @@ def disable_dropout(model: nn.Module) -> None:
 def _opening(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """What the tokenizer puts before a text of its own accord, as a rule BOS."""
     text = tokenizer("1", add_special_tokens=False).input_ids
+    if not text:  # then what is before and behind it cannot be told apart
+        return ()
     return tuple(takewhile(lambda i: i not in text, tokenizer("1").input_ids))
 
 
@@ -530,7 +532,8 @@ def _check_gguf(name: str, file: str, model: PreTrainedModel) -> None:
 def _stretched(reader: gguf.GGUFReader) -> str | None:
     """Say it where positions turn a head's dimensions otherwise than by one base."""
     # By their names without that of the architecture
-    said = {key.partition(".")[2]: x.contents() for key, x in reader.fields.items()}
+    named = {key.partition(".")[2]: field for key, field in reader.fields.items()}
+    said = {k: x.contents() for k, x in named.items() if k.startswith("rope.")}
     factors = (said.get(key) for key in ("rope.scaling.factor", "rope.scale_linear"))
     usual = "none" if {0, 1, None}.issuperset(factors) else "linear"
     kinds = {said.get("rope.scaling.type", usual)} - {"none"}
@@ -540,7 +543,8 @@ def _stretched(reader: gguf.GGUFReader) -> str | None:
 
 def _without_place(reader: gguf.GGUFReader, model: PreTrainedModel) -> str | None:
     """Say it where a file holds more than the weights of the model made of it."""
-    held = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    own_output = ("output.weight",) if model.config.tie_word_embeddings else ()
+    held = sum(int(t.n_elements) for t in reader.tensors if t.name not in own_output)
     own = model.state_dict().values()  # what is tied has two names
     placed = sum(weight.numel() for weight in {w.data_ptr(): w for w in own}.values())
     if held <= placed:

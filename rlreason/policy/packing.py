@@ -126,9 +126,12 @@ def check_lengths(trunk: PreTrainedModel, lengths: np.ndarray) -> None:
     config = trunk.config
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
-        kind, limit = rope.get("rope_type"), config.max_position_embeddings
-        if kind == "longrope":
-            limit = rope["original_max_position_embeddings"]
+        kind = rope.get("rope_type")
+        if kind not in ("longrope", "dynamic"):
+            continue
+        limit = rope.get("original_max_position_embeddings")
+        if kind == "dynamic" or limit is None:
+            limit = config.max_position_embeddings
         beyond = lengths > limit
         # The frequencies of "dynamic" are those of the longest call that there was
         if kind == "dynamic" and beyond.any():

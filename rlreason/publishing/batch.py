@@ -99,9 +99,9 @@ def claim(output: Path, grid: Path) -> None:
     Raises:
         GridError: It is that of another grid of the same name.
     """
-    note, own = make_folder(output) / "grid.json", str(grid.absolute())
-    other = read_json(note).get("grid", own)
-    if other != own and Path(other).exists():  # one that is gone has moved here
+    note, own = make_folder(output) / "grid.json", str(grid.resolve())
+    other = Path(read_json(note).get("grid", own))
+    if other.exists() and not other.samefile(grid):  # one that is gone has moved here
         raise GridError(
             f"{output} is the folder of another grid, {other}: give --output"
         )

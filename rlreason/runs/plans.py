@@ -486,9 +486,11 @@ def check_room(
         SettingsError: There is one; names the longest.
     """
     room = positions_of(policy.model)
+    if room is None:
+        return
     lengths = {p.id: len(prompt_of(policy, p, shots).tokens) for p in problems}
     longest = max(lengths, key=lengths.__getitem__)
-    if room is not None and lengths[longest] + max_new_tokens > room:
+    if lengths[longest] + max_new_tokens > room:
         raise SettingsError(
             f"the problem {longest} has a prompt of {lengths[longest]} tokens, which "
             f"with max_new_tokens={max_new_tokens} are more than the {room} positions "

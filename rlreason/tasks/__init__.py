@@ -19,6 +19,7 @@ from rlreason.tasks.loaders import (
     TASKS,
     DataError,
     check_name,
+    is_here,
     load_files,
     load_gsm8k,
     load_svamp,
@@ -26,7 +27,15 @@ from rlreason.tasks.loaders import (
 )
 from rlreason.tasks.problem import Problem
 
-__all__ = ["SPLITS", "TASKS", "DataError", "Problem", "load_problems", "task_digest"]
+__all__ = [
+    "SPLITS",
+    "TASKS",
+    "DataError",
+    "Problem",
+    "is_here",
+    "load_problems",
+    "task_digest",
+]
 
 
 def load_problems(

@@ -179,6 +179,11 @@ def split_of(question: str) -> str:
     return {8: "validation", 9: "test"}.get(tenth, "train")
 
 
+def is_here(name: str) -> bool:
+    """Whether a task's data are had without asking the hub."""
+    return name not in _HUB or _data_folder() is not None
+
+
 def task_digest(name: str) -> str | None:
     """What a task's data hold, in 12 hexadecimal digits, to name runs by.
 
