@@ -19,12 +19,12 @@ def test_a_row_for_each_k_with_both_rates():
     rows = run_sample_benchmark(
         policy,
         questions=3,
-        samples=(1, 2),
+        samples=(1, 3),
         max_new_tokens=4,
         repeats=2,
         report=lines.append,
     )
-    assert [row["k"] for row in rows] == [1, 2]
+    assert [row["k"] for row in rows] == [1, 3]
     for row in rows:
         assert row["questions"] == 3
         assert 1 <= row["mean_tokens"] <= 4

@@ -60,6 +60,7 @@ Verdict = Literal["supported", "contradicted", "inconclusive"]
 Range = tuple[float, float]
 MARGIN = 0.02  # two points
 NEAR = 0.95  # of the best accuracy
+RIGHT = 16  # answers of each policy, among which solutions are counted
 ABOVE_0, BELOW_0 = (0.0, inf), (-inf, 0.0)
 NO_HIGHER, NO_LOWER = (-inf, MARGIN), (-MARGIN, inf)
 
@@ -255,17 +256,20 @@ def by_size(
     """
 
     def rule(records: Records) -> Iterator[Effect]:
-        others = sorted({row.size for row in records.rows} - {records.size})
-        tables = []
-        if others:
-            large, small = (rule_of(records, s) for s in (records.size, others[0]))
-            tables = [large[s] - small[s] for s in sorted(large.keys() & small.keys())]
-        small = others[0] if others else "another"
-        label = name.format(large=records.size, small=small)
+        sizes = records.size, smaller_base(records)
+        large, small = (rule_of(records, size) for size in sizes)
+        tables = [large[s] - small[s] for s in sorted(large.keys() & small.keys())]
+        label = name.format(large=sizes[0], small=sizes[1])
         interval = interval_of(np.stack(tables)) if tables else None
         yield Effect(label, interval, ABOVE_0, unit)
 
     return rule
+
+
+def smaller_base(records: Records) -> str:
+    """The base beside the largest; "another", of which there are no rows, if none."""
+    others = {row.size for row in records.rows} - {records.size}
+    return min(others, default="another")
 
 
 def gap_to_sft(arm: str) -> Callable[[Records, str], dict[int, np.ndarray]]:
@@ -340,7 +344,7 @@ def covered(arm: str, by: str, expected: Range) -> Rule:
     return rule
 
 
-def as_right(arm: str, right: int = 16) -> Rule:
+def as_right(arm: str, right: int = RIGHT) -> Rule:
     """``variety`` of the largest base less that of the smallest, told and not judged.
 
     Who is right more often has more right answers among as many samples, and more
@@ -348,8 +352,7 @@ def as_right(arm: str, right: int = 16) -> Rule:
     """
 
     def rule(records: Records) -> Iterator[Effect]:
-        others = sorted({row.size for row in records.rows} - {records.size})
-        small = others[0] if others else "another"
+        small = smaller_base(records)
         pair = drawn(records, Cell(arm), Cell(arm, size=small))
         name = f"{arm}, among {right} right answers, {records.size} less {small}"
         interval = variety(*pair, right=right) if pair else None
@@ -361,7 +364,8 @@ def as_right(arm: str, right: int = 16) -> Rule:
 def drawn(records: Records, *cells: Cell) -> list[list[Solutions]]:
     """The ``solutions`` of arms, of the seeds that all have; empty without one."""
     rows = [records.of(cell.arm, "solutions", cell.size) for cell in cells]
-    if not (seeds := set.intersection(*map(set, rows))):
+    seeds = set.intersection(*map(set, rows)) if rows else ()
+    if not seeds:
         return []
     return [read_solutions({seed: each[seed] for seed in seeds}) for each in rows]
 

@@ -13,6 +13,7 @@ from rlreason.experiments.catalogue import CATALOGUE
 from rlreason.experiments.claims import (
     CLAIMS,
     NEAR,
+    RIGHT,
     best_of,
     drawn,
     judge_claims,
@@ -42,7 +43,6 @@ from rlreason.publishing.front import ENDS
 
 FEWEST = 3  # seeds: by two an interval says little
 ADDED = ("expert-iteration", "ppo", "ppo-network", "rcrl")
-RIGHT = 16  # answers of each, among which solutions are counted
 TAKEN = ("expert-iteration", "ppo", "rcrl")
 
 
