@@ -62,8 +62,9 @@ def app() -> None:
     RLREASON_RUNS   folder for runs and executed notebooks, ./runs if not set
     RLREASON_MODELS folder for imported models, ~/.cache/rlreason if not set
 
-    Exit codes: 0 done, 1 a fault of the program, 2 something to mend, which is named, 3
-    stopped by its time limit, 130 interrupted.
+    Exit codes: 0 done, 1 a fault of the program (of batch: a job failed; of doctor:
+    tiny cannot run), 2 something to mend, which is named, 3 stopped by its time limit,
+    130 interrupted, 143 asked to end.
     """
     os.environ.update(folders())
 

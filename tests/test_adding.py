@@ -50,16 +50,8 @@ def test_its_code_parses_and_its_reward_rewards(tmp_path):
     assert all(sum(row) < 1 for row in rewards)
 
 
-IMPORTS = """
-from typing import Literal
-from rlreason.runs.plans import AnyPlan, Plan, plan_of, register
-from rlreason.runs.steps import common_fields
-
-"""
-
-
 def test_the_step_of_an_installed_package_is_known_to_every_process(tmp_path, capsys):
-    (tmp_path / "wishes.py").write_text(IMPORTS + blocks()[2])
+    (tmp_path / "wishes.py").write_text(blocks()[2])
     about = tmp_path / "wishes-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: wishes\nVersion: 1.0")

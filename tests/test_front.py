@@ -1,5 +1,7 @@
 """The README's picture: from the records alone, and the same file for the same rows."""
 
+import re
+
 from rlreason.experiments.records import Cell, Records, load_records
 from rlreason.publishing import front
 from rlreason.runs.environment import project_root
@@ -24,6 +26,13 @@ def test_the_readmes_picture_is_of_the_rows_that_are_there():
         if (value := records.value(Cell(arm))) is not None:
             assert f"<!-- {name} -->" in drawn  # how matplotlib notes a text
             assert f"<!-- {100 * value.mean:.1f}% -->" in drawn
+
+
+def test_the_readmes_numbers_are_those_of_the_rows():
+    readme, records = (project_root() / "README.md").read_text(), load_records("tiny")
+    named = set(front.ENDS) - {"expert-iteration-orm", "expert-iteration-orm-base"}
+    means = {f"{100 * records.value(Cell(arm)).mean:.1f}%" for arm in named}
+    assert set(re.findall(r"[\d.]+%", readme)) - {"95%"} == means
 
 
 def test_the_same_rows_are_the_same_file(tmp_path, monkeypatch):

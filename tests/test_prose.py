@@ -244,9 +244,7 @@ def links(text: str) -> list[tuple[str, str]]:
 def test_every_link_within_the_book_leads_to_a_file(path):
     for _, to in links(prose(path)):
         if ":" not in to and not to.startswith("#"):
-            # Pages lie beside the folder of notebooks once the book is built
-            near = [path.parent / to, REPOSITORY / to]
-            assert any(file.is_file() for file in near), to
+            assert (path.parent / to).is_file(), to
 
 
 def citations() -> dict[str, set[str]]:

@@ -46,7 +46,7 @@ def run(
 
     \b
     rlreason run notebooks/00_tour.ipynb
-    rlreason run notebooks/00_tour.ipynb --profile smoke -p n_problems 50
+    rlreason run notebooks/00_tour.ipynb --profile smoke -p n_questions 6
     """
     from rlreason.publishing.notebooks import (
         output_folder,

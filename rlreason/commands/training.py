@@ -147,7 +147,8 @@ def settings_command(algorithm: str | None, profile: str) -> None:
     """Print every setting of a recipe, or of one ALGORITHM.
 
     With its type, default, what the profile says, meaning, and where the default comes
-    from: the paper, its authors' earlier code (precursor), or this project (ours).
+    from: the paper (read, at second hand or from memory: paper.yaml says which), its
+    authors' earlier code (precursor), or this project (ours).
     """
     from rlreason.runs.describe import describe_settings
 

@@ -411,6 +411,13 @@ ENTRIES = (
         },
         against="expert-iteration",
     ),
+    Arm(
+        "expert-iteration-own",
+        "learns its own solutions alone, not the reference solutions again",
+        "expert-iteration",
+        {"expert_iteration.reference_solutions": False},
+        against="expert-iteration",
+    ),
     ppo(
         "ppo-network",
         "two epochs, and a value function of its own that learns more often",
@@ -545,6 +552,7 @@ CATALOGUE = Catalogue(
                 "expert-iteration-early",
                 "expert-iteration-current",
                 "expert-iteration-longer",
+                "expert-iteration-own",
                 "ppo-early",
                 "ppo-longer",
             ),

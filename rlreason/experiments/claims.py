@@ -543,8 +543,8 @@ CLAIMS = (
     ),
     Claim(
         "ei-reranks",
-        "Expert iteration leads in rerank@96.",
-        "unverified transcription",
+        "Expert iteration leads in rerank@96 in most cases.",
+        "verified",
         over(EI, OTHERS, RERANK, ABOVE_0),
         "Table 1",
     ),

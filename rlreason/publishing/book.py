@@ -69,6 +69,8 @@ MATHJAX_PACKAGE = "sphinx-mathjax-offline"
 MATHJAX_FILES = ("tex-chtml-full.js", "output/chtml/fonts/woff-v2/")
 # A paragraph of the first page, in whose place a chapter's first figure is shown
 FIRST_FIGURE = re.compile(r"^\*`make book` shows here .*?\]\((.*?)\)\.\*$", re.M | re.S)
+# In the repository the notebooks lie beside book/, in the built book within it
+FROM_PAGES = ("](../notebooks/", "](notebooks/")
 # Without the grammars of addresses that jsonschema would compile: see `notebooks`
 QUICKLY = "import sys; sys.modules['rfc3987_syntax'] = None; "
 JUPYTER_BOOK = QUICKLY + "from jupyter_book.cli.main import main; main()"
@@ -269,6 +271,8 @@ def collect_pages(book: Path, run: Path, target: Path, records: list[Record]) ->
     """Lay out what Sphinx reads: pages, notebooks, status, settings, MathJax."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(book, target, ignore=shutil.ignore_patterns("_build"))
+    for page in target.glob("*.md"):
+        page.write_text(page.read_text("utf8").replace(*FROM_PAGES), "utf8")
     (target / "notebooks").mkdir()
     for record in records:
         name = f"notebooks/{record.notebook}.ipynb"

@@ -85,10 +85,10 @@ def settings_page(recipe: Recipe, profile: str) -> str:
         "# Every setting",
         "",
         "What decides a run, with its default and where that comes from: the *paper* "
-        "(read there, or second hand), its authors' earlier code (*precursor*), or "
-        f"this project (*ours*). The column in the middle is what the profile "
-        f"`{profile}` says. `rlreason settings` prints the same; `--set FIELD VALUE` "
-        "changes one.",
+        "(read there, at second hand, or from memory: `paper.yaml` says which), its "
+        "authors' earlier code (*precursor*), or this project (*ours*). The column in "
+        f"the middle is what the profile `{profile}` says. `rlreason settings` prints "
+        "the same; `--set FIELD VALUE` changes one.",
     ]
     for name, rows in sections.items():
         lines += ["", f"## {name}", ""]
