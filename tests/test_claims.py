@@ -13,15 +13,17 @@ from test_records import SAMPLES, greedy, rows_of
 
 from rlreason import cli
 from rlreason.evaluation.intervals import Interval, hierarchical_interval, seed_interval
+from rlreason.evaluation.metrics import pass_at_k
 from rlreason.experiments.catalogue import CATALOGUE
-from rlreason.experiments.claims import (
+from rlreason.experiments.claims import CLAIMS, judge_claims
+from rlreason.experiments.measures import MEASURES
+from rlreason.experiments.records import UNKNOWN, Cell, Records
+from rlreason.experiments.rules import (
     ABOVE_0,
     BELOW_0,
-    CLAIMS,
     NEAR,
     NO_HIGHER,
     NO_LOWER,
-    UNKNOWN,
     Effect,
     arms,
     as_right,
@@ -31,13 +33,12 @@ from rlreason.experiments.claims import (
     covered,
     differ,
     every,
-    gap_to_sft,
-    judge_claims,
+    in_small,
+    lost,
+    passed,
     rollouts_to,
     sooner,
 )
-from rlreason.experiments.measures import MEASURES
-from rlreason.experiments.records import Cell, Records
 from rlreason.publishing.notebooks import find_notebooks
 
 
@@ -200,12 +201,42 @@ def test_sizes_are_compared_in_pairs_too():
         *greedy("ppo", GRADED, size="nano-xs"),
         *greedy("ppo-base", WORSE, size="nano-xs"),
     ]
-    rule = by_size(gap_to_sft("ppo"), "lost, {small} less {large}")
+    rule = by_size(lost("ppo", "ppo"), "lost, {small} less {large}")
     (effect,) = rule(Records(rows, "nano"))
     assert effect.name == "lost, nano-xs less nano"
     assert effect.interval == hierarchical_interval(GRADED - WORSE)
     (effect,) = rule(Records(rows[:6], "nano"))
     assert (effect.interval, effect.verdict) == (None, "inconclusive")
+    # The same two of the smaller base, told and not judged
+    (effect,) = in_small("ppo-base", "ppo")(Records(rows, "nano"))
+    assert effect.name == "ppo-base of nano-xs maj@1 less ppo of nano-xs"
+    assert effect.interval == hierarchical_interval(WORSE - GRADED)
+    assert effect.verdict is None
+
+
+def test_many_samples_tell_what_few_leave_open():
+    def rows(arm: str, counts: list[int]):
+        each = {f"q{i}": {"a": n} for i, n in enumerate(counts)}
+        values = {"samples": 64, "counts": each}
+        return rows_of(arm, "solutions", [values] * 3)
+
+    few = rows_of("sft", "samples", [SAMPLES] * 3)
+    records = [*few, *rows("sft", [64, 32]), *rows("ppo", [64, 0])]
+    (effect,) = passed("ppo", "sft")(Records(records, "nano"))
+    k = Records(records, "nano").samples()
+    assert effect.name.startswith(f"ppo less sft pass@{k}, from ")
+    whole = -pass_at_k(64, 32, k) / 2
+    assert effect.interval.mean == pytest.approx(whole)
+    assert effect.verdict is None
+    (effect,) = passed("ppo", "sft")(Records(few, "nano"))
+    assert effect.interval is None
+
+
+def test_of_how_many_seeds_a_number_is_stands_beside_it():
+    of_seeds = seed_interval([0.1, 0.2, 0.3])
+    assert Effect("x", of_seeds, ABOVE_0).measured.endswith("]; 3 seeds")
+    of_problems = Interval(0.2, 0.1, 0.3, 50, "Wilson")
+    assert Effect("x", of_problems, ABOVE_0).measured.endswith("]")
 
 
 def test_what_rl_adds_is_judged_by_how_likely_it_is_and_not_by_rare_solutions():
@@ -289,7 +320,7 @@ def test_every_claim_is_judged_once_all_is_recorded(capsys):
         "reranking": {"k": 4, "vote": [0, 1], "rerank": [1, 1], "likelihood": [1, 0]},
         "earned": {"score_before": [0, 1], "score_after": [1, 1]}
         | {"right_before": "01", "right_after": "11"},
-        "solutions": {"samples": 4, "counts": {"p": {"a": 2, "b": 1}}},
+        "solutions": {"samples": 4, "counts": {p: {"a": 2, "b": 1} for p in "pq"}},
     }
     rows = [
         row
@@ -323,5 +354,5 @@ def test_a_claim_is_told_in_the_first_line_of_its_effects():
     )
     assert first["claim"].startswith("RL improves maj@1 and pass@96")
     assert first["shown in"] == "Figure 17.1"
-    assert len(others) == 9
+    assert len(others) == 13
     assert {*others[0]} == {"effect", "measured", "expected"}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlreason.experiments.claims import NEAR, best_of
 from rlreason.experiments.records import Cell, Records, load_records
+from rlreason.experiments.rules import NEAR, best_of
 from rlreason.publishing.front import ENDS
 from rlreason.publishing.summary import near_its_best, of_its_own, summary, taken
 

@@ -10,15 +10,7 @@ from collections.abc import Iterable, Iterator
 from math import isfinite
 
 from rlreason.experiments.catalogue import CATALOGUE
-from rlreason.experiments.claims import (
-    CLAIMS,
-    NEAR,
-    RIGHT,
-    best_of,
-    drawn,
-    judge_claims,
-    rollouts_to,
-)
+from rlreason.experiments.claims import CLAIMS, judge_claims
 from rlreason.experiments.coverage import (
     distinct_differences,
     novelty,
@@ -38,6 +30,7 @@ from rlreason.experiments.records import (
     unbroken,
     with_verdict,
 )
+from rlreason.experiments.rules import NEAR, RIGHT, best_of, drawn, rollouts_to
 from rlreason.publishing.chapter import verdict
 from rlreason.publishing.front import ENDS
 
@@ -62,9 +55,11 @@ def summary(records: Records) -> str:
             *lines,
             "",
             "*Filtered*: a right solution is kept only if an outcome reward model "
-            f"(ORM) scores it at {threshold:g} or more. PPO with a value network also "
-            "has two epochs a phase, twice the questions, a narrower clip, a higher "
-            "last rate and another lambda ([chapter 8](08_ppo_in_practice.ipynb)).",
+            f"(ORM) scores it at {threshold:g} or more; the model began as the last "
+            "policy of a whole expert iteration without a filter. PPO with a value "
+            "network also has two epochs a phase, twice the questions, a narrower "
+            "clip, a higher last rate and another lambda ([chapter "
+            "8](08_ppo_in_practice.ipynb)).",
             "",
             f"- **Which method ends best?** With SFT {_ranked(records, with_sft)}. "
             f"Without SFT {_ranked(records, without)}. Only methods with {FEWEST} "
