@@ -412,6 +412,14 @@ ENTRIES = (
         against="expert-iteration",
     ),
     Arm(
+        "sft-longer",
+        "SFT, five times the epochs",
+        "sft",
+        lambda recipe: {"sft.epochs": 5 * recipe.sft.epochs},
+        start="",
+        against="sft",
+    ),
+    Arm(
         "expert-iteration-own",
         "learns its own solutions alone, not the reference solutions again",
         "expert-iteration",
@@ -553,6 +561,7 @@ CATALOGUE = Catalogue(
                 "expert-iteration-current",
                 "expert-iteration-longer",
                 "expert-iteration-own",
+                "sft-longer",
                 "ppo-early",
                 "ppo-longer",
             ),
