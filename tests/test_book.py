@@ -230,7 +230,8 @@ def small(tmp_path_factory):
         "  - file: notebooks/number\n  - file: status\n"
     )
     (root / "book" / "intro.md").write_text(
-        "# First\n\nAcross pages {glue:text}`notebooks/number.ipynb::answer:s`.\n"
+        "# First\n\nAcross pages {glue:text}`notebooks/number.ipynb::answer:s`, "
+        "of [a chapter](../notebooks/number.ipynb).\n"  # as the repository has it
     )
     prose = "# Number\n\nIt is {glue:text}`answer`; see [first](../book/intro.md)."
     source = GLUE.format(name="answer", value="6 * 7")
@@ -266,6 +267,7 @@ def test_numbers_come_from_the_run_on_their_page_and_on_others(small, two_books)
     for page in ("intro.html", "notebooks/number.html"):
         assert '<span class="pasted-text">42</span>' in (html / page).read_text()
     assert 'href="../intro.html"' in (html / "notebooks" / "number.html").read_text()
+    assert 'href="notebooks/number.html"' in (html / "intro.html").read_text()
 
 
 def test_a_fault_of_a_page_is_an_error_and_leaves_the_old_book(

@@ -234,7 +234,7 @@ def test_many_samples_tell_what_few_leave_open():
 
 def test_of_how_many_seeds_a_number_is_stands_beside_it():
     of_seeds = seed_interval([0.1, 0.2, 0.3])
-    assert Effect("x", of_seeds, ABOVE_0).measured.endswith("]; 3 seeds")
+    assert Effect("x", of_seeds, ABOVE_0).measured.endswith("], 3 seeds")
     of_problems = Interval(0.2, 0.1, 0.3, 50, "Wilson")
     assert Effect("x", of_problems, ABOVE_0).measured.endswith("]")
 
@@ -281,6 +281,14 @@ def test_what_is_told_beside_a_claim_decides_nothing():
     assert judged.verdict == "supported"
     assert "(not judged)" in str(judged)
     assert [line["expected"] for line in judged.lines()] == ["above 0", "not judged"]
+
+
+def test_what_is_told_beside_makes_no_claim_known():
+    rule = every(arms("ppo", "sft"), beside(arms("rloo", "sft")))
+    claim = replace(CLAIMS[0], rule=rule)
+    rows = [*greedy("sft", GRADED), *greedy("rloo", WORSE)]
+    (judged,) = judge_claims(Records(rows, "nano"), [claim])
+    assert judged.said == UNKNOWN  # and not "inconclusive"
 
 
 def test_every_claim_names_what_there_is_and_where_it_is_shown():

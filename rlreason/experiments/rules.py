@@ -17,6 +17,7 @@ import numpy as np
 from rlreason.evaluation.diversity import Solutions
 from rlreason.evaluation.intervals import Interval, seed_interval
 from rlreason.experiments.coverage import (
+    SCALE,
     beyond_own,
     coverage,
     pass_differences,
@@ -41,6 +42,7 @@ RIGHT = 16  # answers of each policy, among which solutions are counted
 ABOVE_0, BELOW_0 = (0.0, inf), (-inf, 0.0)
 NO_HIGHER, NO_LOWER = (-inf, MARGIN), (-MARGIN, inf)
 DISTINCT = "distinct"
+NO_OTHER = "another"
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Effect:
         i = self.interval
         if i is None:
             return "not recorded"
-        seeds = f"; {i.n} seeds" if "seeds" in i.method else ""
+        seeds = f", {i.n} seeds" if "seeds" in i.method and i.n > 1 else ""
         said = {
             "points": in_points(i),
             "share": f"{i.mean:.1%} {ends(i, '.1%')}",
@@ -154,20 +156,21 @@ def beside(rule: Rule) -> Rule:
 
 
 def by_size(
-    rule_of: Callable[[Records, str], dict[int, np.ndarray]],
+    values_of: Callable[[Records, str], dict[int, np.ndarray]],
     name: str,
     unit: Literal["points", "number"] = "number",
 ) -> Rule:
     """What the largest base has less what the smallest has, expected above 0.
 
     Args:
-        rule_of: Gives, of a base, one value a problem, by seed.
-        name: Of the effect, with ``{large}`` and ``{small}`` for the bases.
+        values_of: Gives, of a base, one value a problem, by seed.
+        name: Of the effect, with ``{large}`` and ``{small}`` for the bases. ``lost`` is
+            minus a gap, so that of gaps the label is the other way round.
     """
 
     def rule(records: Records) -> Iterator[Effect]:
         sizes = records.size, smaller_base(records)
-        large, small = (rule_of(records, size) for size in sizes)
+        large, small = (values_of(records, size) for size in sizes)
         tables = [large[s] - small[s] for s in sorted(large.keys() & small.keys())]
         label = name.format(large=sizes[0], small=sizes[1])
         interval = interval_of(np.stack(tables)) if tables else None
@@ -177,18 +180,18 @@ def by_size(
 
 
 def smaller_base(records: Records) -> str:
-    """The base beside the largest; "another", of which there are no rows, if none."""
+    """The base beside the largest; ``NO_OTHER``, which has no rows, if none is."""
     others = {row.size for row in records.rows} - {records.size}
-    return min(others, default="another")
+    return min(others, default=NO_OTHER)
 
 
 def in_small(one: str, other: str, metric: str = "maj@1") -> Rule:
     """One arm less another, both of the smaller base: told and not judged."""
 
     def rule(records: Records) -> Iterator[Effect]:
-        small = smaller_base(records)
-        pair = (Cell(arm, metric, small) for arm in (one, other))
-        yield from differ(*pair)(records)
+        if (small := smaller_base(records)) != NO_OTHER:
+            pair = (Cell(arm, metric, small) for arm in (one, other))
+            yield from differ(*pair)(records)
 
     return beside(rule)
 
@@ -268,14 +271,14 @@ def covered(arm: str, by: str, expected: Range) -> Rule:
 def passed(arm: str, by: str) -> Rule:
     """pass@K of one arm less another, from the many samples; told and not judged.
 
-    Of fewer problems than the tables', by sixteen times as many samples of each.
+    Of fewer problems than the tables', by ``SCALE`` times as many samples of each.
     """
 
     def rule(records: Records) -> Iterator[Effect]:
         k, interval = records.samples(), None
         if k and (pair := drawn(records, Cell(by), Cell(arm))):
             interval = pass_differences(*pair, [k])[k]
-        name = f"{arm} less {by} pass@K, from sixteen times as many samples"
+        name = f"{arm} less {by} pass@K, from {SCALE} times as many samples"
         yield Effect(records.named(name), interval, None)
 
     return rule

@@ -55,8 +55,9 @@ def summary(records: Records) -> str:
             *lines,
             "",
             "*Filtered*: a right solution is kept only if an outcome reward model "
-            f"(ORM) scores it at {threshold:g} or more; the model began as the last "
-            "policy of a whole expert iteration without a filter. PPO with a value "
+            f"(ORM) scores it at {threshold:g} or more; the model began as the SFT "
+            "policy, and without SFT as the last policy of a whole expert iteration "
+            "without a filter. PPO with a value "
             "network also has two epochs a phase, twice the questions, a narrower "
             "clip, a higher last rate and another lambda ([chapter "
             "8](08_ppo_in_practice.ipynb)).",
