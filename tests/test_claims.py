@@ -362,5 +362,5 @@ def test_a_claim_is_told_in_the_first_line_of_its_effects():
     )
     assert first["claim"].startswith("RL improves maj@1 and pass@96")
     assert first["shown in"] == "Figure 17.1"
-    assert len(others) == 13
+    assert len(others) == 11
     assert {*others[0]} == {"effect", "measured", "expected"}
