@@ -78,17 +78,24 @@ class Effect:
 
     @property
     def measured(self) -> str:
-        """The mean with its interval, in the effect's unit, and of how many seeds."""
+        """What is ``told``, and of how many seeds it is."""
+        i = self.interval
+        if i is None or "seeds" not in i.method or i.n == 1:
+            return self.told
+        return f"{self.told}, {i.n} seeds"
+
+    @property
+    def told(self) -> str:
+        """The mean with its interval, in the effect's unit."""
         i = self.interval
         if i is None:
             return "not recorded"
-        seeds = f", {i.n} seeds" if "seeds" in i.method and i.n > 1 else ""
         said = {
             "points": in_points(i),
             "share": f"{i.mean:.1%} {ends(i, '.1%')}",
             "number": f"{i.mean:+.2f} {ends(i, '+.2f')}",
         }
-        return said[self.unit] + seeds
+        return said[self.unit]
 
     @property
     def wanted(self) -> str:

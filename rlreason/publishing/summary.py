@@ -162,7 +162,7 @@ def of_its_own(records: Records) -> str:
         return f"Shared solutions: {UNKNOWN}."
     judged = [effect for effect in beyond.effects if effect.expected]
     shares = " and ".join(
-        f"{each.measured} of those of {_called(arm)}"
+        f"{each.told} of those of {_called(arm)}"
         for arm, each in zip(("expert-iteration", "ppo"), judged, strict=True)
     )
     half = many[0].samples // 2
