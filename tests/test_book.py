@@ -29,6 +29,7 @@ from test_notebook_runner import write_notebook
 from rlreason.bench.doctor import find_browser
 from rlreason.execution.jobs import Outcome
 from rlreason.publishing.book import (
+    FROM_PAGES,
     BookError,
     Shelf,
     build_book,
@@ -190,7 +191,8 @@ def test_several_pictures_of_a_cell_share_their_texts_and_one_by_hand_stays():
 
 
 def test_the_first_page_shows_a_chapters_first_figure_with_its_words(tmp_path):
-    shutil.copy(REPOSITORY / "book" / "intro.md", tmp_path)
+    page = (REPOSITORY / "book" / "intro.md").read_text().replace(*FROM_PAGES)
+    (tmp_path / "intro.md").write_text(page)
     (tmp_path / "_static").mkdir()
     (tmp_path / "notebooks").mkdir()
     pictures = [
