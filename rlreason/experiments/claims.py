@@ -54,8 +54,8 @@ from rlreason.experiments.rules import (
     covered,
     differ,
     every,
+    fewer_lost,
     in_small,
-    lost,
     over,
     passed,
     sooner,
@@ -140,13 +140,6 @@ BY_MODEL = ("ppo-sparse-orm", "ppo-dense-orm")
 GUIDED = ("ppo-dense", *BY_MODEL)
 # Not expert-iteration-orm, which is expert iteration too, nor rcrl-orm
 OTHERS = ("ppo", "rcrl", *GUIDED)
-
-
-def fewer_lost(arm: str, against: str) -> Rule:
-    """What the smaller base is below another arm without SFT, less the larger one."""
-    name = f"{arm} without SFT, points below {against}: {{small}} less {{large}}"
-    return by_size(lost(arm, against), name, "points")
-
 
 CLAIMS = (
     Claim(

@@ -210,6 +210,12 @@ def lost(arm: str, against: str) -> Callable[[Records, str], dict[int, np.ndarra
     )
 
 
+def fewer_lost(arm: str, against: str) -> Rule:
+    """What the smaller base is below another arm without SFT, less the larger one."""
+    name = f"{arm} without SFT, points below {against}: {{small}} less {{large}}"
+    return by_size(lost(arm, against), name, "points")
+
+
 def best_of(row: Row) -> float:
     """The highest accuracy on validation that a run was seen at; 0 without a look."""
     return max((accuracy for _, accuracy in looks_of(row)), default=0.0)

@@ -57,10 +57,9 @@ def summary(records: Records) -> str:
             "*Filtered*: a right solution is kept only if an outcome reward model "
             f"(ORM) scores it at {threshold:g} or more; the model began as the SFT "
             "policy, and without SFT as the last policy of a whole expert iteration "
-            "without a filter. PPO with a value "
-            "network also has two epochs a phase, twice the questions, a narrower "
-            "clip, a higher last rate and another lambda ([chapter "
-            "8](08_ppo_in_practice.ipynb)).",
+            "without a filter. PPO with a value network also has two epochs a phase, "
+            "twice the questions, a narrower clip, a higher last rate and another "
+            "lambda ([chapter 8](08_ppo_in_practice.ipynb)).",
             "",
             f"- **Which method ends best?** With SFT {_ranked(records, with_sft)}. "
             f"Without SFT {_ranked(records, without)}. Only methods with {FEWEST} "
