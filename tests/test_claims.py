@@ -15,7 +15,7 @@ from rlreason import cli
 from rlreason.evaluation.intervals import Interval, hierarchical_interval, seed_interval
 from rlreason.evaluation.metrics import pass_at_k
 from rlreason.experiments.catalogue import CATALOGUE
-from rlreason.experiments.claims import CLAIMS, judge_claims
+from rlreason.experiments.claims import CLAIMS, Judged, judge_claims, standing
 from rlreason.experiments.measures import MEASURES
 from rlreason.experiments.records import UNKNOWN, Cell, Records
 from rlreason.experiments.rules import (
@@ -281,6 +281,26 @@ def test_what_is_told_beside_a_claim_decides_nothing():
     assert judged.verdict == "supported"
     assert "(not judged)" in str(judged)
     assert [line["expected"] for line in judged.lines()] == ["above 0", "not judged"]
+
+
+def test_a_correction_for_many_leaves_what_is_beyond_it():
+    means = {"sure": 9.0, "hardly": 1.1, "barely": 1.05}  # p 0.00002, 0.038, 0.043
+    effects = [
+        Effect(name, Interval(mean, mean - 1, mean + 1, 5, "t", 4.0), ABOVE_0)
+        for name, mean in means.items()
+    ]
+    assert all(effect.verdict == "supported" for effect in effects)
+    sure, hardly, barely = (Judged(CLAIMS[0], (effect,)) for effect in effects)
+    assert standing([sure, hardly, barely]) == [sure]
+    assert standing([hardly, barely]) == []
+    assert standing([sure, hardly]) == [sure, hardly]  # by Bonferroni's rule not
+    assert standing([Judged(CLAIMS[0], tuple(effects))]) == []  # supported takes all
+    unlike = replace(effects[0], expected=BELOW_0)
+    against = Judged(CLAIMS[0], (unlike, *effects[1:]))
+    assert standing([against]) == [against]  # contradicted takes one
+    told = [replace(effect, expected=None) for effect in effects[1:]]
+    both = Judged(CLAIMS[0], (effects[0], *told))
+    assert standing([both, hardly]) == [both, hardly]  # told beside: not counted
 
 
 def test_what_is_told_beside_makes_no_claim_known():

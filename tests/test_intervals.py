@@ -18,6 +18,7 @@ from rlreason.evaluation.intervals import (
     hierarchical_interval,
     paired_interval,
     seed_interval,
+    t_cdf,
     t_quantile,
     wilson_interval,
 )
@@ -121,6 +122,18 @@ def test_pairing_narrows_the_interval_of_a_difference():
 )
 def test_t_quantiles_are_those_of_the_tables(p, dof, value):
     assert t_quantile(p, dof) == pytest.approx(value, rel=1e-6, abs=1e-9)
+    assert t_cdf(value, dof) == pytest.approx(p, abs=1e-7)
+
+
+def test_p_is_a_twentieth_at_the_ends_and_one_at_the_mean():
+    interval = seed_interval([0.1, 0.2, 0.4])
+    for end in (interval.low, interval.high):
+        assert interval.p_value(end) == pytest.approx(0.05)
+    assert interval.p_value(interval.mean) == pytest.approx(1)
+    # By a normal distribution, which three seeds do not have, it would be less
+    assert interval.p_value(0) == pytest.approx(0.1181, abs=1e-3)
+    assert seed_interval([0.1]).p_value(0) == 1
+    assert wilson_interval(5, 10).p_value(0) == 1
 
 
 def test_t_interval_over_three_seeds_covers_and_the_normal_one_does_not():

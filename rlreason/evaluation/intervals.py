@@ -43,6 +43,7 @@ class Interval:
         high: Upper end; plus infinity likewise.
         n: Number of independent units: problems, or seeds where seeds were given.
         method: How the ends were found, in words.
+        dof: Degrees of freedom of Student's t; None where the ends are not by it.
     """
 
     mean: float
@@ -50,6 +51,15 @@ class Interval:
     high: float
     n: int
     method: str
+    dof: float | None = None
+
+    def p_value(self, value: float) -> float:
+        """Two-sided p of ``value`` by the t that made the ends; 1 without one."""
+        half = max(self.high - self.mean, self.mean - self.low)  # one may be cut off
+        if self.dof is None or not 0 < half < math.inf:
+            return 1.0
+        error = half / t_quantile(TAILS[1], self.dof)
+        return 2 * (1 - t_cdf(abs(self.mean - value) / error, self.dof))
 
     def excludes(self, value: float) -> bool:
         """True where ``value`` lies outside; on an end it is not excluded."""
@@ -138,7 +148,7 @@ def seed_interval(values: Sequence[float]) -> Interval:
     if n == 1:
         return Interval(mean, -math.inf, math.inf, n, method)
     half = t_quantile(TAILS[1], n - 1) * float(seeds.std(ddof=1)) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n, method)
+    return Interval(mean, mean - half, mean + half, n, method, n - 1)
 
 
 def hierarchical_interval(values: ArrayLike) -> Interval:
@@ -183,14 +193,11 @@ def hierarchical_interval(values: ArrayLike) -> Interval:
     spread = float((mean_squares**2 / freedom).sum())
     dof = max(total**2 / spread, seeds - 1) if spread else seeds - 1
     half = t_quantile(TAILS[1], dof) * math.sqrt(total / table.size)
-    return Interval(mean, mean - half, mean + half, seeds, method)
+    return Interval(mean, mean - half, mean + half, seeds, method, float(dof))
 
 
 def t_quantile(p: float, dof: float) -> float:
-    r"""The p-quantile, 0.5 <= p < 1, of Student's t with ``dof`` >= 1.
-
-    With :math:`t = \sqrt\nu \tan\theta` the distribution is an integral of
-    :math:`\cos^{\nu-1}\theta`, smooth enough for Gauss-Legendre; theta by bisection.
+    """The p-quantile, 0.5 <= p < 1, of Student's t with ``dof`` >= 1, by bisection.
 
     >>> round(t_quantile(0.975, 2), 4)
     4.3027
@@ -199,17 +206,32 @@ def t_quantile(p: float, dof: float) -> float:
         raise ValueError(f"no t quantile for p = {p} and {dof} degrees of freedom")
     if dof > 1e5:
         return NormalDist().inv_cdf(p)
-    nodes, weights = _legendre(200)
-    logs = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2) - 0.5 * math.log(math.pi)
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         theta = (low + high) / 2
-        powers = np.cos(theta * (nodes + 1) / 2) ** (dof - 1)
-        if 0.5 + math.exp(logs) * theta / 2 * float(weights @ powers) < p:
+        if t_cdf(math.sqrt(dof) * math.tan(theta), dof) < p:
             low = theta
         else:
             high = theta
     return math.sqrt(dof) * math.tan(low)
+
+
+def t_cdf(t: float, dof: float) -> float:
+    r"""Student's t distribution at ``t`` >= 0.
+
+    With :math:`t = \sqrt\nu \tan\theta` it is an integral of
+    :math:`\cos^{\nu-1}\theta`, smooth enough for Gauss-Legendre.
+
+    >>> round(t_cdf(4.3027, 2), 4)
+    0.975
+    """
+    if dof > 1e5:
+        return NormalDist().cdf(t)
+    nodes, weights = _legendre(200)
+    logs = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2) - 0.5 * math.log(math.pi)
+    theta = math.atan(t / math.sqrt(dof))
+    powers = np.cos(theta * (nodes + 1) / 2) ** (dof - 1)
+    return min(1.0, 0.5 + math.exp(logs) * theta / 2 * float(weights @ powers))
 
 
 @lru_cache(maxsize=1)

@@ -20,7 +20,8 @@ Of pass@96 on 100 problems intervals reach 2 to 4 points to each side with five 
 and up to 9 with three, so that by these rules "no higher" can hardly be supported.
 
 A small model on another task can speak for or against a claim's direction, no more.
-Left out: corrections for looking at many claims.
+No verdict is corrected for looking at many claims; ``standing`` says which would be
+left if all were.
 """
 
 from __future__ import annotations
@@ -130,6 +131,28 @@ def judge_claims(
     """Judge claims by what is recorded, in the order of the claims."""
     chosen = CLAIMS if claims is None else claims
     return [Judged(claim, tuple(claim.rule(records))) for claim in chosen]
+
+
+def standing(judged: Sequence[Judged], level: float = 0.05) -> list[Judged]:
+    """Those whose verdict is left by Holm's (1979) correction for all their effects.
+
+    Of p values in rising order the first that is above ``level``, divided by how many
+    are left, ends it. *Supported* takes all of a claim's effects, *contradicted* one.
+    """
+    effects = [effect for one in judged for effect in one.effects if effect.expected]
+    left = sorted(effects, key=lambda effect: effect.p_value)
+    beyond = set()
+    while left and left[0].p_value <= level / len(left):
+        beyond.add(left.pop(0))
+    takes = {"supported": all, "contradicted": any}
+    return [
+        one
+        for one in judged
+        if one.verdict in takes
+        and takes[one.verdict](
+            effect in beyond for effect in one.effects if effect.verdict == one.verdict
+        )
+    ]
 
 
 # --- The claims -----------------------------------------------------------------------

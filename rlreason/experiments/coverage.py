@@ -435,8 +435,9 @@ def _share(part: Array, whole: Array) -> Interval:
         return wilson_interval(min(ratio, 1.0) * n, n)
     found = _interval(around)
     low, high = max(found.low, 0.0), min(found.high, 1.0)
-    method = f"ratio, {found.method}"
-    return Interval(ratio, low, high, found.n, method)
+    return replace(
+        found, mean=ratio, low=low, high=high, method=f"ratio, {found.method}"
+    )
 
 
 def _ratio(part: Array, whole: Array) -> Array:

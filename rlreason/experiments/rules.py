@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import inf, log10
+from math import inf, isfinite, log10
 from typing import Literal
 
 import numpy as np
@@ -75,6 +75,16 @@ class Effect:
         if self.interval.high < low or high < self.interval.low:
             return "contradicted"
         return "inconclusive"
+
+    @property
+    def p_value(self) -> float:
+        """Of its verdict, by the range's end that is nearest; 1 where it is open."""
+        if self.interval is None or self.verdict not in ("supported", "contradicted"):
+            return 1.0
+        low, high = self.expected
+        if self.verdict == "contradicted":
+            return self.interval.p_value(low if self.interval.high < low else high)
+        return max(self.interval.p_value(end) for end in (low, high) if isfinite(end))
 
     @property
     def measured(self) -> str:
